@@ -1,0 +1,20 @@
+"""Attention and embedding regularizers for PyTorch, fused and straight from Q and K."""
+
+from __future__ import annotations
+
+from ._library import BackendUnavailableError
+from .functional import attention_mse, pooled_distance, qk_attention_mse, robust_cross_entropy
+from .losses import AttentionMSELoss, PooledDistanceLoss, QKAttentionMSELoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionMSELoss",
+    "BackendUnavailableError",
+    "PooledDistanceLoss",
+    "QKAttentionMSELoss",
+    "attention_mse",
+    "pooled_distance",
+    "qk_attention_mse",
+    "robust_cross_entropy",
+]

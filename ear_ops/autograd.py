@@ -1,0 +1,92 @@
+"""``torch.autograd.Function`` wrappers that pair each forward operator with its backward operator.
+
+Only the gradients asked for are worked out. Gradients of gradients are not on offer: the reference has them, so the error
+says to use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def _scatter(gradients: Sequence[Tensor], needs: Sequence[bool], inputs: int) -> tuple[Tensor | None, ...]:
+    """One entry per input of the Function: the gradients that were asked for at their places, None elsewhere."""
+    remaining = iter(gradients)
+    placed = [next(remaining) if needed else None for needed in needs]
+    return (*placed, *[None] * (inputs - len(placed)))
+
+
+def _no_double_backward(op: str, grad: Tensor) -> None:
+    if torch.is_grad_enabled() and grad.requires_grad:
+        raise RuntimeError(
+            f"{op}: its kernels have no second derivative (backward was called with create_graph=True); "
+            f"use backend='reference'"
+        )
+
+
+class QKAttentionMSE(Function):
+    """``[B, H]`` sums of ``(P - T)^2``; inputs as ``torch.ops.ear_ops.qk_attention_mse``."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.ear_ops.qk_attention_mse(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, scale, is_causal, window = inputs
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.options = (scale, is_causal, window)
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        _no_double_backward("qk_attention_mse", grad_sums)
+        *tensors, row_stats = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:4])
+        gradients = torch.ops.ear_ops.qk_attention_mse_backward(grad_sums, *tensors, *ctx.options, row_stats, needs)
+        return _scatter(gradients, needs, len(tensors) + len(ctx.options))
+
+
+class AttentionMSE(Function):
+    """``[B, H]`` sums of ``(P - T)^2`` of given probabilities; inputs as ``torch.ops.ear_ops.attention_mse``."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return torch.ops.ear_ops.attention_mse(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        _no_double_backward("attention_mse", grad_sums)
+        needs = list(ctx.needs_input_grad[:2])
+        gradients = torch.ops.ear_ops.attention_mse_backward(grad_sums, *ctx.saved_tensors, needs)
+        return _scatter(gradients, needs, len(ctx.saved_tensors))
+
+
+class PooledDistance(Function):
+    """``[B]`` sums over C of ``(M(E) - M(E^a))^2``; inputs as ``torch.ops.ear_ops.pooled_distance``."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.ear_ops.pooled_distance(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        _no_double_backward("pooled_distance", grad_sums)
+        *inputs, difference = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:2])
+        gradients = torch.ops.ear_ops.pooled_distance_backward(grad_sums, difference, *inputs, needs)
+        return _scatter(gradients, needs, len(inputs))

@@ -1,0 +1,334 @@
+"""The losses as functions: tensors in, loss out.
+
+Every function takes the two views either as two tensors (``query``, ``query_aug``, ...) or, with the ``_aug`` arguments
+left out, as one tensor that holds both, x first: ``[2B, ...]``, with masks ``[2B, ...]`` too. One tensor in means one
+gradient out, which is the cheaper way for a model that runs both views in one batch.
+
+``backend``: ``"auto"`` (compiled for the device, else the reference), ``"reference"``, ``"cpu"`` or ``"cuda"``; None
+reads the environment variable ``EAR_OPS_BACKEND`` and then means ``"auto"``. A backend that was asked for and cannot run
+raises :class:`ear_ops.BackendUnavailableError` with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _library, autograd, reference
+from .masking import join_views, resolve_attention_masks
+from .reductions import check_reduction, reduce_attention, reduce_pooled
+
+
+def qk_attention_mse(
+    query: Tensor,
+    key: Tensor,
+    query_aug: Tensor | None = None,
+    key_aug: Tensor | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    attention_mask_aug: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    query_mask_aug: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    attn_bias_aug: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Mean squared error between the attention matrices of two views, straight from Q and K.
+
+    With ``P = softmax(scale * Q K^T + mask)`` and T the same of the augmented view: ``sum (P - T)^2``, reduced. This is
+    Attention-Pull (Ding et al. 2022, eq. 2); on compiled backends neither P nor T is ever materialised. The comparison is
+    of probabilities before any attention dropout.
+
+    Args:
+        query: ``[B, H, L, D]``, or ``[2B, H, L, D]`` with both views.
+        key: ``[B, H_kv, S, D]`` (``[2B, ...]``); H is a multiple of H_kv (grouped-query attention).
+        query_aug, key_aug: the augmented view, same shapes and dtype, or both None.
+        attention_mask, attention_mask_aug: ``[B, S]`` bool or integer, 1 = real; masks keys.
+        query_mask, query_mask_aug: ``[B, L]``; masks queries; by default ``attention_mask`` where L = S.
+        attn_bias, attn_bias_aug: float (added to the scaled scores) or bool (True = attend), broadcastable to
+            ``[B, H, L, S]`` (``[2B, ...]``); ``attn_bias_aug=None`` means the same bias for both views. A constant: a bias
+            that requires grad raises.
+        scale: 1/sqrt(D) by default.
+        is_causal: mask the future, aligned to the bottom right.
+        window: attend only to keys less than this many positions away.
+        softcap: ``c * tanh(scores / c)`` before bias and mask; computed by the reference.
+        reduction: ``"mean"``, ``"padded_mean"``, ``"equations"``, ``"sum"`` or ``"none"``, see
+            :mod:`ear_ops.reductions`.
+        backend: see the module.
+
+    Returns:
+        A scalar, or ``[B, H]`` for ``"none"``; float32 (float64 for float64 inputs). A row without any real key is a zero
+        row in that view; NaN or infinity in real inputs propagates.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        BackendUnavailableError: the backend asked for cannot run.
+    """
+    check_reduction(reduction)
+    stacked = _check_views("query", query, query_aug, "key", key, key_aug)
+    batch, heads, query_length, head_dim = _check_queries_and_keys(query, key, query_aug, key_aug, stacked)
+    key_length = key.shape[2]
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected None or at least 1, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+    masks = resolve_attention_masks(
+        attention_mask,
+        attention_mask_aug,
+        query_mask,
+        query_mask_aug,
+        batch=batch,
+        query_length=query_length,
+        key_length=key_length,
+        stacked=stacked,
+        count_padded_queries=reduction == "padded_mean",
+    )
+    bias, bias_aug = _resolve_biases(attn_bias, attn_bias_aug, (batch, heads, query_length, key_length), stacked, query)
+
+    unsupported = None if softcap is None else "softcap is computed by the reference only"
+    if _library.select_backend(backend, query, "qk_attention_mse", unsupported) == "reference":
+        (query, query_aug), (key, key_aug) = _split(query, query_aug), _split(key, key_aug)
+        key_mask, key_mask_aug = _halves(masks.key_mask)
+        sums = reference.qk_attention_mse(
+            query,
+            key,
+            query_aug,
+            key_aug,
+            key_mask,
+            key_mask_aug,
+            masks.counted_queries,
+            bias,
+            bias if bias_aug is None else bias_aug,
+            scale=scale,
+            is_causal=is_causal,
+            window=window,
+            softcap=softcap,
+        )
+    else:
+        sums, _ = autograd.QKAttentionMSE.apply(
+            query,
+            key,
+            query_aug,
+            key_aug,
+            masks.key_mask,
+            masks.counted_queries,
+            bias,
+            bias_aug,
+            scale,
+            is_causal,
+            0 if window is None else window,
+        )
+    return reduce_attention(sums, reduction, query_length, key_length, masks.counted_pairs)
+
+
+def attention_mse(
+    attn: Tensor,
+    attn_aug: Tensor | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    attention_mask_aug: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    query_mask_aug: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Mean squared error between two sets of attention probabilities that already exist.
+
+    For models whose attention cannot be recomputed from Q and K (DeBERTa, ...), and for distilling from stored maps.
+
+    Args:
+        attn: ``[B, H, L, S]`` probabilities, or ``[2B, H, L, S]`` with both views.
+        attn_aug: ``[B, H, L, S]`` or None.
+        attention_mask, attention_mask_aug, query_mask, query_mask_aug, reduction, backend: as for
+            :func:`qk_attention_mse`; probabilities at padded keys count as zero.
+
+    Returns:
+        A scalar, or ``[B, H]`` for ``"none"``; float32 (float64 for float64 inputs).
+    """
+    check_reduction(reduction)
+    stacked = _check_pair("attn", attn, attn_aug, ndim=4, layout="[B, H, L, S]")
+    batch = attn.shape[0] // 2 if stacked else attn.shape[0]
+    query_length, key_length = attn.shape[2], attn.shape[3]
+    masks = resolve_attention_masks(
+        attention_mask,
+        attention_mask_aug,
+        query_mask,
+        query_mask_aug,
+        batch=batch,
+        query_length=query_length,
+        key_length=key_length,
+        stacked=stacked,
+        count_padded_queries=reduction == "padded_mean",
+    )
+    if _library.select_backend(backend, attn, "attention_mse") == "reference":
+        attn, attn_aug = _split(attn, attn_aug)
+        key_mask, key_mask_aug = _halves(masks.key_mask)
+        sums = reference.attention_mse(attn, attn_aug, key_mask, key_mask_aug, masks.counted_queries)
+    else:
+        sums = autograd.AttentionMSE.apply(attn, attn_aug, masks.key_mask, masks.counted_queries)
+    return reduce_attention(sums, reduction, query_length, key_length, masks.counted_pairs)
+
+
+def pooled_distance(
+    hidden: Tensor,
+    hidden_aug: Tensor | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    attention_mask_aug: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Squared distance between the mean-pooled hidden states of two views: ``sum (M(E) - M(E^a))^2``, reduced.
+
+    M is the mean over real tokens. Its negative is Embedding-Push (Ding et al. 2022, eq. 1), itself the sentence pull
+    (section 4.3).
+
+    Args:
+        hidden: ``[B, L, C]``, or ``[2B, L, C]`` with both views.
+        hidden_aug: ``[B, L, C]`` or None.
+        attention_mask, attention_mask_aug: ``[B, L]`` (``[2B, L]``) bool or integer, 1 = real. A sequence without any
+            real token pools to the zero vector.
+        reduction, backend: as for :func:`qk_attention_mse`.
+
+    Returns:
+        A scalar, or ``[B]`` for ``"none"``; float32 (float64 for float64 inputs).
+    """
+    check_reduction(reduction)
+    stacked = _check_pair("hidden", hidden, hidden_aug, ndim=3, layout="[B, L, C]")
+    batch = hidden.shape[0] // 2 if stacked else hidden.shape[0]
+    mask = join_views("attention_mask", attention_mask, attention_mask_aug, batch, hidden.shape[1], stacked)
+    if _library.select_backend(backend, hidden, "pooled_distance") == "reference":
+        hidden, hidden_aug = _split(hidden, hidden_aug)
+        sums = reference.pooled_distance(hidden, hidden_aug, *_halves(mask))
+    else:
+        sums, _ = autograd.PooledDistance.apply(hidden, hidden_aug, mask)
+    return reduce_pooled(sums, reduction, hidden.shape[2])
+
+
+def robust_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """``CE(x) + CE(x^a)``: twice the mean cross-entropy over both views (Ding et al. 2022, eq. 4).
+
+    Args:
+        logits: ``[2B, K]``, rows 0..B-1 of x, the rest of x^a.
+        labels: ``[B]`` int64 class indices, or ``[B, K]`` class probabilities; both views share them.
+
+    Returns:
+        A scalar in the dtype of ``logits``.
+    """
+    if logits.dim() != 2 or logits.shape[0] != 2 * labels.shape[0]:
+        raise ValueError(
+            f"logits: expected [2B, K] with both views of the B = {labels.shape[0]} examples in labels, x first, "
+            f"got {list(logits.shape)}"
+        )
+    return 2.0 * F.cross_entropy(logits, torch.cat([labels, labels]))
+
+
+def _split(both: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The two views ``[B, ...]`` out of one tensor ``[2B, ...]`` or two."""
+    return (both[: both.shape[0] // 2], both[both.shape[0] // 2 :]) if second is None else (both, second)
+
+
+def _halves(both: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if both is None else _split(both, None)
+
+
+def _check_pair(name: str, first: Tensor, second: Tensor | None, *, ndim: int, layout: str) -> bool:
+    """Check one tensor of two views or two tensors; True where both views are in one."""
+    if first.dim() != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimensions {layout}, got shape {list(first.shape)}")
+    if not first.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point tensor, got {first.dtype}")
+    if second is None:
+        if first.shape[0] % 2:
+            raise ValueError(
+                f"{name}: expected an even batch that holds both views, x first, because {name}_aug is None; "
+                f"got shape {list(first.shape)}"
+            )
+        return True
+    if second.shape != first.shape:
+        raise ValueError(
+            f"{name}_aug: expected the shape of {name}, {list(first.shape)}, got {list(second.shape)}; "
+            f"pad both views to one length"
+        )
+    for what in ("dtype", "device"):
+        if getattr(second, what) != getattr(first, what):
+            raise TypeError(
+                f"{name}_aug: expected {what} {getattr(first, what)} like {name}, got {getattr(second, what)}"
+            )
+    return False
+
+
+def _check_views(
+    name: str, first: Tensor, first_aug: Tensor | None, other: str, second: Tensor, second_aug: Tensor | None
+) -> bool:
+    stacked = _check_pair(name, first, first_aug, ndim=4, layout="[B, H, L, D]")
+    if (first_aug is None) != (second_aug is None):
+        given, missing = (name, other) if first_aug is not None else (other, name)
+        raise ValueError(f"{missing}_aug: expected a tensor because {given}_aug was given, got None")
+    _check_pair(other, second, second_aug, ndim=4, layout="[B, H_kv, S, D]")
+    return stacked
+
+
+def _check_queries_and_keys(
+    query: Tensor, key: Tensor, query_aug: Tensor | None, key_aug: Tensor | None, stacked: bool
+) -> tuple[int, int, int, int]:
+    rows, heads, query_length, head_dim = query.shape
+    if key.shape[0] != rows or key.shape[3] != head_dim:
+        raise ValueError(
+            f"key: expected [{rows}, H_kv, S, {head_dim}] to go with query {list(query.shape)}, got {list(key.shape)}"
+        )
+    if head_dim < 1:
+        raise ValueError(f"query: expected a head dimension of at least 1, got shape {list(query.shape)}")
+    if key.shape[1] == 0 or heads % key.shape[1]:
+        raise ValueError(
+            f"key: expected a number of heads that divides the {heads} heads of query (grouped-query attention), "
+            f"got shape {list(key.shape)}"
+        )
+    for what in ("dtype", "device"):
+        if getattr(key, what) != getattr(query, what):
+            raise TypeError(f"key: expected {what} {getattr(query, what)} like query, got {getattr(key, what)}")
+    return (rows // 2 if stacked else rows), heads, query_length, head_dim
+
+
+def _resolve_biases(
+    bias: Tensor | None, bias_aug: Tensor | None, shape: tuple[int, int, int, int], stacked: bool, like: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Each view's bias expanded to ``[B, H, L, S]`` in the compute dtype; the second None where both share the first."""
+    if bias is None:
+        if bias_aug is not None:
+            raise ValueError("attn_bias: expected a tensor because attn_bias_aug was given, got None")
+        return None, None
+    if stacked and bias_aug is not None:
+        raise ValueError("attn_bias_aug: expected None, because both views came in one tensor, got a tensor")
+    whole = (2 * shape[0], *shape[1:]) if stacked else shape
+    first = _expand_bias("attn_bias", bias, whole, like)
+    if stacked:
+        shared = bias.dim() < 4 or bias.shape[0] == 1
+        return (first[: shape[0]], None) if shared else _split(first, None)
+    return first, None if bias_aug is None else _expand_bias("attn_bias_aug", bias_aug, whole, like)
+
+
+def _expand_bias(name: str, bias: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if bias.requires_grad:
+        raise ValueError(
+            f"{name}: expected a constant, got a tensor that requires grad; the loss has no gradient for it, "
+            f"so pass {name}.detach()"
+        )
+    dtype = reference.compute_dtype(like.dtype)
+    if bias.dtype == torch.bool:
+        bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device).masked_fill(~bias, -math.inf)
+    elif not bias.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected float (additive) or bool (True = attend), got {bias.dtype}")
+    try:
+        return bias.to(device=like.device, dtype=dtype).expand(shape)
+    except RuntimeError:
+        raise ValueError(f"{name}: expected a shape broadcastable to {list(shape)}, got {list(bias.shape)}") from None
