@@ -1,0 +1,89 @@
+// The inner loops of the CPU kernels as tables of function pointers, one table per instruction set, chosen at run time.
+// All lengths called "padded" are multiples of kLanes; packed rows are padded with zeros.
+#pragma once
+
+#include <cstdint>
+
+namespace ear_ops::cpu {
+
+constexpr int64_t kLanes = 16;  // elements that packed rows are padded to
+
+enum class Kind : int { kFloat32, kFloat64, kBFloat16, kFloat16 };  // element types of tensors
+
+// What one row of one head needs for its two softmaxes. Scores outside keys [first, last) are masked.
+template <typename A>
+struct Row {
+  A* scores;            // [padded keys] of x: in, raw products; out, dS in the backward
+  A* scores_aug;        // [padded keys] of x^a
+  const A* bias;        // [padded keys] added to the scaled scores, -inf masks; or null
+  const A* bias_aug;    // of x^a
+  int64_t first, last;  // keys that structure (causal, window) allows
+  int64_t begin, end;   // padded range of the buffers to define in the backward: [begin, end) contains [first, last)
+  A scale;
+};
+
+template <typename A>
+struct RowStats {
+  A lse, lse_aug;  // log sum exp of the masked scores, -inf for a row without keys
+  A d, d_aug;      // sum P (P - T), sum T (T - P)
+};
+
+template <typename A>
+struct Kernels {
+  // dst [padded rows, ld] = rows `index` of src (row stride in elements; null index: rows 0..n-1), a row whose `real`
+  // byte is 0 and everything beyond (n, dim) being zero.
+  void (*gather_rows)(const void* src, Kind kind, int64_t stride, const int32_t* index, const uint8_t* real, int64_t n,
+                      int64_t padded_rows, int64_t dim, int64_t ld, A* dst);
+  // The reverse: rows `index` of dst = src [n, ld].
+  void (*scatter_rows)(const A* src, int64_t ld, int64_t n, int64_t dim, Kind kind, int64_t stride,
+                       const int32_t* index, void* dst);
+  // dst [cols, ld_dst] = src [rows, ld_src]^T; rows and cols padded.
+  void (*transpose)(const A* src, int64_t ld_src, int64_t rows, int64_t cols, A* dst, int64_t ld_dst);
+  // C [m, n] (+)= A [m, k] B [k, n]; n padded.
+  void (*product)(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc,
+                  bool accumulate);
+  // Statistics of one row; returns sum (P - T)^2. The scores are overwritten.
+  A (*forward_row)(const Row<A>& row, RowStats<A>* stats);
+  // scores <- gradient * P ((P - T) - d), scores_aug likewise; zeros in the rest of [begin, end).
+  void (*backward_row)(const Row<A>& row, const RowStats<A>& stats, A gradient);
+
+  // sum over n of (a - b)^2, elements with mask byte 0 counting as zero (null: all real).
+  A (*squared_difference)(const void* a, const void* b, Kind kind, const uint8_t* mask, const uint8_t* mask_aug,
+                          int64_t n);
+  // grad_a = gradient (a - b), grad_b = -gradient (a - b), zero where that view is masked; either may be null.
+  void (*difference_gradient)(const void* a, const void* b, Kind kind, const uint8_t* mask, const uint8_t* mask_aug,
+                              int64_t n, A gradient, void* grad_a, void* grad_b);
+  // total [n] += src [n].
+  void (*add_row)(const void* src, Kind kind, int64_t n, A* total);
+  // dst [n] = factor * src [n].
+  void (*scale_row)(const A* src, A factor, int64_t n, Kind kind, void* dst);
+};
+
+struct Isa {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+  // Conversions for products in bfloat16. to_bf16: dst [rows, ld_dst] from src [rows, cols]. to_vnni: rows in pairs,
+  // dst [rows / 2, cols, 2], the layout that matrix units read.
+  void (*to_bf16)(const float* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst, int64_t ld_dst);
+  void (*to_vnni)(const float* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst);
+};
+
+extern const Isa kPortable;
+#if defined(__x86_64__)
+extern const Isa kAvx2;
+extern const Isa kAvx512;
+#endif
+
+template <typename A>
+const Kernels<A>& kernels(const Isa& isa);
+template <>
+inline const Kernels<float>& kernels<float>(const Isa& isa) {
+  return isa.f32;
+}
+template <>
+inline const Kernels<double>& kernels<double>(const Isa& isa) {
+  return isa.f64;
+}
+
+}  // namespace ear_ops::cpu

@@ -1,0 +1,9 @@
+// The inner loops for x86-64 with AVX512.
+#if defined(__x86_64__)
+#include "target.h"
+EAR_OPS_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")
+#define EAR_OPS_ISA kAvx512
+#define EAR_OPS_ISA_NAME "avx512"
+#include "kernels_impl.h"
+EAR_OPS_TARGET_END
+#endif

@@ -1,0 +1,76 @@
+// Matrix products of packed blocks: C [m, n] (+)= left [m, k] right [k, n], through oneDNN's batch-reduce kernels
+// (brgemm) where they run, else through the table's plain loops. n is padded to kLanes.
+#pragma once
+
+#include <ATen/native/CPUBlas.h>
+#include <c10/util/BFloat16.h>
+
+#include "isa.h"
+
+namespace ear_ops::cpu {
+
+// Operands in the arithmetic type itself: packing is free.
+template <typename A>
+struct PlainProducts {
+  using Accumulator = A;
+  using Operand = A;
+  static constexpr bool kConverts = false;
+  static constexpr int64_t kPadding = kLanes;
+
+  const Kernels<A>& table;
+  bool brgemm;
+
+  explicit PlainProducts(const Selection& s)
+      : table(kernels<A>(*s.isa)), brgemm(std::is_same_v<A, float> && s.isa != &kPortable) {}
+
+  void left(const A*, int64_t, int64_t, int64_t, A*, int64_t) const {}
+  void right(const A*, int64_t, int64_t, int64_t, A*) const {}
+  void multiply(int64_t m, int64_t n, int64_t k, const A* left, int64_t lda, const A* right, int64_t ldb, A* c,
+                int64_t ldc, bool accumulate) const {
+    if constexpr (std::is_same_v<A, float>) {
+      if (brgemm) return at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, left, right, c, false);
+    }
+    table.product(m, n, k, left, lda, right, ldb, c, ldc, accumulate);
+  }
+  void release() const {
+    if (brgemm) at::native::cpublas::brgemm_release(false);
+  }
+};
+
+// Operands rounded to bfloat16, the right one with its rows in pairs, accumulated in float32.
+struct Bf16MatrixProducts {
+  using Accumulator = float;
+  using Operand = uint16_t;
+  static constexpr bool kConverts = true;
+  static constexpr int64_t kPadding = 2 * kLanes;  // a row of a matrix unit's tile
+
+  const Isa& isa;
+  bool emulated;
+
+  explicit Bf16MatrixProducts(const Selection& s) : isa(*s.isa), emulated(s.bf16 == Bf16Products::kEmulated) {}
+
+  void left(const float* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst, int64_t ld_dst) const {
+    isa.to_bf16(src, ld_src, rows, cols, dst, ld_dst);
+  }
+  void right(const float* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst) const {
+    isa.to_vnni(src, ld_src, rows, cols, dst);
+  }
+  void multiply(int64_t m, int64_t n, int64_t k, const uint16_t* left, int64_t lda, const uint16_t* right, int64_t ldb,
+                float* c, int64_t ldc, bool accumulate) const {
+    const auto* a = reinterpret_cast<const at::BFloat16*>(left);
+    const auto* b = reinterpret_cast<const at::BFloat16*>(right);
+    if (!emulated) return at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, true);
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j) {
+        float total = accumulate ? c[i * ldc + j] : 0.0f;
+        for (int64_t kk = 0; kk < k; ++kk)
+          total += static_cast<float>(a[i * lda + kk]) * static_cast<float>(b[(kk / 2 * ldb + j) * 2 + kk % 2]);
+        c[i * ldc + j] = total;
+      }
+  }
+  void release() const {
+    if (!emulated) at::native::cpublas::brgemm_release(true);
+  }
+};
+
+}  // namespace ear_ops::cpu

@@ -1,0 +1,145 @@
+// 64-byte vectors in GCC's and Clang's portable vector extension: one source for AVX-512 (one register), AVX2 (two) and
+// any other machine. Everything has internal linkage and nothing from torch or the C++ library is included, because
+// files that use this header are compiled several times for different instruction sets: a shared inline function could
+// end up as the AVX-512 copy for everyone.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef double f64x8 __attribute__((vector_size(64)));
+
+template <typename A>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  typedef f32x16 type;
+  static constexpr int64_t lanes = 16;
+};
+
+template <>
+struct Vec<double> {
+  typedef f64x8 type;
+  static constexpr int64_t lanes = 8;
+};
+
+template <typename A>
+static inline typename Vec<A>::type vload(const A* from) {
+  typename Vec<A>::type v;
+  memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+template <typename A>
+static inline void vstore(A* to, typename Vec<A>::type v) {
+  memcpy(to, &v, sizeof(v));
+}
+
+template <typename A>
+static inline typename Vec<A>::type vset(A x) {
+  return x - typename Vec<A>::type{};
+}
+
+template <typename A>
+static inline A vsum(typename Vec<A>::type v) {
+  A total = 0;
+  for (int64_t i = 0; i < Vec<A>::lanes; ++i) total += v[i];
+  return total;
+}
+
+// A NaN in a or b may be lost: the exponential that follows brings it back.
+template <typename A>
+static inline typename Vec<A>::type vmax(typename Vec<A>::type a, typename Vec<A>::type b) {
+  return a > b ? a : b;
+}
+
+template <typename A>
+static inline A vmax_lane(typename Vec<A>::type v) {
+  A best = v[0];
+  for (int64_t i = 1; i < Vec<A>::lanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// exp for arguments up to 88, 1 ulp: 2^n times a polynomial on [-ln2/2, ln2/2] (the coefficients of Cephes' expf). NaN
+// stays NaN, and what would be below the smallest normal number is 0.
+static inline f32x16 vexp(f32x16 x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  f32x16 shifted = x * 1.44269504088896341f + magic;
+  f32x16 n = shifted - magic;
+  f32x16 r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  f32x16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  i32x16 exponent = ((i32x16)shifted - 0x4B400000 + 127) << 23;  // a cast between vectors keeps the bits
+  f32x16 result = p * (f32x16)exponent;
+  return x < -87.33654f ? f32x16{} : result;
+}
+
+static inline f64x8 vexp(f64x8 x) {
+  f64x8 result;
+  for (int i = 0; i < 8; ++i) result[i] = exp(x[i]);
+  return result;
+}
+
+static inline float bits_to_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+static inline uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+// The storage types of tensors. A 16-bit type of its own each, so that templates tell them apart.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+static inline float to_float(float x) { return x; }
+static inline double to_float(double x) { return x; }
+static inline float to_float(Bf16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+static inline float to_float(Half x) {
+  uint32_t magnitude = (x.bits & 0x7fffu) << 13;
+  float value = bits_to_float(magnitude) * 0x1p112f;  // moves the exponent, denormals included
+  uint32_t bits = float_to_bits(value);
+  bits = magnitude >= (0x7c00u << 13) ? (bits | 0x7f800000u) : bits;  // infinity and NaN
+  return bits_to_float(bits | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
+}
+
+static inline void from_float(float x, float& to) { to = x; }
+static inline void from_float(double x, double& to) { to = x; }
+static inline void from_float(float x, Bf16& to) {  // round to nearest even
+  uint32_t bits = float_to_bits(x);
+  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+}
+static inline void from_float(float x, Half& to) {  // round to nearest even
+  uint32_t bits = float_to_bits(x);
+  uint32_t sign = (bits >> 16) & 0x8000u;
+  uint32_t magnitude = bits & 0x7fffffffu;
+  // Normal results: rebias and round. Denormal ones: adding 0.5 lets the float unit round at the right bit.
+  uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  uint32_t denormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t half = magnitude < 0x38800000u ? denormal : normal;
+  half = magnitude >= 0x47800000u ? 0x7c00u : half;  // 65536 and more; 65520..65535 round up to it by themselves
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  to.bits = static_cast<uint16_t>(sign | half);
+}
+
+}  // namespace

@@ -1,0 +1,110 @@
+// What all CPU kernels need of their tensors: raw pointers and strides of each view, per-thread scratch.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <array>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "kernels.h"
+
+namespace ear_ops::cpu {
+
+inline Kind kind_of(const char* op, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Kind::kFloat32;
+    case at::kDouble:
+      return Kind::kFloat64;
+    case at::kBFloat16:
+      return Kind::kBFloat16;
+    case at::kHalf:
+      return Kind::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": expected float32, float64, bfloat16 or float16, got ", tensor.scalar_type());
+  }
+}
+
+inline at::ScalarType accumulator_of(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Kernels walk rows whose elements lie side by side; every other stride is free.
+inline Tensor with_dense_rows(const Tensor& tensor) {
+  return tensor.stride(-1) == 1 || tensor.size(-1) <= 1 ? tensor : tensor.contiguous();
+}
+
+// The two views of one input: both tensors, or the halves of the first.
+inline std::array<Tensor, 2> split_views(const Tensor& first, const OptionalTensor& second, int64_t pairs) {
+  if (second) return {with_dense_rows(first), with_dense_rows(*second)};
+  const Tensor both = with_dense_rows(first);
+  return {both.narrow(0, 0, pairs), both.narrow(0, pairs, pairs)};
+}
+
+// [B, H, L, D] as bytes.
+struct Heads {
+  char* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, row_stride = 0;  // row_stride in elements, the others in bytes
+
+  Heads() = default;
+  explicit Heads(const Tensor& t)
+      : data(static_cast<char*>(t.data_ptr())),
+        batch_stride(t.stride(0) * t.element_size()),
+        head_stride(t.stride(1) * t.element_size()),
+        row_stride(t.stride(2)) {}
+  char* head(int64_t b, int64_t h) const { return data + b * batch_stride + h * head_stride; }
+};
+
+// Hands out aligned pieces of one block. With no block it only adds up what would be needed.
+class Arena {
+ public:
+  explicit Arena(char* base) : base_(base) {}
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// One workspace per thread, in one allocation of torch's allocator. W is built by W(Arena&, args...).
+template <typename W, typename... Args>
+class Workspaces {
+ public:
+  explicit Workspaces(const Args&... args) {
+    Arena measure(nullptr);
+    W(measure, args...);
+    stride_ = measure.used() + 64;
+    block_ = at::empty({stride_ * at::get_num_threads()}, at::kByte);
+    make_ = [this, args...](int thread) {
+      char* base = static_cast<char*>(block_.data_ptr()) + thread * stride_;
+      Arena arena(base + (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64);
+      return W(arena, args...);
+    };
+  }
+  W of_this_thread() const { return make_(at::get_thread_num()); }
+
+ private:
+  int64_t stride_;
+  Tensor block_;
+  std::function<W(int)> make_;
+};
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+inline const uint8_t* mask_row(const OptionalTensor& mask, int64_t row) {  // mask: contiguous bool [rows, n]
+  return mask ? static_cast<const uint8_t*>(mask->data_ptr()) + row * mask->size(1) : nullptr;
+}
+
+inline OptionalTensor dense(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(tensor->contiguous()) : tensor;
+}
+
+}  // namespace ear_ops::cpu
