@@ -1,0 +1,154 @@
+"""Synonym augmentation (Huang et al., 2021): words become uniform draws from themselves and their neighbours.
+
+The dictionary is a JSON object from a word to the list of its neighbours, as `counterfitted_neighbors.json`
+(counter-fitted embeddings; Alzantot et al., 2018).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import unicodedata
+from fractions import Fraction
+from pathlib import Path
+
+from ear_ops.data.draws import draw_index
+from ear_ops.data.pairs import DataError
+
+MATCHES = ("exact", "normalised")
+
+
+def load_synonyms(path: str | Path, scale: float = 1.0, seed: int = 0) -> dict[str, list[str]]:
+    """Read a synonym dictionary, or a share of it (Ding et al., 2022, table 6).
+
+    Args:
+        path: JSON object from a word to a list of words, UTF-8.
+        scale: share of all entries to keep, 0 < scale <= 1, rounded down: of 49,975 entries 0.75 keeps 37,481. Entries
+            without neighbours count like the others. A smaller share of one seed is part of a larger one.
+        seed: which entries a share holds.
+
+    Returns:
+        The kept entries in the order of the file.
+
+    Raises:
+        DataError: no such file, not UTF-8, not JSON, or not an object from words to lists of words.
+        ValueError: `scale` out of range.
+    """
+    if not 0 < scale <= 1:
+        raise ValueError(f"scale: expected a share of the dictionary, 0 < scale <= 1, got {scale}")
+    synonyms = _read_dictionary(Path(path))
+    kept = int(Fraction(str(scale)) * len(synonyms))  # exact: 0.29 of 100 is 29, which floating point makes 28
+    if kept == len(synonyms):
+        return synonyms
+    # Ranking by a digest makes the share independent of the order of the file, and smaller shares parts of larger ones.
+    share = set(sorted(synonyms, key=lambda word: _digest(f"{seed}/{word}"))[:kept])
+    return {word: neighbours for word, neighbours in synonyms.items() if word in share}
+
+
+class SynonymAugmenter:
+    """Replaces words by synonyms and counts what it replaces.
+
+    A text is split at single spaces. A word that has neighbours becomes a uniform draw from itself and them; every
+    other word stays, and so does every space.
+
+    Args:
+        synonyms: word -> neighbours, from `load_synonyms`.
+        match: `"exact"` finds a word as it stands, case and all (Huang et al., 2021). `"normalised"` then also looks
+            for it in lower case without leading and trailing punctuation; what is drawn gets the punctuation back,
+            and a capital first letter or all capitals where the word had them.
+
+    Attributes:
+        words: words seen so far (runs of characters other than a space).
+        found: how many of them the dictionary has, with neighbours or without.
+        replaced: how many became another word.
+
+    The counts are those of this process: workers of a data loader count for themselves.
+    """
+
+    def __init__(self, synonyms: dict[str, list[str]], match: str = "exact") -> None:
+        if match not in MATCHES:
+            raise ValueError(f"unknown match {match!r}: expected one of {', '.join(MATCHES)}")
+        self.synonyms = synonyms
+        self.match = match
+        self.words = 0
+        self.found = 0
+        self.replaced = 0
+
+    @property
+    def replaced_share(self) -> float:
+        """Share of the words seen so far that became another word, 0 to 1; 0 before the first word."""
+        return self.replaced / self.words if self.words else 0.0
+
+    def summary(self) -> str:
+        """Return the counts as one line to print, such as `replaced 13 of 100 words (13.0%), 40 in the dictionary`."""
+        return (
+            f"replaced {self.replaced:,} of {self.words:,} words ({self.replaced_share:.1%}), "
+            f"{self.found:,} in the dictionary"
+        )
+
+    def augment(self, text: str, rng: random.Random) -> str:
+        """Return `text` with synonyms drawn by `rng`; the same text and generator state give the same result."""
+        return " ".join([self._draw(word, rng) if word else word for word in text.split(" ")])
+
+    def _draw(self, word: str, rng: random.Random) -> str:
+        self.words += 1
+        prefix, core, suffix = "", word, ""
+        neighbours = self.synonyms.get(word)
+        if neighbours is None and self.match == "normalised":
+            prefix, core, suffix = _split_punctuation(word)
+            neighbours = self.synonyms.get(core.lower())
+        if neighbours is None:
+            return word
+        self.found += 1
+        choice = draw_index(rng, 1 + len(neighbours)) if neighbours else 0
+        if choice == 0:
+            return word
+        drawn = neighbours[choice - 1]
+        if self.match == "normalised":
+            drawn = prefix + _copy_capitals(core, drawn) + suffix
+        self.replaced += drawn != word
+        return drawn
+
+
+def _split_punctuation(word: str) -> tuple[str, str, str]:
+    """Split into leading punctuation and symbols, what they enclose, and trailing ones."""
+    start, end = 0, len(word)
+    while start < end and unicodedata.category(word[start])[0] in "PS":
+        start += 1
+    while start < end and unicodedata.category(word[end - 1])[0] in "PS":
+        end -= 1
+    return word[:start], word[start:end], word[end:]
+
+
+def _copy_capitals(pattern: str, word: str) -> str:
+    if len(pattern) > 1 and pattern.isupper():
+        return word.upper()
+    if pattern[:1].isupper():
+        return word[:1].upper() + word[1:]
+    return word
+
+
+def _read_dictionary(path: Path) -> dict[str, list[str]]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected a JSON object from words to lists of neighbours")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object from words to lists of neighbours, got {_json_type(content)}")
+    for word, neighbours in content.items():
+        if not isinstance(neighbours, list) or not all(isinstance(neighbour, str) for neighbour in neighbours):
+            raise DataError(f"{path}: expected a list of words as the neighbours of {word!r}, got {neighbours!r}")
+    return content
+
+
+def _json_type(content: object) -> str:
+    return {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(type(content), "a number")
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()
