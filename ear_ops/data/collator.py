@@ -1,0 +1,76 @@
+"""Batches of sentence pairs: both views padded together, the originals first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ear_ops.data.views import PairItem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PADDINGS = ("longest", "max_length")
+
+
+class PairCollator:
+    """Turns B items into one batch of 2B rows: rows 0..B-1 are x, rows B..2B-1 are x^a.
+
+    The views of a pair are compared position by position, so all rows share one length L. Items without an
+    `augmented` view give B rows.
+
+    Args:
+        tokenizer: encodes a pair of texts, as the model expects it.
+        max_length: pieces of a pair, special ones included; longer pairs lose pieces of their longer text first.
+        padding: `"longest"` makes L the longest row of the batch, `"max_length"` makes it `max_length`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 128, padding: str = "longest") -> None:
+        if padding not in PADDINGS:
+            raise ValueError(f"unknown padding {padding!r}: expected one of {', '.join(PADDINGS)}")
+        special = tokenizer.num_special_tokens_to_add(pair=True)
+        if not special < max_length <= tokenizer.model_max_length:
+            raise ValueError(
+                f"max_length: expected more than the {special} special pieces of a pair and at most the tokenizer's "
+                f"model_max_length of {tokenizer.model_max_length}, got {max_length}"
+            )
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.padding = padding
+
+    def __call__(self, items: Sequence[PairItem]) -> dict[str, torch.Tensor]:
+        """Encode a batch.
+
+        Args:
+            items: B of them, at least one; all with an `augmented` view or none.
+
+        Returns:
+            `input_ids` [2B, L] and `attention_mask` [2B, L] (1 = real), `token_type_ids` [2B, L] where the tokenizer
+            has them, and `labels` [B], all int64; [B, L] instead of [2B, L] without augmented views.
+
+        Raises:
+            ValueError: no items, or only some of them with an `augmented` view.
+        """
+        if not items:
+            raise ValueError("items: expected at least one, got none")
+        texts = [item["original"] for item in items]
+        augmented = [item["augmented"] for item in items if "augmented" in item]
+        if len(augmented) not in (0, len(items)):
+            raise ValueError(
+                f"items: expected an 'augmented' view in all or in none, got it in {len(augmented)} of {len(items)}"
+            )
+        texts += augmented
+        encoded = self.tokenizer(
+            [text1 for text1, _ in texts],
+            [text2 for _, text2 in texts],
+            padding=self.padding,
+            truncation="longest_first",
+            max_length=self.max_length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        batch: dict[str, torch.Tensor] = dict(encoded)
+        batch["labels"] = torch.tensor([item["label"] for item in items], dtype=torch.int64)
+        return batch
