@@ -1,0 +1,46 @@
+"""What is hung on a user's modules, so made that a copy or a pickle of the model leaves it behind.
+
+A deep copy must not drag the recorder and its tensors along, and a pickled model must load in a process that has never
+heard of ear_ops. So both kinds of object below reduce to something inert from the standard library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from torch import nn
+
+TAPS = "_ear_taps"  # the attribute of an attention module that holds its Taps
+
+
+class ModelHook:
+    """Base class of the module hooks; called as ``hook(module, args, kwargs)`` or ``hook(module, args, output)``."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A callable that takes any three arguments and returns None: the hook of a copy does nothing.
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class Taps(tuple[Any, ...]):
+    """The taps of one attention module, found by the attention interface; empty in a copy of the module."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, ()
+
+
+def add_tap(module: nn.Module, tap: Any) -> None:
+    setattr(module, TAPS, Taps((*module.__dict__.get(TAPS, ()), tap)))
+
+
+def remove_tap(module: nn.Module, tap: Any) -> None:
+    left = Taps(other for other in module.__dict__.get(TAPS, ()) if other is not tap)
+    if left:
+        setattr(module, TAPS, left)
+    else:
+        module.__dict__.pop(TAPS, None)

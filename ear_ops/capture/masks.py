@@ -1,0 +1,124 @@
+"""From the masks that a model was given to what the losses take: a key mask, a query mask and a structure.
+
+Which keys are padding is read off the 2-D mask that the model received; how the attention is structured beyond that
+(causal, sliding window) off what the attention module says, checked against the 4-D mask that the model built, because
+a structure assumed wrongly would change the loss silently. A 4-D mask that no structure explains (packed sequences,
+chunks, a bias folded into the mask) is passed on as it is, at the price of L*S numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import structure_mask
+from .records import AttentionCall
+
+_FORBIDDEN = -9999.0  # additive masks forbid with -inf, the lowest number of a dtype, -1e9 or -1e4
+
+
+class Structure(NamedTuple):
+    """Which keys a query may attend to by position; ``dense``: only the 4-D mask itself says."""
+
+    is_causal: bool = False
+    window: int | None = None
+    dense: bool = False
+
+
+def padding_mask(received: Any, attention_mask: Any, rows: int, length: int, what: str) -> Tensor | None:
+    """``[rows, length]`` bool mask of the real tokens, or None where nothing is masked.
+
+    Args:
+        received: the ``attention_mask`` given to the model: None, ``[rows, length]``, ``[rows, 1 or H, L, S]``, or
+            anything else, which raises.
+        attention_mask: what the attention function was given, asked where the model received no 2-D mask.
+        rows, length: the size of the batch and the number of keys.
+        what: names the place in errors.
+    """
+    sources = [mask for mask in (received, attention_mask) if isinstance(mask, Tensor)]
+    for mask in sources:
+        if mask.dim() == 2:
+            if tuple(mask.shape) not in ((rows, length), (1, length)):
+                raise ValueError(
+                    f"{what}: expected an attention_mask of shape {[rows, length]} to go with what the layer computed, "
+                    f"the model received {list(mask.shape)}"
+                )
+            return (mask != 0).expand(rows, length)
+    for mask in sources:
+        if mask.dim() == 4 and mask.shape[-1] == mask.shape[-2] == length:
+            # A key exists where it may attend to itself.
+            return _allowed(mask)[:, 0].diagonal(dim1=-2, dim2=-1).expand(rows, length)
+    if received is None and attention_mask is None:
+        return None
+    given = received if received is not None else attention_mask
+    shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+    raise ValueError(
+        f"{what}: cannot tell padding from an attention_mask {shape}; expected None, [{rows}, {length}] or "
+        f"[{rows}, 1, {length}, {length}]"
+    )
+
+
+def attention_structure(
+    call: AttentionCall, key_mask: Tensor | None, query_mask: Tensor | None, what: str
+) -> Structure:
+    """How ``call`` attends beyond padding; ``key_mask``: ``[B, S]``, ``query_mask``: ``[B, L]`` bool."""
+    mask = call.attention_mask
+    said = Structure(call.is_causal, call.window)
+    query_length, key_length = call.query.shape[2], call.key.shape[2]
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+        if call.implementation == "eager":
+            return Structure()  # eager applies the mask that it is given and nothing else
+        if call.implementation == "sdpa":
+            said = Structure(call.is_causal and query_length > 1)  # the window is in the mask as soon as it matters
+        if said.is_causal and query_length != key_length:
+            raise ValueError(
+                f"{what}: causal attention of {query_length} queries to {key_length} keys without a mask; "
+                f"run the training forward without cached keys (use_cache=False)"
+            )
+        return said
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"{what}: attention implementation {call.implementation!r} got a mask {shape}, which is not supported; "
+            f'expected None, [B, S] or [B, 1, L, S] (attn_implementation="sdpa" or "eager")'
+        )
+    if mask.is_floating_point() and bool(((mask != 0) & (mask > _FORBIDDEN)).any()):
+        return Structure(dense=True)  # numbers other than "attend" and "do not": a bias
+    allowed = _allowed(mask)  # [B, 1 or H, L, S]
+    for structure in dict.fromkeys(
+        Structure(is_causal, window)
+        for is_causal in (said.is_causal, not said.is_causal)
+        for window in (said.window, None)
+    ):
+        expected = structure_mask(query_length, key_length, structure.is_causal, structure.window, mask.device)
+        if expected is None:
+            expected = torch.ones(query_length, key_length, dtype=torch.bool, device=mask.device)
+        if key_mask is not None:
+            expected = expected & key_mask.to(mask.device)[:, None, None, :]
+        unexplained = allowed ^ expected
+        if query_mask is not None:
+            unexplained = unexplained & query_mask.to(mask.device)[:, None, :, None]
+        if not bool(unexplained.any()):
+            return structure
+    return Structure(dense=True)
+
+
+def dense_bias(call: AttentionCall, structure: Structure) -> Tensor | None:
+    """The constant ``attn_bias`` of ``call``: its position bias and, where the structure is dense, its mask."""
+    bias = None if call.position_bias is None else call.position_bias.detach()
+    if not structure.dense:
+        return bias
+    mask: Tensor = call.attention_mask.detach()
+    if mask.is_floating_point():
+        mask = mask.masked_fill(mask <= _FORBIDDEN, float("-inf"))
+        return mask if bias is None else bias + mask
+    return mask if bias is None else bias.masked_fill(~mask, float("-inf"))
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    """Where a mask given to a model lets a query attend."""
+    if mask.is_floating_point():
+        return mask > _FORBIDDEN
+    return mask != 0

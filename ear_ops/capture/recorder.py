@@ -1,0 +1,164 @@
+"""When a recording begins and ends.
+
+A record lives from the forward of the root module to :meth:`Recorder.take`. Nothing is recorded without grad, unless a
+view was named, so that generating and evaluating pass untouched; nothing after the forward has ended, so that the
+recomputation of gradient checkpointing is not taken for a second forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import interface
+from .hooks import ModelHook
+from .records import Record
+from .sites import AttentionSite, Site
+
+VIEWS = ("original", "augmented")
+
+
+class Recorder:
+    """Records what ``sites`` see in each forward of ``root``, from :meth:`install` to :meth:`remove`.
+
+    Attributes:
+        record: the record that is being written, None outside a recorded forward.
+        open: path of the module whose forward is running, None outside (``""`` is root).
+    """
+
+    def __init__(self, root: nn.Module, sites: Sequence[Site]) -> None:
+        self.root = root
+        self.sites = tuple(sites)
+        self.attached = False
+        self.view: str | None = None
+        self.record: Record | None = None
+        self.open: str | None = None
+        self.both: Record | None = None  # one forward that holds both views
+        self.original: Record | None = None
+        self.augmented: Record | None = None
+        self._undo = contextlib.ExitStack()
+
+    def install(self) -> None:
+        """Hang the hooks on the model; where one fails, those before it are taken off again."""
+        with contextlib.ExitStack() as undo:
+            if any(isinstance(site, AttentionSite) for site in self.sites):
+                interface.acquire()
+                undo.callback(interface.release)
+            for path in dict.fromkeys(["", *(site.model for site in self.sites)]):
+                module = self.root.get_submodule(path)
+                enter, leave = _Enter(self, path, module), _Leave(self, path)
+                undo.callback(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove)
+                undo.callback(module.register_forward_hook(leave, always_call=True).remove)
+            for site in self.sites:
+                for remove in site.install(self):
+                    undo.callback(remove)
+            self.attached = True
+            self._undo = undo.pop_all()
+
+    def remove(self) -> None:
+        """Take everything off again, in any order with other recorders; a second call does nothing."""
+        self.attached = False
+        self.record = self.both = self.original = self.augmented = None
+        self._undo.close()
+
+    @contextlib.contextmanager
+    def recording_view(self, view: str) -> Iterator[None]:
+        """Forwards inside are recorded as one of :data:`VIEWS`, with or without grad."""
+        if view not in VIEWS:
+            raise ValueError(f"view: expected one of {', '.join(map(repr, VIEWS))}, got {view!r}")
+        if self.view is not None:
+            raise RuntimeError(f"view: {view!r} was opened inside {self.view!r}; leave the first before the second")
+        self.view = view
+        try:
+            yield
+        finally:
+            self.view = None
+
+    def take(self) -> tuple[Record, ...]:
+        """The record of a forward with both views, or the records of the two views; they are dropped here.
+
+        Raises:
+            RuntimeError: nothing, or only one of two views, was recorded.
+        """
+        both, original, augmented = self.both, self.original, self.augmented
+        self.both = self.original = self.augmented = None
+        if not self.attached:
+            raise RuntimeError("the regularisers were detached, so no forward was recorded")
+        if both is not None:
+            return (both,)
+        if original is not None and augmented is not None:
+            return original, augmented
+        if original is not None or augmented is not None:
+            seen, missing = VIEWS if augmented is None else reversed(VIEWS)
+            raise RuntimeError(f'only the {seen} view was recorded; run the other one under ear.view("{missing}")')
+        raise RuntimeError(
+            "no forward was recorded. Call the model with grad enabled before each loss(), loss() once per forward; "
+            "a model that was compiled before attach() may have to be traced again: torch.compiler.reset()"
+        )
+
+    def begin(self, path: str) -> None:
+        """A forward starts; what an earlier one left is dropped."""
+        self.open = path
+        self.record = Record() if self.view is not None or torch.is_grad_enabled() else None
+        if self.view is None:
+            self.original = self.augmented = None
+            self.both = self.record
+        else:
+            self.both = None
+            if self.view == "original":
+                self.original = self.record
+            else:
+                self.augmented = self.record
+
+    def end(self, failed: bool) -> None:
+        """The forward has ended; a failed one leaves no record."""
+        if failed:
+            self.both = self.original = self.augmented = None
+        self.open = None
+        self.record = None
+
+
+class _Enter(ModelHook):
+    """Forward pre-hook of root and of the models that receive a mask.
+
+    A model inside begins a record by itself only when the root's forward is not running: peft, applied after attach(),
+    calls the ``forward`` of the root and so passes by its hooks.
+    """
+
+    def __init__(self, recorder: Recorder, path: str, module: nn.Module) -> None:
+        self.recorder, self.path = recorder, path
+        names = list(inspect.signature(module.forward).parameters)
+        self.position = names.index("attention_mask") if "attention_mask" in names else None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
+        recorder = self.recorder
+        if not recorder.attached:
+            return  # a compiled graph from before detach()
+        if "_is_replica" in module.__dict__:
+            raise RuntimeError(
+                "DataParallel runs replicas in threads that share one recorder; use DistributedDataParallel "
+                "(torchrun, accelerate launch), a single device, or ear.detach()"
+            )
+        if self.path == "" or recorder.open is None or recorder.open == self.path:
+            recorder.begin(self.path)
+        if recorder.record is not None:
+            mask = given.get("attention_mask")
+            if mask is None and self.position is not None and self.position < len(args):
+                mask = args[self.position]
+            recorder.record.masks[self.path] = mask
+
+
+class _Leave(ModelHook):
+    """Forward hook of the same modules, called with None where the forward raised."""
+
+    def __init__(self, recorder: Recorder, path: str) -> None:
+        self.recorder, self.path = recorder, path
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
+        if self.recorder.open == self.path:
+            self.recorder.end(failed=given is None)

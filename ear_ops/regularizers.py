@@ -1,0 +1,265 @@
+"""A loss, a place in a model, a weight: the regularisers, and :func:`attach`, which hangs them on a model.
+
+    ear = ear_ops.attach(model, [ear_ops.EmbeddingPush(1.0), ear_ops.AttentionPull(layer=6, weight=0.1)])
+    logits = model(**pair_batch).logits          # rows 0..B-1 are x, rows B..2B-1 are its augmentation x^a
+    loss = ear_ops.robust_cross_entropy(logits, labels) + ear.loss()
+
+Layers are counted from 1, as in Ding et al. (COLING 2022), "Enhancing Cross-lingual Transfer via Embedding-push,
+Attention-pull and Robust targets".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import functional
+from .attachment import Attachment
+from .capture import (
+    AttentionInputs,
+    HiddenStates,
+    Layout,
+    Recorder,
+    Site,
+    align_attention,
+    align_hidden,
+    unwrap,
+)
+from .reductions import REDUCTIONS
+
+Weight = float | Callable[[int], float]
+"""A number, or a function of the optimiser step, which is then given by ``ear.loss(step=...)``."""
+
+
+class Regularizer:
+    """Base class: subclasses say where they look (:meth:`site`) and what they make of it (:meth:`term`).
+
+    Args:
+        name: key of the term in ``ear.components()``; unique within one :func:`attach`.
+        weight: see :data:`Weight`.
+        reduction: one of :data:`ear_ops.reductions.REDUCTIONS` except ``"none"``.
+    """
+
+    def __init__(self, name: str, weight: Weight, reduction: str) -> None:
+        if not callable(weight) and not _is_finite_number(weight):
+            raise TypeError(f"weight: expected a finite number or a function of the step, got {weight!r}")
+        scalar = [known for known in REDUCTIONS if known != "none"]
+        if reduction not in scalar:
+            raise ValueError(
+                f"reduction: expected one that gives a scalar, {', '.join(map(repr, scalar))}; got {reduction!r}"
+            )
+        self.name = name
+        self.weight = weight
+        self.reduction = reduction
+
+    def site(self, layout: Layout) -> Site:
+        """The place to look at; raises where the model does not have it, and changes nothing."""
+        raise NotImplementedError
+
+    def term(self, view: Any, view_aug: Any | None) -> Tensor:
+        """The unweighted scalar of what the site read: both views in one ``[2B, ...]`` (``view_aug`` None), or two."""
+        raise NotImplementedError
+
+    def weight_at(self, step: int | None) -> float:
+        if not callable(self.weight):
+            return self.weight
+        if step is None:
+            raise TypeError(f"{self.name}: the weight is a function of the step; call ear.loss(step=...)")
+        weight = self.weight(step)
+        if not _is_finite_number(weight):
+            raise TypeError(f"{self.name}: expected the weight at step {step} to be a finite number, got {weight!r}")
+        return weight
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, weight={self.weight!r}, reduction={self.reduction!r})"
+
+
+class AttentionPull(Regularizer):
+    """Pull the attention of the two views together: mean squared error of their attention matrices (eq. 2).
+
+    The matrices are recomputed from Q and K inside a fused loss, so the model keeps its own attention kernel. They are
+    compared before attention dropout.
+
+    Args:
+        layer: block of the model, counted from 1; on an encoder-decoder the encoder's self-attention.
+        weight: see :data:`Weight`; 0.1 in the paper.
+        query, key: instead of ``layer``, for any ``nn.Module``: paths (as in ``model.named_modules()``) of the two
+            projections, whose outputs are ``[B, L, num_heads * D]``. Exact only where nothing but
+            ``softmax(Q K^T / sqrt(D))`` follows: no rotary embedding, causality or position bias.
+        num_heads, num_key_value_heads: how many heads ``query`` and ``key`` split into; the second is the first by
+            default.
+        reduction: see :mod:`ear_ops.reductions`, except ``"none"``.
+    """
+
+    def __init__(
+        self,
+        layer: int | None = None,
+        weight: Weight = 0.1,
+        *,
+        query: str | None = None,
+        key: str | None = None,
+        num_heads: int | None = None,
+        num_key_value_heads: int | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        by_path = (query, key, num_heads)
+        if layer is None:
+            if any(given is None for given in by_path):
+                raise TypeError(
+                    "AttentionPull: expected layer=, or query=, key= and num_heads= together, got "
+                    + (", ".join(f"{n}={g!r}" for n, g in zip(("query", "key", "num_heads"), by_path, strict=True)))
+                )
+        elif any(given is not None for given in (*by_path, num_key_value_heads)):
+            raise TypeError("AttentionPull: expected either layer= or query=, key= and num_heads=, got both")
+        else:
+            _check_count("layer", layer)
+        for argument, heads in (("num_heads", num_heads), ("num_key_value_heads", num_key_value_heads)):
+            if heads is not None:
+                _check_count(argument, heads)
+        if num_heads is not None and num_key_value_heads is not None and num_heads % num_key_value_heads:
+            raise ValueError(f"num_key_value_heads: expected a divisor of {num_heads} heads, got {num_key_value_heads}")
+        super().__init__(f"attention_pull.{query if layer is None else layer}", weight, reduction)
+        self.layer = layer
+        self.query, self.key = query, key
+        self.num_heads, self.num_key_value_heads = num_heads, num_key_value_heads
+
+    def site(self, layout: Layout) -> Site:
+        if self.layer is not None:
+            return layout.attention(self.layer)
+        assert self.query is not None and self.key is not None and self.num_heads is not None
+        return layout.projections(self.query, self.key, self.num_heads, self.num_key_value_heads)
+
+    def term(self, view: AttentionInputs, view_aug: AttentionInputs | None) -> Tensor:
+        query_aug = key_aug = mask_aug = query_mask_aug = bias_aug = None
+        if view_aug is not None:
+            view, view_aug = align_attention(view, view_aug, self.name)
+            query_aug, key_aug, mask_aug, query_mask_aug, bias_aug = view_aug[:5]
+        return functional.qk_attention_mse(
+            view.query,
+            view.key,
+            query_aug,
+            key_aug,
+            attention_mask=view.attention_mask,
+            attention_mask_aug=mask_aug,
+            query_mask=view.query_mask,
+            query_mask_aug=query_mask_aug,
+            attn_bias=view.attn_bias,
+            attn_bias_aug=bias_aug,
+            scale=view.scale,
+            is_causal=view.is_causal,
+            window=view.window,
+            softcap=view.softcap,
+            reduction=self.reduction,
+        )
+
+
+class EmbeddingPush(Regularizer):
+    """Push the mean-pooled embeddings of the two views apart: minus their squared distance (eq. 1).
+
+    It looks at what enters the first block: the embedding layer's output, LayerNorm and dropout included.
+
+    Args:
+        weight: see :data:`Weight`; 1.0 in the paper.
+        reduction: see :mod:`ear_ops.reductions`, except ``"none"``.
+        margin: the push has no lower bound; with a margin the term is minus the mean over pairs of ``min(d, margin)``,
+            d a pair's squared distance as ``reduction`` scales it (``"mean"``: over C); for ``"sum"`` minus the sum.
+    """
+
+    def __init__(self, weight: Weight = 1.0, *, reduction: str = "mean", margin: float | None = None) -> None:
+        super().__init__("embedding_push", weight, reduction)
+        if margin is not None and not (_is_finite_number(margin) and margin > 0):
+            raise ValueError(f"margin: expected None or a positive number, got {margin!r}")
+        self.margin = margin
+
+    def site(self, layout: Layout) -> Site:
+        return layout.embeddings()
+
+    def term(self, view: HiddenStates, view_aug: HiddenStates | None) -> Tensor:
+        if self.margin is None:
+            return -_pooled_distance(view, view_aug, self.reduction)
+        distances = _pooled_distance(view, view_aug, "none")  # [B]
+        if self.reduction in ("mean", "padded_mean"):
+            distances = distances / view.states.shape[2]
+        pushed = distances.clamp(max=self.margin).sum()
+        return -(pushed if self.reduction == "sum" else pushed / max(distances.numel(), 1))
+
+
+class SentencePull(Regularizer):
+    """Pull the mean-pooled hidden states of the two views together, after block ``layer`` (section 4.3).
+
+    Args:
+        layer: block of the model, counted from 1; its output is taken before any final norm of the model.
+        weight: see :data:`Weight`.
+        reduction: see :mod:`ear_ops.reductions`, except ``"none"``.
+    """
+
+    def __init__(self, layer: int, weight: Weight = 1.0, *, reduction: str = "mean") -> None:
+        _check_count("layer", layer)
+        super().__init__(f"sentence_pull.{layer}", weight, reduction)
+        self.layer = layer
+
+    def site(self, layout: Layout) -> Site:
+        return layout.hidden_states(self.layer)
+
+    def term(self, view: HiddenStates, view_aug: HiddenStates | None) -> Tensor:
+        return _pooled_distance(view, view_aug, self.reduction)
+
+
+def attach(model: nn.Module, regularizers: Iterable[Regularizer]) -> Attachment:
+    """Hang ``regularizers`` on ``model``; its own output stays bit for bit what it was.
+
+    Args:
+        model: any ``nn.Module``; ``torch.compile`` and ``DistributedDataParallel`` around it are looked through.
+        regularizers: :class:`AttentionPull`, :class:`EmbeddingPush`, :class:`SentencePull` or subclasses of
+            :class:`Regularizer`.
+
+    Returns:
+        An :class:`Attachment`; ``.loss()`` after each forward gives the regularisation loss.
+
+    Raises:
+        TypeError, ValueError: something does not fit the model; nothing has been changed then.
+    """
+    root = unwrap(model)
+    if isinstance(regularizers, Regularizer) or not isinstance(regularizers, Iterable):
+        raise TypeError(f"regularizers: expected a list of regularisers, got {regularizers!r}; put it in a list")
+    chosen = tuple(regularizers)
+    if not chosen:
+        raise ValueError("regularizers: expected at least one regulariser, got an empty list")
+    for regularizer in chosen:
+        if not isinstance(regularizer, Regularizer):
+            raise TypeError(f"regularizers: expected regularisers such as AttentionPull(layer=6), got {regularizer!r}")
+    names = [regularizer.name for regularizer in chosen]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"regularizers: expected each at most once, got {', '.join(repeated)} more than once")
+    layout = Layout(root)
+    recorder = Recorder(root, [regularizer.site(layout) for regularizer in chosen])
+    recorder.install()
+    return Attachment(recorder, chosen)
+
+
+def _pooled_distance(view: HiddenStates, view_aug: HiddenStates | None, reduction: str) -> Tensor:
+    states_aug = mask_aug = None
+    if view_aug is not None:
+        view, (states_aug, mask_aug) = align_hidden(view, view_aug)
+    return functional.pooled_distance(
+        view.states,
+        states_aug,
+        attention_mask=view.attention_mask,
+        attention_mask_aug=mask_aug,
+        reduction=reduction,
+    )
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_count(argument: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{argument}: expected an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{argument}: expected at least 1 (layers are counted from 1), got {value}")

@@ -1,0 +1,441 @@
+"""When something is recorded, how long it lives, and what attaching leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import warnings
+import weakref
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from ear_ops.regularizers import AttentionPull, EmbeddingPush, SentencePull, attach
+
+TERMS = (EmbeddingPush(0.5), AttentionPull(3, 3.0), SentencePull(2, 0.25))
+
+
+def hook_count(model):
+    return sum(
+        len(hooks) for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)
+    )
+
+
+def snapshot():
+    return dict(AttentionInterface()), AttentionInterface.get_interface
+
+
+def leave_no_trace(model, before):
+    assert hook_count(model) == 0
+    assert not any("_ear_taps" in m.__dict__ for m in model.modules())
+    assert snapshot() == before
+
+
+def test_loss_without_a_forward_names_the_layer(tools):
+    model = tools.build_model("bert")
+    with attach(model, TERMS) as ear:
+        with pytest.raises(RuntimeError, match=r"attention_pull\.3.*no forward was recorded"):
+            ear.loss()
+        model(**tools.build_batch())
+        ear.loss()
+        with pytest.raises(RuntimeError, match="no forward was recorded"):
+            ear.loss()  # popped: once per forward
+
+
+def test_odd_batch_raises_in_loss_not_in_forward(tools):
+    model = tools.build_model("bert")
+    with attach(model, TERMS) as ear:
+        model(**tools.build_batch(rows=5))
+        with pytest.raises(ValueError, match=r"embedding_push: expected an even batch.*got 5 rows"):
+            ear.loss()
+
+
+def test_evaluation_records_nothing_and_drops_what_was_left(tools):
+    model = tools.build_model("bert")
+    batch = tools.build_batch()
+    with attach(model, TERMS) as ear:
+        model(**batch)
+        with torch.no_grad():
+            model(**tools.build_batch(rows=5))
+        with pytest.raises(RuntimeError, match="no forward was recorded"):
+            ear.loss()
+        model.eval()
+        model(**batch)  # eval with grad is recorded
+        assert ear.loss().requires_grad
+
+
+def test_a_record_is_released_by_loss_and_by_the_next_forward(tools):
+    model = tools.build_model("bert")
+    seen = []
+
+    def remember(module, args, output):
+        seen.append(weakref.ref(output))
+
+    model.bert.encoder.layer[1].register_forward_hook(remember)
+    with attach(model, TERMS) as ear:
+        model(**tools.build_batch())
+        model(**tools.build_batch())
+        gc.collect()
+        assert seen[0]() is None and seen[1]() is not None
+        ear.loss().detach()
+        gc.collect()
+        assert seen[1]() is None
+
+
+def test_generate_is_untouched(tools):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48, pad_token_id=0
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    prompt = torch.randint(3, 60, (3, 5))
+    expected = model.generate(prompt, max_new_tokens=4, do_sample=False)
+    with attach(model, TERMS) as ear:
+        assert torch.equal(model.generate(prompt, max_new_tokens=4, do_sample=False), expected)
+        assert ear._recorder.record is None and ear._recorder.both is None
+
+
+def test_detach_leaves_no_trace(tools):
+    before = snapshot()
+    model = tools.build_model("bert")
+    ear = attach(model, TERMS)
+    assert snapshot() != before and hook_count(model) > 0
+    ear.detach()
+    leave_no_trace(model, before)
+    ear.detach()  # twice does nothing
+    leave_no_trace(model, before)
+    model(**tools.build_batch())
+    with pytest.raises(RuntimeError, match="detached"):
+        ear.loss()
+
+
+def test_context_manager_detaches_when_the_body_raises(tools):
+    before = snapshot()
+    model = tools.build_model("bert")
+    with pytest.raises(KeyError), attach(model, TERMS):
+        model(**tools.build_batch())
+        raise KeyError
+    leave_no_trace(model, before)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_attachments_detach_in_any_order(tools, first):
+    before = snapshot()
+    model = tools.build_model("bert")
+    batch = tools.build_batch()
+    ears = [attach(model, [AttentionPull(3, 1.0)]), attach(model, [AttentionPull(3, 2.0), AttentionPull(1)])]
+    model(**batch)
+    losses = [ear.loss() for ear in ears]
+    pull = ears[1].components()["attention_pull.3"]
+    assert torch.equal(losses[0], pull) and losses[1] > 2 * pull
+    ears[first].detach()
+    model(**batch)
+    assert torch.equal(ears[1 - first].loss(), losses[1 - first])
+    ears[1 - first].detach()
+    leave_no_trace(model, before)
+
+
+def test_two_models_at_once(tools):
+    models = [tools.build_model("bert", seed=seed) for seed in (0, 1)]
+    batch = tools.build_batch()
+    alone = []
+    for model in models:
+        with attach(model, TERMS) as ear:
+            model(**batch)
+            alone.append(ear.loss())
+    with attach(models[0], TERMS) as first, attach(models[1], TERMS) as second:
+        models[0](**batch)
+        models[1](**batch)
+        assert torch.equal(second.loss(), alone[1]) and torch.equal(first.loss(), alone[0])
+
+
+def test_two_models_in_two_threads(tools):
+    models = [tools.build_model("bert", seed=seed) for seed in (0, 1)]
+    batch = tools.build_batch()
+    results = {}
+
+    def work(index):
+        with attach(models[index], TERMS) as ear:
+            for _ in range(5):
+                models[index](**batch)
+                results.setdefault(index, []).append(float(ear.loss().detach()))
+
+    before = snapshot()
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert snapshot() == before
+    assert len(set(results[0])) == len(set(results[1])) == 1 and results[0] != results[1]
+
+
+def test_kernel_registered_while_attached_is_recorded_and_kept(tools):
+    sdpa = AttentionInterface()["sdpa"]
+    calls = []
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return sdpa(*args, **kwargs)
+
+    model = tools.build_model("bert")
+    batch = tools.build_batch()
+    ear = attach(model, TERMS)
+    model(**batch)
+    expected = ear.loss()
+    AttentionInterface.register("sdpa", counting)
+    try:
+        model(**batch)
+        assert len(calls) == 4
+        assert torch.equal(ear.loss(), expected)
+        ear.detach()
+        assert AttentionInterface()["sdpa"] is counting
+    finally:
+        AttentionInterface.register("sdpa", sdpa)
+
+
+def test_kernel_that_calls_another_counts_once(tools):
+    """A kernel that falls back to a registered one would report the same query twice."""
+
+    def falling_back(*args, **kwargs):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+    AttentionInterface.register("falling_back", falling_back)
+    transformers.AttentionMaskInterface.register("falling_back", transformers.masking_utils.sdpa_mask)
+    try:
+        model = tools.build_model("bert", "falling_back")
+        reference = tools.build_model("bert")
+        losses = []
+        for each in (model, reference):
+            with attach(each, TERMS) as ear:
+                each(**tools.build_batch())
+                losses.append(ear.loss())
+        assert torch.equal(*losses)
+    finally:
+        AttentionInterface._global_mapping.pop("falling_back")
+        transformers.AttentionMaskInterface._global_mapping.pop("falling_back")
+
+
+def test_exception_in_the_middle_of_a_forward(tools):
+    model = tools.build_model("bert")
+    batch = tools.build_batch()
+    with attach(model, TERMS) as ear:
+        model(**batch)
+        expected = ear.loss()
+        handle = model.classifier.register_forward_pre_hook(lambda module, args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**batch)
+        handle.remove()
+        model.bert(**batch)  # not a forward of the root; begins a record of its own, and ends it
+        model(**batch)
+        assert torch.equal(ear.loss(), expected)
+        handle = model.classifier.register_forward_pre_hook(lambda module, args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**batch)
+        handle.remove()
+        with pytest.raises(RuntimeError, match="no forward was recorded"):
+            ear.loss()
+
+
+def test_interrupted_forward_does_not_block_the_next(tools):
+    """No hook runs on KeyboardInterrupt."""
+    model = tools.build_model("bert")
+    batch = tools.build_batch()
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    with attach(model, TERMS) as ear:
+        model(**batch)
+        expected = ear.loss()
+        handle = model.bert.encoder.layer[2].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch)
+        handle.remove()
+        model(**batch)
+        assert torch.equal(ear.loss(), expected)
+
+
+def test_forward_that_passes_by_the_hooks_of_the_root(tools):
+    """peft calls ``model.forward``, not ``model(...)``, when it is applied after attach()."""
+    model = tools.build_model("bert")
+    batch = tools.build_batch()
+    with attach(model, TERMS) as ear:
+        model(**batch)
+        expected = ear.loss()
+        model.forward(**batch)
+        assert torch.equal(ear.loss(), expected)
+
+
+def test_views_need_each_other(tools):
+    model = tools.build_model("bert")
+    half = {name: tensor[:3] for name, tensor in tools.build_batch().items()}
+    with attach(model, TERMS) as ear:
+        with ear.view("original"):
+            model(**half)
+        with pytest.raises(RuntimeError, match=r"only the original view was recorded.*ear\.view\(\"augmented\"\)"):
+            ear.loss()
+        with pytest.raises(ValueError, match="expected one of 'original', 'augmented', got 'x'"), ear.view("x"):
+            pass
+        with pytest.raises(RuntimeError, match="'augmented' was opened inside 'original'"), ear.view("original"):  # noqa: SIM117
+            with ear.view("augmented"):
+                pass
+        with ear.view("original"):
+            model(**half)
+        model(**tools.build_batch())  # outside of views: both views in one batch, the rest is dropped
+        assert len(ear._recorder.take()) == 1
+
+
+def test_views_of_different_length_name_both_shapes(tools):
+    model = tools.build_model("bert")
+    with attach(model, [AttentionPull(3)]) as ear:
+        with ear.view("original"):
+            model(**tools.build_batch(rows=2, length=6))
+        with ear.view("augmented"):
+            model(**tools.build_batch(rows=2, length=8))
+        with pytest.raises(ValueError, match=r"\[2, 4, 6, 8\].*\[2, 4, 8, 8\]"):
+            ear.loss()
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
+def test_copies_are_plain_models(tools, how):
+    model = tools.build_model("bert")
+    batch = tools.build_batch()
+    with attach(model, TERMS) as ear:
+        logits = model(**batch).logits  # a record with tensors in the graph is being held
+        if how == "deepcopy":
+            copied = copy.deepcopy(model)
+        else:
+            buffer = io.BytesIO()
+            torch.save(model, buffer)
+            buffer.seek(0)
+            copied = torch.load(buffer, weights_only=False)
+        expected = ear.loss()
+        assert torch.equal(copied(**batch).logits, logits)
+        with pytest.raises(RuntimeError, match="no forward was recorded"):
+            ear.loss()  # the copy reports to nobody
+        with attach(copied, TERMS) as second:
+            copied(**batch)
+            assert torch.equal(second.loss(), expected)
+        model(**batch)
+        assert torch.equal(ear.loss(), expected)
+
+
+def test_pickle_does_not_know_ear_ops(tools):
+    """So that it loads in a process where ear_ops is not installed."""
+    model = tools.build_model("bert")
+    batch = tools.build_batch()
+    with attach(model, TERMS):
+        logits = model(**batch).logits
+        data = pickle.dumps(model)
+    assert b"ear_ops" not in data
+    assert torch.equal(pickle.loads(data)(**batch).logits, logits)
+
+
+def test_saving_is_untouched(tools, tmp_path):
+    model = tools.build_model("bert")
+    names = list(model.state_dict())
+    with attach(model, TERMS):
+        assert list(model.state_dict()) == names
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path)
+        assert hook_count(loaded) == 0
+        batch = tools.build_batch()
+        assert torch.equal(loaded.train()(**batch).logits, model(**batch).logits)
+
+
+def checkpointed_gradients(tools, use_reentrant):
+    model = tools.build_model("bert")
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    with attach(model, TERMS) as ear:
+        out = model(**tools.build_batch())
+        total = out.logits.square().sum() + ear.loss()
+        gradients = tools.gradients(model, total)
+        assert ear._recorder.both is None  # the recomputation is not taken for a forward
+    return gradients
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+def test_non_reentrant_checkpointing_is_exact(tools):
+    plain, checkpointed = checkpointed_gradients(tools, None), checkpointed_gradients(tools, False)
+    for name, gradient in plain.items():
+        assert torch.equal(checkpointed[name], gradient), name
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+def test_reentrant_checkpointing_raises(tools):
+    with pytest.raises(RuntimeError, match=r"attention_pull\.3: the layer ran without grad.*use_reentrant"):
+        checkpointed_gradients(tools, True)
+
+
+def test_constant_term_warns_once(tools):
+    model = tools.build_model("bert")
+    model.bert.embeddings.requires_grad_(False)
+    batch = tools.build_batch()
+    with attach(model, [EmbeddingPush(1.0), AttentionPull(3)]) as ear:
+        model(**batch)
+        with pytest.warns(UserWarning, match="embedding_push has no gradient") as caught:
+            loss = ear.loss()
+        assert len(caught) == 1 and caught[0].filename == __file__
+        assert loss.requires_grad  # the pull still trains
+        model(**batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ear.loss()
+
+
+def test_failing_to_attach_takes_off_what_was_hung_on(tools):
+    class Broken(SentencePull):
+        def site(self, layout):
+            site = super().site(layout)
+            site.install = lambda listener: 1 / 0
+            return site
+
+    before = snapshot()
+    model = tools.build_model("bert")
+    with pytest.raises(ZeroDivisionError):
+        attach(model, [*TERMS, Broken(4)])
+    leave_no_trace(model, before)
+
+
+def test_data_parallel_raises(tools):
+    model = tools.build_model("bert")
+    with pytest.raises(ValueError, match="DataParallel"):
+        attach(nn.DataParallel(model), TERMS)
+    with attach(model, TERMS):
+        replica = model._replicate_for_data_parallel()
+        with pytest.raises(RuntimeError, match="DataParallel"):
+            replica(**tools.build_batch())
+
+
+def test_a_layer_that_runs_twice_is_refused(tools):
+    class Twice(nn.Module):
+        def __init__(self, encoder):
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, **batch):
+            return self.encoder(**batch).logits + self.encoder(**batch).logits
+
+    model = Twice(tools.build_model("bert"))
+    with attach(model, [AttentionPull(3)]) as ear:
+        model(**tools.build_batch())
+        with pytest.raises(RuntimeError, match=r"attention_pull\.3: expected one call in a forward, got 2"):
+            ear.loss()
+
+
+def test_a_layer_that_is_skipped_is_named(tools):
+    model = tools.build_model("bert")
+    with attach(model, [AttentionPull(3)]) as ear:
+        layers = model.bert.encoder.layer
+        model.bert.encoder.layer = layers[:2]
+        model(**tools.build_batch())
+        with pytest.raises(RuntimeError, match=r"attention_pull\.3: the last forward did not come through here"):
+            ear.loss()

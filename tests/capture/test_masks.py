@@ -1,0 +1,141 @@
+"""Structure and padding read off whatever mask a model was given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ear_ops.capture.masks import Structure, attention_structure, dense_bias, padding_mask
+from ear_ops.capture.records import AttentionCall
+
+ROWS, LENGTH = 2, 6
+KEYS = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], dtype=torch.bool)
+LOWEST = torch.finfo(torch.float32).min
+
+
+def call_with(mask, implementation="sdpa", query_length=LENGTH, **keywords):
+    query, key = torch.randn(ROWS, 4, query_length, 8), torch.randn(ROWS, 2, LENGTH, 8)
+    return AttentionCall(implementation, nn.Identity(), query, key, key, mask, **keywords)
+
+
+def allowed(causal=False, window=None, keys=KEYS):
+    """Which key each query may attend to, entry by entry: [rows, 1, L, S]."""
+    table = torch.zeros(ROWS, 1, LENGTH, LENGTH, dtype=torch.bool)
+    for row in range(ROWS):
+        for i in range(LENGTH):
+            for j in range(LENGTH):
+                far = window is not None and abs(i - j) >= window
+                table[row, 0, i, j] = bool(keys[row, j]) and not far and not (causal and j > i)
+    return table
+
+
+def additive(table, lowest=LOWEST):
+    return torch.zeros(table.shape).masked_fill(~table, lowest)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 2, 4])
+@pytest.mark.parametrize("said_causal", [False, True])
+@pytest.mark.parametrize("convert", [lambda table: table, additive, lambda table: additive(table, float("-inf"))])
+def test_structure_is_found_whatever_the_module_says(causal, window, said_causal, convert):
+    call = call_with(convert(allowed(causal, window)), is_causal=said_causal, sliding_window=window)
+    assert attention_structure(call, KEYS, KEYS, "x") == Structure(causal, window)
+
+
+def test_window_that_no_keyword_names_is_dense():
+    call = call_with(allowed(window=2), is_causal=False)
+    assert attention_structure(call, KEYS, KEYS, "x").dense
+
+
+def test_batch_shorter_than_the_window_fits_both():
+    call = call_with(allowed(causal=True), is_causal=True, sliding_window=100)
+    assert attention_structure(call, KEYS, KEYS, "x") == Structure(True, 100)
+
+
+def test_padded_queries_do_not_matter():
+    table = allowed(causal=True)
+    table[1, :, 4:] = True  # what sdpa gets for rows that would otherwise attend to nothing
+    call = call_with(table, is_causal=True)
+    assert attention_structure(call, KEYS, KEYS, "x") == Structure(True)
+    assert attention_structure(call, KEYS, None, "x").dense
+
+
+def test_one_forbidden_entry_is_not_overlooked():
+    table = allowed()
+    table[0, 0, 5, 0] = False
+    call = call_with(table, is_causal=False)
+    structure = attention_structure(call, KEYS, KEYS, "x")
+    assert structure.dense and torch.equal(dense_bias(call, structure), table)
+
+
+def test_bias_folded_into_the_mask_is_passed_on():
+    mask = additive(allowed()) + torch.linspace(-3, 3, LENGTH)
+    call = call_with(mask, is_causal=False)
+    structure = attention_structure(call, KEYS, KEYS, "x")
+    assert structure.dense
+    bias = dense_bias(call, structure)
+    real = allowed().expand_as(bias)
+    assert torch.equal(bias[real], mask[real]) and bool((bias[~real] == float("-inf")).all())
+
+
+def test_position_bias_is_a_constant_and_joins_a_dense_mask():
+    position_bias = torch.randn(1, 4, LENGTH, LENGTH, requires_grad=True)
+    call = call_with(allowed(), is_causal=False, position_bias=position_bias)
+    bias = dense_bias(call, Structure())
+    assert torch.equal(bias, position_bias) and not bias.requires_grad
+    bias = dense_bias(call, Structure(dense=True))
+    assert torch.equal(bias, additive(allowed(), float("-inf")) + position_bias)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "mask", "expected"),
+    [
+        ("eager", None, Structure()),  # eager does what its mask says and nothing else
+        ("sdpa", None, Structure(True)),
+        ("flash_attention_2", None, Structure(True, 3)),
+        ("flash_attention_2", KEYS, Structure(True, 3)),
+    ],
+)
+def test_structure_without_a_four_dimensional_mask(implementation, mask, expected):
+    call = call_with(mask, implementation, is_causal=True, sliding_window=3)
+    assert attention_structure(call, KEYS, KEYS, "x") == expected
+
+
+def test_cached_keys_without_a_mask_are_refused():
+    call = call_with(None, query_length=2, is_causal=True)
+    with pytest.raises(ValueError, match="causal attention of 2 queries to 6 keys"):
+        attention_structure(call, None, None, "x")
+
+
+def test_mask_objects_are_refused():
+    with pytest.raises(ValueError, match=r"x: attention implementation 'flex_attention' got a mask object"):
+        attention_structure(call_with(object(), "flex_attention"), None, None, "x")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_padding_from_two_dimensions(dtype):
+    assert torch.equal(padding_mask(KEYS.to(dtype), allowed(causal=True), ROWS, LENGTH, "x"), KEYS)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_from_the_diagonal(causal):
+    for mask in (allowed(causal), additive(allowed(causal))):
+        assert torch.equal(padding_mask(mask, None, ROWS, LENGTH, "x"), KEYS)
+        assert torch.equal(padding_mask(None, mask, ROWS, LENGTH, "x"), KEYS)
+
+
+def test_no_padding():
+    assert padding_mask(None, None, ROWS, LENGTH, "x") is None
+
+
+@pytest.mark.parametrize("received", [KEYS[:, :4], KEYS[:1].expand(3, LENGTH)])
+def test_padding_of_another_shape_names_both(received):
+    with pytest.raises(ValueError, match=rf"x: .*\[2, 6\].*received \[{received.shape[0]}, {received.shape[1]}\]"):
+        padding_mask(received, None, ROWS, LENGTH, "x")
+
+
+@pytest.mark.parametrize("received", [{"full_attention": None}, torch.ones(2, 6, 6)])
+def test_padding_of_unknown_kind_is_refused(received):
+    with pytest.raises(ValueError, match="x: cannot tell padding"):
+        padding_mask(received, None, ROWS, LENGTH, "x")
