@@ -5,14 +5,19 @@ from __future__ import annotations
 from ._library import BackendUnavailableError
 from .functional import attention_mse, pooled_distance, qk_attention_mse, robust_cross_entropy
 from .losses import AttentionMSELoss, PooledDistanceLoss, QKAttentionMSELoss
+from .regularizers import AttentionPull, EmbeddingPush, SentencePull, attach
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionMSELoss",
+    "AttentionPull",
     "BackendUnavailableError",
+    "EmbeddingPush",
     "PooledDistanceLoss",
     "QKAttentionMSELoss",
+    "SentencePull",
+    "attach",
     "attention_mse",
     "pooled_distance",
     "qk_attention_mse",
