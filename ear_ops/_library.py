@@ -3,9 +3,9 @@
 Schemas and fakes are defined here once, for forward and backward operators, so that ``torch.compile`` and
 ``torch.library.opcheck`` cover both; the binaries only register implementations for their device.
 
-Both views come in one tensor (``*_aug`` None) or in two. ``key_mask`` is ``[2B, S]``, ``counted_queries`` ``[B, L]``, biases
-are expanded to ``[B, H, L, S]`` in the compute dtype, and a ``window`` of 0 means none. Backward operators return the
-gradients asked for by ``needs``, in the order of the inputs, and nothing else.
+Both views come in one tensor (``*_aug`` None) or in two. ``key_mask`` is ``[2B, S]``, ``counted_queries`` ``[B, L]``,
+biases are expanded to ``[B, H, L, S]`` in the compute dtype, and a ``window`` of 0 means none. Backward operators
+return the gradients asked for by ``needs``, in the order of the inputs, and nothing else.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ SCHEMAS = {
     ),
     "pooled_distance": "(Tensor hidden, Tensor? hidden_aug, Tensor? mask) -> (Tensor sums, Tensor difference)",
     "pooled_distance_backward": (
-        "(Tensor grad_sums, Tensor difference, Tensor hidden, Tensor? hidden_aug, Tensor? mask, bool[] needs) -> Tensor[]"
+        "(Tensor grad_sums, Tensor difference, Tensor hidden, Tensor? hidden_aug, Tensor? mask, bool[] needs) "
+        "-> Tensor[]"
     ),
 }
 
@@ -136,8 +137,8 @@ def why_unavailable(backend: str, op: str) -> str | None:
 def select_backend(requested: str | None, tensor: Tensor, op: str, unsupported: str | None = None) -> str:
     """The backend that runs ``op`` on ``tensor``: ``"reference"``, ``"cpu"`` or ``"cuda"``.
 
-    ``requested``: what the caller asked for, None for the environment's ``EAR_OPS_BACKEND``. ``unsupported``: why no kernel
-    can take this call, if so.
+    ``requested``: what the caller asked for, None for the environment's ``EAR_OPS_BACKEND``. ``unsupported``: why no
+    kernel can take this call, if so.
     """
     if requested is None:
         requested = os.environ.get("EAR_OPS_BACKEND") or "auto"

@@ -1,7 +1,7 @@
 """``torch.autograd.Function`` wrappers that pair each forward operator with its backward operator.
 
-Only the gradients asked for are worked out. Gradients of gradients are not on offer: the reference has them, so the error
-says to use it.
+Only the gradients asked for are worked out. Gradients of gradients are not on offer: the reference has them, so the
+error says to use it.
 """
 
 from __future__ import annotations

@@ -35,11 +35,12 @@ def lines() -> list[str]:
     if info is None:
         report.append("built         nothing (no compiler at install time, or EAR_OPS_BUILD=none); the reference runs")
     else:
-        report.append(f"built         {info['kernels']} kernels for torch {info['torch']} with compiler {info['compiler']}")
+        report.append(f"built         {info['kernels']} kernels for torch {info['torch']}, compiler {info['compiler']}")
         report.append(f"cpu builds    {info['cpu_isas']}")
         report.append(f"cuda builds   {info['cuda_architectures'] or 'none'}")
     for extension in (_extension.CPU, _extension.CUDA):
-        report.append(f"{extension.name + ' kernels':<13} {'' if extension.loaded else 'not available: '}{extension.reason}")
+        state = "" if extension.loaded else "not available: "
+        report.append(f"{extension.name + ' kernels':<13} {state}{extension.reason}")
     if _extension.CPU.loaded:
         report.append(f"cpu isa       {_cpu_isa()} (EAR_OPS_CPU_ISA={os.environ.get('EAR_OPS_CPU_ISA') or 'unset'})")
     if torch.cuda.is_available():

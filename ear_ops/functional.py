@@ -5,8 +5,8 @@ left out, as one tensor that holds both, x first: ``[2B, ...]``, with masks ``[2
 gradient out, which is the cheaper way for a model that runs both views in one batch.
 
 ``backend``: ``"auto"`` (compiled for the device, else the reference), ``"reference"``, ``"cpu"`` or ``"cuda"``; None
-reads the environment variable ``EAR_OPS_BACKEND`` and then means ``"auto"``. A backend that was asked for and cannot run
-raises :class:`ear_ops.BackendUnavailableError` with the reason.
+reads the environment variable ``EAR_OPS_BACKEND`` and then means ``"auto"``. A backend that was asked for and cannot
+run raises :class:`ear_ops.BackendUnavailableError` with the reason.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def qk_attention_mse(
     """Mean squared error between the attention matrices of two views, straight from Q and K.
 
     With ``P = softmax(scale * Q K^T + mask)`` and T the same of the augmented view: ``sum (P - T)^2``, reduced. This is
-    Attention-Pull (Ding et al. 2022, eq. 2); on compiled backends neither P nor T is ever materialised. The comparison is
-    of probabilities before any attention dropout.
+    Attention-Pull (Ding et al. 2022, eq. 2); on compiled backends neither P nor T is ever materialised. The comparison
+    is of probabilities before any attention dropout.
 
     Args:
         query: ``[B, H, L, D]``, or ``[2B, H, L, D]`` with both views.
@@ -54,8 +54,8 @@ def qk_attention_mse(
         attention_mask, attention_mask_aug: ``[B, S]`` bool or integer, 1 = real; masks keys.
         query_mask, query_mask_aug: ``[B, L]``; masks queries; by default ``attention_mask`` where L = S.
         attn_bias, attn_bias_aug: float (added to the scaled scores) or bool (True = attend), broadcastable to
-            ``[B, H, L, S]`` (``[2B, ...]``); ``attn_bias_aug=None`` means the same bias for both views. A constant: a bias
-            that requires grad raises.
+            ``[B, H, L, S]`` (``[2B, ...]``); ``attn_bias_aug=None`` means the same bias for both views. A constant: a
+            bias that requires grad raises.
         scale: 1/sqrt(D) by default.
         is_causal: mask the future, aligned to the bottom right.
         window: attend only to keys less than this many positions away.
@@ -65,8 +65,8 @@ def qk_attention_mse(
         backend: see the module.
 
     Returns:
-        A scalar, or ``[B, H]`` for ``"none"``; float32 (float64 for float64 inputs). A row without any real key is a zero
-        row in that view; NaN or infinity in real inputs propagates.
+        A scalar, or ``[B, H]`` for ``"none"``; float32 (float64 for float64 inputs). A row without any real key is a
+        zero row in that view; NaN or infinity in real inputs propagates.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -302,7 +302,7 @@ def _check_queries_and_keys(
 def _resolve_biases(
     bias: Tensor | None, bias_aug: Tensor | None, shape: tuple[int, int, int, int], stacked: bool, like: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Each view's bias expanded to ``[B, H, L, S]`` in the compute dtype; the second None where both share the first."""
+    """Each view's bias expanded to ``[B, H, L, S]`` in the compute dtype; the second None where both share it."""
     if bias is None:
         if bias_aug is not None:
             raise ValueError("attn_bias: expected a tensor because attn_bias_aug was given, got None")

@@ -9,7 +9,7 @@ from .reductions import check_reduction
 
 
 class QKAttentionMSELoss(nn.Module):
-    """:func:`ear_ops.functional.qk_attention_mse` with ``scale``, structure, ``softcap``, ``reduction``, ``backend`` fixed."""
+    """:func:`ear_ops.functional.qk_attention_mse` with scale, structure, softcap, reduction and backend fixed."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class QKAttentionMSELoss(nn.Module):
         attn_bias: Tensor | None = None,
         attn_bias_aug: Tensor | None = None,
     ) -> Tensor:
-        """``query`` ``[B, H, L, D]``, ``key`` ``[B, H_kv, S, D]`` and the augmented view, or both views ``[2B, ...]``."""
+        """``query`` ``[B, H, L, D]``, ``key`` ``[B, H_kv, S, D]`` and the augmented view, or both in ``[2B, ...]``."""
         return functional.qk_attention_mse(
             query,
             key,

@@ -63,8 +63,8 @@ def resolve_attention_masks(
 ) -> AttentionMasks:
     """Resolve the user's masks of an attention loss.
 
-    ``attention_mask`` ``[B, S]`` masks keys; ``query_mask`` ``[B, L]`` masks queries and is ``attention_mask`` by default
-    where L = S (``[2B, ...]`` where ``stacked``). ``count_padded_queries``: the reduction ``"padded_mean"``.
+    ``attention_mask`` ``[B, S]`` masks keys; ``query_mask`` ``[B, L]`` masks queries and is ``attention_mask`` by
+    default where L = S (``[2B, ...]`` where ``stacked``). ``count_padded_queries``: the reduction ``"padded_mean"``.
     """
     key_mask = join_views("attention_mask", attention_mask, attention_mask_aug, batch, key_length, stacked)
     both_queries = join_views("query_mask", query_mask, query_mask_aug, batch, query_length, stacked)

@@ -1,7 +1,7 @@
 """How the per-head and per-pair sums become a loss: five reductions, named the same for every loss of the package.
 
-Ding et al. (COLING 2022) print one normalisation, their released code computes another, and ``mse_loss`` is a third; all
-are on offer, by name, so that a result always says which one it used.
+Ding et al. (COLING 2022) print one normalisation, their released code computes another, and ``mse_loss`` is a third;
+all are on offer, by name, so that a result always says which one it used.
 
 ==================  =====================================================  ===================
 ``reduction``       attention losses                                       pooled losses
@@ -13,8 +13,8 @@ are on offer, by name, so that a result always says which one it used.
 ``"none"``          ``[B, H]`` sums                                        ``[B]`` sums
 ==================  =====================================================  ===================
 
-A query counts when it is real in both views, a key when it is real in at least one. Causality, windows and biases do not
-change the count. An empty count gives 0.
+A query counts when it is real in both views, a key when it is real in at least one. Causality, windows and biases do
+not change the count. An empty count gives 0.
 """
 
 from __future__ import annotations

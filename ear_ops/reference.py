@@ -25,8 +25,8 @@ def structure_mask(
 ) -> Tensor | None:
     """``[L, S]`` mask of a causal and/or windowed attention, None where every key may be attended to.
 
-    Query i sits at key position i + S - L (aligned to the bottom right). Causal: keys up to that position. A window of w:
-    keys less than w positions away.
+    Query i sits at key position i + S - L (aligned to the bottom right). Causal: keys up to that position. A window of
+    w: keys less than w positions away.
     """
     if not is_causal and window is None:
         return None
@@ -93,7 +93,7 @@ def attention_probabilities(
 def squared_difference_sums(attn: Tensor, attn_aug: Tensor, counted_queries: Tensor | None = None) -> Tensor:
     """``[B, H]`` sums over counted queries and all keys of ``(P - T)^2``; ``attn``, ``attn_aug``: ``[B, H, L, S]``.
 
-    ``counted_queries``: ``[B, L]`` bool. Keys that are padding have probability zero in their view and need no mask here.
+    ``counted_queries``: ``[B, L]`` bool. Keys that are padding have probability zero in their view and need no mask.
     """
     squared = (attn - attn_aug).square()
     if counted_queries is not None:
