@@ -1,0 +1,188 @@
+"""Prune a multilingual vocabulary, and with it the word embeddings, to what a set of texts uses.
+
+Of the 118 million parameters of multilingual-e5-small 96 million are word embeddings, most of them of pieces that no
+text of a task holds: they cost memory, optimiser state and the time of a dense update. On the given texts the pruned
+model computes the same, bit for bit. (Abdaoui et al., 2020, arXiv:2010.05609, prune multilingual BERT by language.)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 1024  # texts
+
+
+def prune_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Keep the pieces that `texts` use, the special tokens and all single characters; drop the rest.
+
+    The given texts are split as before, and the model's output on them does not change. Any other text still works, in
+    shorter pieces. Make the optimiser afterwards: the embeddings are new parameters.
+
+    Args:
+        model: changed in place; its input embeddings and what is tied to them or counts pieces shrinks.
+        tokenizer: a fast Unigram or WordPiece tokenizer; not changed.
+        texts: every text the model has to treat as before: training, validation and test.
+
+    Returns:
+        The same model, and a new tokenizer for it.
+
+    Raises:
+        ValueError: a tokenizer of another kind (BPE: merges build on each other), or one that is not the model's.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer: expected a fast tokenizer, got {type(tokenizer).__name__}")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    kind = state["model"]["type"]
+    if kind == "Unigram":
+        kept = _unigram_ids(state["model"], tokenizer, texts)
+    elif kind == "WordPiece":
+        kept = _wordpiece_ids(state["model"], tokenizer, texts)
+    else:
+        raise ValueError(f"tokenizer: expected a Unigram or WordPiece vocabulary, got {kind}, which cannot be pruned")
+    kept.update(token["id"] for token in state["added_tokens"])
+    kept.update(tokenizer.all_special_ids)
+    if tokenizer.pad_token_id is not None:
+        # The padding id must not move: RoBERTa and its kin count positions from it.
+        kept.update(range(tokenizer.pad_token_id + 1))
+
+    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if max(kept) >= rows:
+        raise ValueError(f"tokenizer: has token id {max(kept)}, but model embeds only {rows} ids; do they match?")
+    old_ids = sorted(kept)
+    new_ids = {old: new for new, old in enumerate(old_ids)}
+    pruned = _renumbered_tokenizer(state, tokenizer, new_ids)
+    _select_rows(model, torch.tensor(old_ids))
+    _renumber_configs(model, rows, new_ids)
+    logger.info("vocabulary pruned from %d to %d pieces", rows, len(old_ids))
+    return model, pruned
+
+
+def _unigram_ids(model: dict[str, Any], tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> set[int]:
+    # Unigram takes the segmentation with the highest sum of log-probabilities. Removing pieces only removes candidates:
+    # the best one, all of whose pieces stay, is still the best, and so is every beginning of it.
+    kept = {token for _, ids in _tokenized(tokenizer, texts) for token in ids}
+    scores = [score for _, score in model["vocab"]]
+    # An unknown character costs a fixed amount more than the least likely piece: that piece stays, so that cost does.
+    kept.add(scores.index(min(scores)))
+    for token, (piece, _) in enumerate(model["vocab"]):
+        if len(piece) == 1 or (model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", piece)):
+            kept.add(token)
+    return kept
+
+
+def _wordpiece_ids(model: dict[str, Any], tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> set[int]:
+    # WordPiece takes the longest piece that matches, again and again: the longest, being kept, stays the longest. A
+    # word that gets stuck is unknown as a whole; the pieces up to there stay too, else a shorter one might get past.
+    vocab, prefix = model["vocab"], model["continuing_subword_prefix"]
+    kept = {token for piece, token in vocab.items() if len(piece.removeprefix(prefix)) == 1}
+    for text, ids in _tokenized(tokenizer, texts):
+        kept.update(ids)
+        if tokenizer.unk_token_id in ids:
+            for word in _words(tokenizer.backend_tokenizer, text):
+                kept.update(_longest_matches(word, vocab, prefix))
+    return kept
+
+
+def _tokenized(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
+    """Each text, once, with its token ids, without special tokens and without truncation."""
+    remaining = iter(dict.fromkeys(texts))  # the premises of XNLI come three times
+    while batch := list(islice(remaining, _BATCH)):
+        yield from zip(batch, tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"], strict=True)
+
+
+def _words(backend: Tokenizer, text: str) -> list[str]:
+    normalized = backend.normalizer.normalize_str(text) if backend.normalizer is not None else text
+    if backend.pre_tokenizer is None:
+        return [normalized]
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]
+
+
+def _longest_matches(word: str, vocab: dict[str, int], prefix: str) -> Iterator[int]:
+    start = 0
+    while start < len(word):
+        for end in range(len(word), start, -1):
+            piece = (prefix if start > 0 else "") + word[start:end]
+            if piece in vocab:
+                yield vocab[piece]
+                start = end
+                break
+        else:
+            return
+
+
+def _renumbered_tokenizer(
+    state: dict[str, Any], tokenizer: PreTrainedTokenizerBase, new_ids: dict[int, int]
+) -> PreTrainedTokenizerFast:
+    """The tokenizer whose serialised form is `state`, reduced to the keys of `new_ids`."""
+    model = state["model"]
+    if model["type"] == "Unigram":
+        model["vocab"] = [entry for token, entry in enumerate(model["vocab"]) if token in new_ids]
+        model["unk_id"] = new_ids.get(model["unk_id"])
+    else:
+        model["vocab"] = {piece: new_ids[token] for piece, token in model["vocab"].items() if token in new_ids}
+    for token in state["added_tokens"]:
+        token["id"] = new_ids[token["id"]]
+    _renumber_post_processor(state["post_processor"], new_ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=tokenizer.model_input_names,
+        padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
+        **tokenizer.special_tokens_map,
+    )
+
+
+def _renumber_post_processor(processor: dict[str, Any] | None, new_ids: dict[int, int]) -> None:
+    if processor is None:
+        return
+    for nested in processor.get("processors", []):
+        _renumber_post_processor(nested, new_ids)
+    for token in processor.get("special_tokens", {}).values():  # TemplateProcessing
+        token["ids"] = [new_ids[old] for old in token["ids"]]
+    for name in ("sep", "cls"):  # BertProcessing and RobertaProcessing: (token, id)
+        if name in processor:
+            processor[name][1] = new_ids[processor[name][1]]
+
+
+def _select_rows(model: PreTrainedModel, rows: torch.Tensor) -> None:
+    """Keep `rows` ``[kept]`` of the input embeddings, of the output embeddings, and of whatever is tied to either."""
+    output = cast("nn.Linear | None", model.get_output_embeddings())
+    old = [cast(nn.Embedding, model.get_input_embeddings()).weight]
+    if output is not None:
+        old += [output.weight] if output.bias is None else [output.weight, output.bias]
+    new = {id(p): nn.Parameter(p.detach()[rows.to(p.device)], requires_grad=p.requires_grad) for p in old}
+    # Tied parameters are one object under several names: replacing it under each of them keeps the tie.
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) in new:
+                setattr(module, name, new[id(parameter)])
+        if isinstance(module, nn.Embedding):
+            module.num_embeddings = module.weight.shape[0]
+        if module is output:
+            module.out_features = len(rows)
+
+
+def _renumber_configs(model: PreTrainedModel, rows: int, new_ids: dict[int, int]) -> None:
+    """Put the new ids and the new size wherever a configuration, nested ones included, holds the old."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    for config in {id(config): config for config in configs if isinstance(config, PretrainedConfig)}.values():
+        if getattr(config, "vocab_size", None) == rows:
+            config.vocab_size = len(new_ids)
+        for name, value in list(vars(config).items()):
+            if name.endswith("_token_id") and value in new_ids:
+                setattr(config, name, new_ids[value])
