@@ -1,0 +1,1 @@
+"""The reference training script: configuration, methods, Trainer, evaluation, reports. Needs the extra `train`."""

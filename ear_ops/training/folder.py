@@ -1,0 +1,109 @@
+"""The folder of a run: which configuration it belongs to, how far it got, and that one process works in it.
+
+config.json                     the configuration, and the versions it started with
+checkpoints/checkpoint-N/       while training; each ends with its manifest
+model/                          the best checkpoint, when training is over
+training.json                   the log, the best step, what is to be said about the run
+results.json, results.md, predictions.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ear_ops.training.checkpoints import write_json
+from ear_ops.training.config import TrainConfig
+
+_OWN_FILES = {".lock", "config.json.tmp"}  # what a process that died at its very start may have left
+_PACKAGES = ("ear-ops", "torch", "transformers", "accelerate", "tokenizers")
+
+
+class RunFolderError(RuntimeError):
+    """The output folder belongs to something else, is in use, or does not hold what was asked for."""
+
+
+def claim(folder: Path, config: TrainConfig) -> None:
+    """Make `folder` the folder of a run with this configuration, or find that it is already.
+
+    Raises:
+        RunFolderError: it holds a run of another configuration (the message lists the settings that differ), or files
+            that no run wrote. Nothing is overwritten.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.json").exists():
+        others = sorted(path.name for path in folder.iterdir() if path.name not in _OWN_FILES)
+        if others:
+            raise RunFolderError(
+                f"{folder} is not empty and holds no run (it has {', '.join(others[:5])}): choose another --output-dir"
+            )
+        write_json(folder / "config.json", {"config": config.to_dict(), "versions": versions()})
+        return
+    saved, now = load_config(folder).to_dict(), config.to_dict()
+    differing = [name for name in now if saved[name] != now[name]]
+    if differing:
+        changes = "; ".join(f"{name}: {saved[name]!r} there, {now[name]!r} now" for name in differing)
+        raise RunFolderError(
+            f"{folder} holds a run of another configuration ({changes}): choose another --output-dir, or delete it"
+        )
+
+
+def load_config(folder: Path) -> TrainConfig:
+    """The configuration of a run; settings that are newer than the run have their defaults.
+
+    Raises:
+        RunFolderError: the folder holds no run.
+        ConfigError: the run has a setting that this version does not know.
+    """
+    if not (folder / "config.json").is_file():
+        raise RunFolderError(f"{folder} holds no run: there is no config.json in it")
+    return TrainConfig.from_dict(read_json(folder / "config.json")["config"], output_dir=str(folder))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second process out of the folder; the system lifts the lock when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows: there the user has to take care
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunFolderError(f"{folder} is in use by another process: wait for it, or stop it first") from None
+        yield
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on, and the number of threads, which decides the order of sums."""
+    import torch
+
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            from ear_ops import __version__
+
+            found[package] = f"{__version__} (not installed)" if package == "ear-ops" else "not installed"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    return {**found, "device": device}
+
+
+def read_json(path: Path) -> Any:
+    """Raises RunFolderError naming the file when it is not there or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunFolderError(f"{os.fspath(path)} is missing: the run is not finished") from None
+    except ValueError as error:
+        raise RunFolderError(f"{os.fspath(path)} is damaged: {error}") from None

