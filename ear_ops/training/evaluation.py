@@ -1,0 +1,96 @@
+"""Accuracy per language, with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from ear_ops.data.collator import PairCollator
+from ear_ops.data.pairs import PairExample, is_untranslated
+from ear_ops.data.views import PairViews
+
+
+def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927). Raises ValueError without items."""
+    if not 0 <= correct <= total or total == 0:
+        raise ValueError(f"expected 0 <= correct <= total and total > 0, got correct={correct}, total={total}")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = correct / total
+    center = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+class Score(NamedTuple):
+    correct: int
+    total: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% Wilson interval."""
+        return wilson_interval(self.correct, self.total)
+
+
+@dataclass(frozen=True)
+class LanguageScore:
+    """One row of the table. `translated` leaves out the rows without a translation (PAWS-X; else None)."""
+
+    language: str
+    all: Score
+    translated: Score | None
+
+
+def score(language: str, examples: Sequence[PairExample], predictions: Sequence[int], *, task: str) -> LanguageScore:
+    """Compare predictions with labels. The untranslated rows of PAWS-X count with the label in the file, as published;
+    beside it stands the accuracy without them."""
+    right = [prediction == example.label for prediction, example in zip(predictions, examples, strict=True)]
+    translated = None
+    if task == "pawsx":
+        kept = [hit for hit, example in zip(right, examples, strict=True) if not is_untranslated(example)]
+        translated = Score(sum(kept), len(kept))
+    return LanguageScore(language, Score(sum(right), len(right)), translated)
+
+
+@torch.inference_mode()
+def predict(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[PairExample],
+    *,
+    max_length: int = 128,
+    batch_size: int = 128,
+    bf16: bool = False,
+    progress: str | None = None,
+) -> list[int]:
+    """The label with the highest logit for each pair, in the order of `examples`.
+
+    Args:
+        model: a sequence classifier, logits [B, K]; it is put into evaluation mode.
+        bf16: run under bfloat16 autocast.
+        progress: a name for the progress bar; None shows none.
+    """
+    model.eval()
+    collate = PairCollator(tokenizer, max_length=max_length)
+    items = PairViews(examples, None, seed=0)
+    # Batches of like length pad little; the predictions go back to where the pairs were.
+    order = sorted(range(len(items)), key=lambda i: len(examples[i].text1) + len(examples[i].text2))
+    predictions = [0] * len(items)
+    for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None, leave=False):
+        rows = order[start : start + batch_size]
+        batch = {name: tensor.to(model.device) for name, tensor in collate([items[i] for i in rows]).items()}
+        del batch["labels"]
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            logits = model(**batch).logits  # [B, K]
+        for i, label in zip(rows, logits.argmax(-1).tolist(), strict=True):
+            predictions[i] = label
+    return predictions

@@ -1,0 +1,154 @@
+"""Results as tables: text for the terminal, Markdown and JSON for the folder of the run.
+
+`results` below is the dictionary in `results.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ear_ops.training.evaluation import LanguageScore, Score
+
+Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned with spaces, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [_aligned(header, widths), "  ".join("-" * width for width in widths)]
+    return "\n".join(lines + [_aligned(row, widths) for row in rows])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+
+
+def summarise(scores: Sequence[LanguageScore]) -> dict[str, Any]:
+    """Per-language accuracies and their averages, ready for JSON. Every language weighs the same in an average;
+    `average_other` leaves out English, the language trained on."""
+    accuracies = {entry.language: entry.all.accuracy for entry in scores}
+    others = [accuracy for language, accuracy in accuracies.items() if language != "en"]
+    summary: dict[str, Any] = {
+        "average": _mean(accuracies.values()),
+        "average_other": _mean(others),
+        "languages": {entry.language: _score_to_dict(entry.all) for entry in scores},
+    }
+    if any(entry.translated for entry in scores):
+        for entry in scores:
+            if entry.translated:
+                summary["languages"][entry.language]["translated"] = _score_to_dict(entry.translated)
+        summary["average_translated"] = _mean(entry.translated.accuracy for entry in scores if entry.translated)
+    return summary
+
+
+def results_text(results: dict[str, Any]) -> str:
+    """Title, table per language, notices, in plain text."""
+    warnings = [f"WARNING: {notice}" for notice in results["notices"]]
+    return "\n".join([_title(results), *warnings, "", _language_table(results, text_table), *_remarks(results)]) + "\n"
+
+
+def results_markdown(results: dict[str, Any]) -> str:
+    """The same in Markdown, with what the run was beside it."""
+    lines = [f"# {_title(results)}", ""]
+    for notice in results["notices"]:
+        lines += [f"> **Warning:** {notice}", ""]
+    lines += [_language_table(results, markdown_table), *_remarks(results)]
+    settings = [[name, str(value)] for name, value in results["config"].items() if value is not None]
+    versions = [[name, version] for name, version in results["versions"].items()]
+    lines += ["", "## Configuration", "", markdown_table(["setting", "value"], settings)]
+    lines += ["", "## Versions", "", markdown_table(["package", "version"], versions), ""]
+    return "\n".join(lines)
+
+
+def comparison(runs: Sequence[dict[str, Any]], table: Table = text_table) -> str:
+    """Runs by languages in one table, accuracies in percent; the languages that any of the runs has.
+
+    Raises:
+        ValueError: the runs were not scored on the same task and split.
+    """
+    for key in ("task", "split"):
+        values = sorted({run[key] for run in runs})
+        if len(values) != 1:
+            raise ValueError(f"runs of one {key} can be compared, got {', '.join(values)}")
+    languages = list(dict.fromkeys(language for run in runs for language in run["languages"]))
+    averages = {"average": "avg", "average_other": "avg w/o en", "average_translated": "avg w/o NS"}
+    shown = [key for key in averages if any(run.get(key) is not None for run in runs)]
+    header = ["run", *languages, *(averages[key] for key in shown)]
+    rows = []
+    for run, name in zip(runs, _run_names(runs), strict=True):
+        scores = [run["languages"].get(language) for language in languages]
+        cells = [_percent(score["accuracy"]) if score else "" for score in scores]
+        rows.append([name, *cells, *(_percent(run.get(key)) for key in shown)])
+    notes = [f"* collapsed: {run['notices'][0]}" for run in runs if run["collapsed"]]
+    return "\n".join([table(header, rows), *notes])
+
+
+def _language_table(results: dict[str, Any], table: Table) -> str:
+    scores = results["languages"]
+    translated = any("translated" in score for score in scores.values())
+    header = ["language", "accuracy", "95% interval", "items"]
+    header += ["without NS", "95% interval", "items"] if translated else []
+    rows = []
+    for language, score in scores.items():
+        row = [language, *_cells(score)]
+        rows.append(row + _cells(score["translated"]) if "translated" in score else row + [""] * (3 * translated))
+    rows.append(_average_row("average", results["average"], results.get("average_translated"), len(header)))
+    if results["average_other"] is not None and "en" in scores:
+        rows.append(_average_row("average without en", results["average_other"], None, len(header)))
+    return table(header, rows)
+
+
+def _average_row(name: str, accuracy: float, translated: float | None, width: int) -> list[str]:
+    row = [name, _percent(accuracy), "", ""] + [""] * (width - 4)
+    if translated is not None:
+        row[4] = _percent(translated)
+    return row
+
+
+def _remarks(results: dict[str, Any]) -> list[str]:
+    remarks = []
+    if results.get("replaced"):
+        remarks.append("Augmented view: " + results["replaced"]["summary"] + ".")
+    if results.get("best"):
+        best = results["best"]
+        accuracy = _percent(best["dev_accuracy"])
+        remarks.append(f"Checkpoint of step {best['step']} of {results['steps']}: best on English dev, {accuracy}.")
+    return [line for remark in remarks for line in ("", remark)]
+
+
+def _title(results: dict[str, Any]) -> str:
+    return f"{results['task']} {results['split']}, {_run_names([results])[0]}, {results['config']['model']}"
+
+
+def _run_names(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """`ear (paper), seed 1`; what all runs share besides the method is in their configurations."""
+    names = []
+    for run in runs:
+        preset = f" ({run['config']['preset']})" if run["regularised"] else ""
+        names.append(f"{run['config']['method']}{preset}, seed {run['config']['seed']}{' *' * run['collapsed']}")
+    return names
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first = cells[0].ljust(widths[0])
+    return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]).rstrip()
+
+
+def _score_to_dict(score: Score) -> dict[str, Any]:
+    low, high = score.interval
+    return {"accuracy": score.accuracy, "low": low, "high": high, "correct": score.correct, "total": score.total}
+
+
+def _cells(score: dict[str, Any]) -> list[str]:
+    return [_percent(score["accuracy"]), f"{_percent(score['low'])}-{_percent(score['high'])}", str(score["total"])]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None

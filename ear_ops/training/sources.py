@@ -1,0 +1,158 @@
+"""From a configuration to sentence pairs: what is trained on, with which augmented view, and what is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from ear_ops.data import (
+    PairExample,
+    PairViews,
+    SynonymAugmenter,
+    Task,
+    VariantGroup,
+    VariantViews,
+    available_languages,
+    get_task,
+    load_hub_split,
+    load_split,
+    load_synonyms,
+    one_row_per_variant,
+    read_variants,
+    write_variants,
+)
+from ear_ops.training.config import MINI, ConfigError, TrainConfig
+
+SOURCE_LANGUAGE = "en"
+
+
+@dataclass
+class TrainingData:
+    """The originals of a run with their views, and what there is to say about the augmentation."""
+
+    views: PairViews
+    groups: list[VariantGroup] | None  # from a variants file
+    replaced: dict[str, int | float | str] | None  # counts of the first epoch, where variants are drawn on the fly
+
+    @property
+    def labels(self) -> list[int]:
+        return [example.label for example in self.views.examples]
+
+    def texts(self, epochs: int) -> Iterator[str]:
+        """Every text that `epochs` passes over the data can show to a model."""
+        for example in self.views.examples:
+            yield from (example.text1, example.text2)
+        if self.groups is not None:
+            for group in self.groups:
+                yield from chain.from_iterable(group.variants)
+        elif self.views.augmenter is not None:
+            for epoch in range(epochs):
+                self.views.set_epoch(epoch)
+                for i in range(len(self.views)):
+                    yield from self.views[i]["augmented"]
+            self.views.set_epoch(0)
+
+
+def load_training_data(config: TrainConfig, two_views: bool) -> TrainingData:
+    """Read the training pairs. The originals are the same whether or not a method wants the augmented view.
+
+    Raises:
+        DataError: a file is missing or malformed.
+        ConfigError: two views are wanted and nothing says where the augmented one comes from.
+    """
+    task = get_task(config.task)
+    if config.variants_file is not None:
+        groups = read_variants(config.variants_file, task)[: config.max_train_examples]
+        if config.variants == "all":
+            groups = one_row_per_variant(groups)
+        if two_views:
+            return TrainingData(VariantViews(groups, seed=config.seed), groups, None)
+        return TrainingData(PairViews([group.original for group in groups]), None, None)
+    examples = _load(config, task, "train", SOURCE_LANGUAGE)[: config.max_train_examples]
+    if not two_views:
+        return TrainingData(PairViews(examples), None, None)
+    views = PairViews(examples, load_augmenter(config), seed=config.seed)
+    return TrainingData(views, None, _count_replaced(views))
+
+
+def load_augmenter(config: TrainConfig) -> SynonymAugmenter:
+    """The synonym dictionary of the configuration; the built-in data bring one along."""
+    path = config.synonyms
+    if path is None and config.data_dir == MINI:
+        from ear_ops.data.mini import mini_data_dir
+
+        path = str(mini_data_dir() / "synonyms.json")
+    if path is None:
+        raise ConfigError(
+            f"method {config.method!r} needs an augmented view of the training pairs: pass --synonyms with a "
+            "dictionary such as counterfitted_neighbors.json, or --variants-file with the output of `ear-ops augment`"
+        )
+    synonyms = load_synonyms(path, scale=config.dictionary_scale, seed=config.seed)
+    return SynonymAugmenter(synonyms, match=config.match)
+
+
+def load_split_of(config: TrainConfig, split: str, languages: list[str] | None = None) -> dict[str, list[PairExample]]:
+    """One split in several languages, English first; by default in all languages at hand.
+
+    Raises:
+        DataError: a language that was asked for is missing (the message names the files looked for), or all are.
+    """
+    task = get_task(config.task)
+    if languages is None:
+        languages = list(task.languages) if config.hub else available_languages(_data_dir(config), task, split)
+    # With nothing at hand, asking for English raises the error that lists where it was looked for.
+    return {language: _load(config, task, split, language) for language in languages or [SOURCE_LANGUAGE]}
+
+
+def evaluation_texts(config: TrainConfig) -> Iterator[str]:
+    """Every dev and test text at hand, in all languages."""
+    task = get_task(config.task)
+    for split in ("dev", "test"):
+        if config.hub or available_languages(_data_dir(config), task, split):
+            for example in chain.from_iterable(load_split_of(config, split).values()):
+                yield from (example.text1, example.text2)
+
+
+def write_variants_file(config: TrainConfig, path: str, num_variants: int | None = None) -> str:
+    """Write variants of the training pairs (`ear-ops augment`); returns a line that says what was written.
+
+    Args:
+        num_variants: of each pair; by default the paper's number, 3 for XNLI and 10 for PAWS-X.
+    """
+    task = get_task(config.task)
+    if num_variants is None:
+        num_variants = {"pawsx": 10}.get(task.name, 3)
+    examples = _load(config, task, "train", SOURCE_LANGUAGE)[: config.max_train_examples]
+    augmenter = load_augmenter(config)
+    lines = write_variants(path, examples, task, augmenter, num_variants, seed=config.seed)
+    return f"{path}: {lines:,} lines, {num_variants} variants of {len(examples):,} pairs; {augmenter.summary()}."
+
+
+def _load(config: TrainConfig, task: Task, split: str, language: str) -> list[PairExample]:
+    if config.hub:
+        return load_hub_split(task, split, language)
+    return load_split(_data_dir(config), task, split, language)
+
+
+def _data_dir(config: TrainConfig) -> str:
+    if config.data_dir == MINI:
+        from ear_ops.data.mini import mini_data_dir
+
+        return str(mini_data_dir())
+    assert config.data_dir is not None  # the configuration has been checked
+    return config.data_dir
+
+
+def _count_replaced(views: PairViews) -> dict[str, int | float | str]:
+    augmenter = views.augmenter
+    assert augmenter is not None
+    for i in range(len(views)):
+        views[i]
+    return {
+        "words": augmenter.words,
+        "found": augmenter.found,
+        "replaced": augmenter.replaced,
+        "share": augmenter.replaced_share,
+        "summary": augmenter.summary(),
+    }
