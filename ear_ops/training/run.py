@@ -1,0 +1,231 @@
+"""One run from its configuration to its table; started again, it goes on where it stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from ear_ops.data import PairCollator, PairViews, get_task
+from ear_ops.models.classifier import load_classifier
+from ear_ops.models.vocabulary import prune_vocabulary
+from ear_ops.training import checkpoints
+from ear_ops.training.config import ConfigError, TrainConfig
+from ear_ops.training.diagnosis import chance_level, collapse_notice, last_quarter
+from ear_ops.training.evaluation import predict, score
+from ear_ops.training.folder import RunFolderError, claim, load_config, locked, read_json, versions
+from ear_ops.training.methods import METHODS, Method
+from ear_ops.training.reports import results_markdown, summarise
+from ear_ops.training.sources import SOURCE_LANGUAGE, TrainingData, evaluation_texts, load_split_of, load_training_data
+from ear_ops.training.trainer import PairTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train, choose the checkpoint on English dev, score every language, and write all of it to the output folder.
+
+    A run that was interrupted continues from its newest complete checkpoint and ends with the same metrics; a
+    finished one is returned as it is.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        RunFolderError: the output folder belongs to another configuration or another process.
+        DataError: data are missing or malformed.
+        ConfigError: a setting cannot be used.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("ear-ops train runs in one process; for several, use ear_ops.training.trainer.PairTrainer")
+    folder = Path(config.output_dir)
+    with locked(folder):
+        claim(folder, config)
+        if (folder / "results.json").exists():
+            print(f"{folder} holds the finished run of this configuration: nothing to train.")
+            return read_json(folder / "results.json")
+        if not checkpoints.is_complete(folder / "model"):
+            _fit(config, folder)
+        if (folder / "checkpoints").exists():
+            checkpoints.remove(folder / "checkpoints")
+        return _evaluate(config, folder, config.eval_split)
+
+
+def evaluate(folder: str | Path, split: str | None = None, data_dir: str | None = None) -> dict[str, Any]:
+    """Score the model of a finished run once more, and write the tables (`results-SPLIT.*` for another split).
+
+    Args:
+        split: `dev` or `test`; by default that of the configuration.
+        data_dir: where the data are now; by default where they were.
+
+    Raises:
+        RunFolderError: the folder holds no run, or an unfinished one.
+        DataError: data are missing or malformed.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    if not checkpoints.is_complete(folder / "model"):
+        raise RunFolderError(f"{folder} holds no complete model: finish the run with `ear-ops train` first")
+    if data_dir is not None:
+        config.data_dir, config.hub = data_dir, False
+    with locked(folder):
+        return _evaluate(config, folder, split or config.eval_split)
+
+
+def _fit(config: TrainConfig, folder: Path) -> None:
+    """Train into `folder/model` and `folder/training.json`."""
+    method = METHODS[config.method](config)
+    data = load_training_data(config, method.two_views)
+    dev = load_split_of(config, "dev", [SOURCE_LANGUAGE])[SOURCE_LANGUAGE]
+    load_split_of(config, config.eval_split, config.language_list)  # a missing file should stop the run now
+    print(f"{len(data.views):,} training pairs, {len(dev):,} for choosing the checkpoint.")
+    if data.replaced:
+        print(f"Augmented view, first epoch: {data.replaced['summary']}.")
+
+    try:
+        model, tokenizer = _load_model(config, data)
+        trainer = _make_trainer(config, folder, method, model, tokenizer, data.views, dev)
+    except (ValueError, TypeError) as error:  # a layer, length, pooling or set of labels that this model does not have
+        raise ConfigError(str(error)) from error
+    for unfinished in checkpoints.remove_incomplete(folder / "checkpoints"):
+        print(f"{unfinished.name} was not finished and is not used.")
+    complete = checkpoints.complete_checkpoints(folder / "checkpoints")
+    if complete:
+        print(f"Resuming from {complete[-1].name}.")
+    try:
+        output = trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None)
+    finally:
+        trainer.detach()
+
+    state = trainer.state
+    terms = last_quarter(state.log_history, state.max_steps)
+    regularised = bool(method.regularizers())
+    notice = collapse_notice(terms, chance_level(data.labels), state.max_steps, regularised=regularised)
+    if notice:
+        logger.warning("%s", notice)
+    training = {
+        "steps": state.global_step,
+        "best": {"step": state.best_global_step, "dev_accuracy": state.best_metric},
+        "terms": terms,
+        "collapsed": notice is not None,
+        "notices": [notice] if notice else [],
+        "replaced": data.replaced,
+        "timing": {"seconds": output.metrics["train_runtime"], "resumed": bool(complete)},
+        "log": state.log_history,
+    }
+    checkpoints.write_json(folder / "training.json", training)
+    model.save_pretrained(folder / "model")  # the best one: the Trainer has loaded it
+    tokenizer.save_pretrained(folder / "model")
+    checkpoints.mark_complete(folder / "model")
+
+
+def _load_model(config: TrainConfig, data: TrainingData) -> tuple[Any, Any]:
+    set_seed(config.seed)  # the head's weights
+    labels = get_task(config.task).labels
+    model: Any
+    tokenizer: Any
+    pooling = cast("Literal['cls', 'mean'] | None", config.pooling)  # the configuration has checked it
+    model, tokenizer = load_classifier(config.model, len(labels), pooling=pooling, label_names=labels)
+    if config.prune_vocabulary:
+        before = len(tokenizer)
+        texts = {*data.texts(config.epochs), *evaluation_texts(config)}
+        model, tokenizer = prune_vocabulary(model, tokenizer, sorted(texts))
+        print(f"Vocabulary: {len(tokenizer):,} of {before:,} pieces kept.")
+    return model, tokenizer
+
+
+def _make_trainer(
+    config: TrainConfig, folder: Path, method: Method, model: Any, tokenizer: Any, views: PairViews, dev: list[Any]
+) -> PairTrainer:
+    on_cuda = torch.cuda.is_available()
+    args = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=config.warmup_ratio if config.warmup_ratio < 1 else 0.999,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=config.bf16,
+        use_cpu=config.bf16 and not on_cuda,
+        seed=config.seed,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,  # a loss that is not a number should be seen
+        eval_strategy="steps",  # the steps themselves are the Trainer's `Schedule`
+        save_strategy="steps",
+        eval_steps=10**9,
+        save_steps=10**9,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        greater_is_better=True,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_cuda,
+        report_to="none",
+    )
+    dev = sorted(dev, key=lambda example: len(example.text1) + len(example.text2))  # batches of like length pad little
+    return PairTrainer(
+        model,
+        args,
+        method,
+        train_dataset=views,
+        eval_dataset=PairViews(dev),
+        data_collator=PairCollator(tokenizer, max_length=config.max_length, padding=config.padding),
+        compute_metrics=lambda output: {"accuracy": float((output.predictions.argmax(-1) == output.label_ids).mean())},
+        evaluations_per_epoch=config.evaluations_per_epoch,
+        group_by_length=config.group_by_length,
+        processing_class=tokenizer,
+    )
+
+
+def _evaluate(config: TrainConfig, folder: Path, split: str) -> dict[str, Any]:
+    examples = load_split_of(config, split, config.language_list)
+    training = read_json(folder / "training.json")
+    task = get_task(config.task)
+    model: Any
+    model, tokenizer = load_classifier(str(folder / "model"), len(task.labels))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    predictions = {
+        language: predict(
+            model,
+            tokenizer,
+            pairs,
+            max_length=config.max_length,
+            batch_size=config.eval_batch_size,
+            bf16=config.bf16,
+            progress=f"{split} {language}",
+        )
+        for language, pairs in examples.items()
+    }
+    scores = [score(name, pairs, predictions[name], task=config.task) for name, pairs in examples.items()]
+    missing = [language for language in task.languages if language not in examples] if config.languages is None else []
+    results = {
+        "task": config.task,
+        "split": split,
+        "regularised": bool(METHODS[config.method](config).regularizers()),
+        "collapsed": training["collapsed"],
+        **summarise(scores),
+        "best": training["best"],
+        "steps": training["steps"],
+        "terms": training["terms"],
+        "replaced": training["replaced"],
+        "notices": training["notices"]
+        + ([f"no {split} data for {', '.join(missing)}: not in the averages"] if missing else []),
+        "config": config.to_dict(),
+        "versions": versions(),
+        "date": date.today().isoformat(),
+        "timing": training["timing"],
+    }
+    suffix = "" if split == config.eval_split else f"-{split}"
+    checkpoints.write_json(folder / f"predictions{suffix}.json", predictions)
+    checkpoints.write_atomically(folder / f"results{suffix}.md", results_markdown(results))
+    checkpoints.write_json(folder / f"results{suffix}.json", results)  # last: it says that the run is finished
+    return results

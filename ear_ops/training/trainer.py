@@ -1,0 +1,214 @@
+"""The Hugging Face Trainer with a `Method` for a loss, an order that all methods share, and safe checkpoints."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    import accelerate  # noqa: F401  (the Trainer's own message would name another package)
+except ModuleNotFoundError:
+    raise ModuleNotFoundError("training needs accelerate: pip install 'ear-ops[train]'", name="accelerate") from None
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ear_ops.regularizers import attach
+from ear_ops.training import checkpoints
+from ear_ops.training.methods import Method
+
+
+class EpochOrder(Sampler[int]):
+    """A permutation of the training pairs that depends on (seed, epoch) and the originals alone, so that every method
+    takes the same originals in the same step. It also tells the dataset the epoch, on which the drawn variants depend.
+
+    Args:
+        dataset: has a `set_epoch` and, for grouping, `examples`.
+        seed: of the permutation.
+        group_size: pairs a step, to make steps of pairs of like length, which pad less; None leaves the order random.
+    """
+
+    def __init__(self, dataset: Any, seed: int, group_size: int | None = None) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.group_size = group_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(f"order/{self.seed}/{self.epoch}")
+        order = _shuffled(list(range(len(self))), rng)
+        if self.group_size is None:
+            return iter(order)
+        examples, size, steps = self.dataset.examples, self.group_size, []
+        for start in range(0, len(order), size * STEPS_SORTED_TOGETHER):
+            window = order[start : start + size * STEPS_SORTED_TOGETHER]
+            window.sort(key=lambda i: len(examples[i].text1) + len(examples[i].text2), reverse=True)
+            steps += [window[i : i + size] for i in range(0, len(window), size)]
+        tail = [steps.pop()] if len(order) % size else []  # the step that is not full stays the last
+        return iter([i for step in _shuffled(steps, rng) + tail for i in step])
+
+
+STEPS_SORTED_TOGETHER = 50
+
+
+def _shuffled(items: list[Any], rng: random.Random) -> list[Any]:
+    """Unlike `random.shuffle`, the same in every version of Python."""
+    keys = [rng.random() for _ in items]
+    return [items[i] for i in sorted(range(len(items)), key=keys.__getitem__)]
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the order its epoch. Not left to the data loader, which passes it on or not, depending on its wrapping."""
+
+    def __init__(self, order: EpochOrder, steps_per_epoch: int) -> None:
+        self.order = order
+        self.steps_per_epoch = steps_per_epoch
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.order.set_epoch(state.global_step // self.steps_per_epoch)
+
+
+class Schedule(TrainerCallback):
+    """Evaluates and saves `evaluations_per_epoch` times an epoch, evenly, the last time at its end.
+
+    Each time the log is written first: a checkpoint then holds the log up to its step, nothing is pending, and a
+    resumed run reports the same means as one that was never interrupted.
+    """
+
+    def __init__(self, steps_per_epoch: int, evaluations_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        n = min(evaluations_per_epoch, steps_per_epoch)
+        self.points = {-(-steps_per_epoch * k // n) for k in range(1, n + 1)}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        due = (state.global_step - 1) % self.steps_per_epoch + 1 in self.points
+        control.should_evaluate = control.should_save = due
+        control.should_log = control.should_log or due
+
+
+class PairTrainer(Trainer):
+    """Trains with a `Method` on batches of pairs as `PairCollator` makes them.
+
+    Args:
+        method: makes the loss; its regularisers are attached to `model` until `detach()`.
+        train_dataset: items are originals with their augmented view (`PairViews`), with a `set_epoch`.
+        evaluations_per_epoch: evaluate `eval_dataset` and save so often, evenly, whatever the steps in `args` say; None
+            leaves both to `args`.
+        group_by_length: make steps of pairs of like length.
+
+    Raises:
+        ValueError: `args` would drop the augmented view (`remove_unused_columns`), split the pairs between processes
+            (`dispatch_batches`), use DataParallel, or delete checkpoints before the next one is complete
+            (`save_total_limit`).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        method: Method,
+        *,
+        train_dataset: Any,
+        evaluations_per_epoch: int | None = None,
+        group_by_length: bool = False,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
+        if args.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True drops the augmented view before the collator: pass False")
+        if getattr(args.accelerator_config, "dispatch_batches", None):
+            raise ValueError("dispatch_batches=True splits the pairs of a batch between processes: pass False")
+        if args.n_gpu > 1:
+            raise ValueError("the regularisers do not run under DataParallel: show one GPU, or start with torchrun")
+        if args.save_total_limit is not None:
+            raise ValueError("save_total_limit deletes a checkpoint before the next one is complete: pass None")
+        per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        order = EpochOrder(train_dataset, args.seed, per_step if group_by_length else None)
+        steps_per_epoch = -(-len(train_dataset) // per_step)
+        own: list[TrainerCallback] = [SetEpoch(order, steps_per_epoch)]
+        if evaluations_per_epoch is not None:
+            own.append(Schedule(steps_per_epoch, evaluations_per_epoch))
+        super().__init__(model, args, train_dataset=train_dataset, callbacks=[*own, *callbacks], **kwargs)
+        # The loss is a mean over the batch: the Trainer has to divide it by the accumulation steps itself, and must
+        # not take the model's **kwargs for a sign that it does so.
+        self.loss_is_scaled_for_ga = False
+        self.model_accepts_loss_kwargs = False
+        self.method = method
+        self.order = order
+        regularizers = method.regularizers()
+        self.attached = attach(model, regularizers) if regularizers else None
+        self._sums: dict[str, Tensor] = {}
+        self._steps_summed = 0
+
+    def detach(self) -> None:
+        """Take the regularisers off the model."""
+        if self.attached is not None:
+            self.attached.detach()
+            self.attached = None
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The method's loss in training mode, the cross-entropy alone in evaluation mode."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")  # [B], while the inputs may have 2B rows
+        if model.training:
+            step = self.method.step(model, inputs, labels, self.attached)
+            loss, outputs = step.loss, step.outputs
+            self._add(step.terms)
+        else:
+            outputs = model(**inputs)
+            loss = F.cross_entropy(outputs.logits, labels)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the loss terms since the last line of the training log."""
+        if "loss" in logs and self._steps_summed:
+            means = torch.stack(list(self._sums.values())) / self._steps_summed
+            means = self.accelerator.reduce(means, reduction="mean")
+            logs.update(zip(self._sums, means.tolist(), strict=True))  # the only transfer from the device
+            self._sums, self._steps_summed = {}, 0
+        super().log(logs, start_time)
+
+    def _add(self, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._steps_summed += 1
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> EpochOrder:
+        return self.order
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        progress = super()._init_training_state(*args, **kwargs)
+        if self.state.best_global_step:  # as a path from here: the folder of the run may have been moved
+            self.state.best_model_checkpoint = str(self._checkpoint(self.state.best_global_step))
+        return progress
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        checkpoints.mark_complete(self._checkpoint(self.state.global_step))
+        needed = {self._checkpoint(self.state.global_step), self._checkpoint(self.state.best_global_step)}
+        for folder in checkpoints.complete_checkpoints(self._checkpoint(0).parent):
+            if folder not in needed:
+                checkpoints.remove(folder)
+
+    def _checkpoint(self, step: int | None) -> Path:
+        return Path(str(self.args.output_dir)) / f"checkpoint-{step}"

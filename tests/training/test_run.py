@@ -1,0 +1,237 @@
+"""Whole runs of a tiny model: what is written, what is refused, what is said."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ear_ops.data import DataError
+from ear_ops.training import run
+from ear_ops.training.config import ConfigError
+from ear_ops.training.folder import RunFolderError, claim, locked
+
+
+def metrics(results: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a repeated run must reproduce to the last digit."""
+    return {name: value for name, value in results.items() if name not in ("date", "timing", "versions")}
+
+
+def test_a_run_writes_its_tables_configuration_and_model(make_config) -> None:
+    config = make_config(method="ear")
+    results = run.train(config)
+    folder = Path(config.output_dir)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
+        "config.json",
+        "model",
+        "predictions.json",
+        "results.json",
+        "results.md",
+        "training.json",
+    ]
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert json.loads((folder / "config.json").read_text())["config"] == config.to_dict()
+    assert {"python", "torch", "transformers", "accelerate"} <= set(results["versions"])
+
+    assert list(results["languages"]) == ["en", "de", "sw"]
+    predictions = json.loads((folder / "predictions.json").read_text())
+    labels = [i % 3 for i in range(15)]
+    for language, entry in results["languages"].items():
+        hits = sum(p == label for p, label in zip(predictions[language], labels, strict=True))
+        assert (entry["correct"], entry["total"], entry["accuracy"]) == (hits, 15, hits / 15)
+        assert entry["low"] < entry["accuracy"] < entry["high"]
+    accuracies = [entry["accuracy"] for entry in results["languages"].values()]
+    assert results["average"] == pytest.approx(sum(accuracies) / 3)
+    assert results["average_other"] == pytest.approx(sum(accuracies[1:]) / 2)
+
+    # The checkpoint is the best of the four on English dev, and it is the one that was scored.
+    training = json.loads((folder / "training.json").read_text())
+    on_dev = {line["step"]: line["eval_accuracy"] for line in training["log"] if "eval_accuracy" in line}
+    assert list(on_dev) == [4, 8, 12, 16]
+    assert results["best"]["dev_accuracy"] == max(on_dev.values()) == results["languages"]["en"]["accuracy"]
+    assert on_dev[results["best"]["step"]] == max(on_dev.values())
+    assert {"cross_entropy", "cross_entropy_augmented", "embedding_push", "attention_pull.1"} <= set(results["terms"])
+    assert "| en |" in (folder / "results.md").read_text()
+
+
+def test_the_best_checkpoint_is_kept_when_later_ones_are_worse(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_dev = iter([0.2, 0.9, 0.4, 0.3])
+    evaluate = run.PairTrainer.evaluate
+    weights: list[float] = []
+
+    def fake(self: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        weights.append(self.model.classifier.weight.sum().item())
+        return {**evaluate(self, *args, **kwargs), "eval_accuracy": next(on_dev)}
+
+    monkeypatch.setattr(run.PairTrainer, "evaluate", fake)
+    config = make_config()
+    results = run.train(config)
+    assert results["best"] == {"step": 8, "dev_accuracy": 0.9}
+    model, _ = run.load_classifier(str(Path(config.output_dir) / "model"), 3)
+    assert model.classifier.weight.sum().item() == pytest.approx(weights[1], abs=1e-6)
+    assert len({round(weight, 6) for weight in weights}) == 4
+
+
+@pytest.mark.parametrize("method", ["finetune", "rs-da", "ear"])
+def test_the_same_run_twice_gives_the_same_metrics(make_config, tmp_path: Path, method: str) -> None:
+    first = run.train(make_config(method=method, output_dir=str(tmp_path / "first")))
+    second = run.train(make_config(method=method, output_dir=str(tmp_path / "second")))
+    assert metrics(first) == metrics(second)
+    other = run.train(make_config(method=method, output_dir=str(tmp_path / "third"), seed=2))
+    assert other["terms"] != first["terms"]
+
+
+def test_a_tiny_model_learns_the_task(make_config) -> None:
+    settings = {"epochs": 10, "batch_size": 4, "learning_rate": 3e-3, "evaluations_per_epoch": 1}
+    results = run.train(make_config(method="finetune", **settings))
+    assert results["average"] > 0.9 and results["average_other"] > 0.9
+    assert not results["collapsed"] and results["notices"][0].startswith("no dev data for ar")
+
+
+def test_a_finished_run_is_returned_and_not_trained_again(make_config, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    results = run.train(make_config())
+    monkeypatch.setattr(run, "_fit", lambda *arguments: pytest.fail("trained again"))
+    monkeypatch.setattr(run, "_evaluate", lambda *arguments: pytest.fail("scored again"))
+    assert run.train(make_config()) == results
+    assert "finished run of this configuration" in capsys.readouterr().out
+
+
+def test_a_folder_of_another_configuration_is_refused_with_what_differs(make_config) -> None:
+    config = make_config(seed=1)
+    claim(Path(config.output_dir), config)
+    before = (Path(config.output_dir) / "config.json").read_bytes()
+    with pytest.raises(RunFolderError) as error:
+        run.train(make_config(seed=2, beta=0.5))
+    assert "beta: 0.1 there, 0.5 now" in str(error.value) and "seed: 1 there, 2 now" in str(error.value)
+    assert "alpha" not in str(error.value) and "--output-dir" in str(error.value)
+    assert (Path(config.output_dir) / "config.json").read_bytes() == before
+
+
+def test_a_setting_that_is_newer_than_the_run_has_its_default(make_config) -> None:
+    config = make_config()
+    folder = Path(config.output_dir)
+    claim(folder, config)
+    saved = json.loads((folder / "config.json").read_text())
+    del saved["config"]["warmup_ratio"]
+    (folder / "config.json").write_text(json.dumps(saved))
+    claim(folder, config)
+    with pytest.raises(RunFolderError, match=r"warmup_ratio: 0\.0 there, 0\.5 now"):
+        claim(folder, make_config(warmup_ratio=0.5))
+    saved["config"]["learnign_rate"] = 1
+    (folder / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match="unknown setting 'learnign_rate'"):
+        claim(folder, config)
+
+
+def test_a_folder_with_other_files_is_refused(make_config, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunFolderError, match=r"thesis\.tex"):
+        run.train(make_config())
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+
+
+def test_two_processes_do_not_share_a_folder(make_config, tmp_path: Path) -> None:
+    with locked(tmp_path / "run"), pytest.raises(RunFolderError, match="in use by another process"):
+        run.train(make_config())
+
+
+def test_evaluate_repeats_the_last_step(make_config, tmp_path: Path) -> None:
+    config = make_config()
+    trained = run.train(config)
+    (tmp_path / "run" / "results.json").unlink()
+    assert metrics(run.evaluate(config.output_dir)) == metrics(trained)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["average"] == trained["average"]
+    on_test = run.evaluate(config.output_dir, split="test")
+    assert on_test["split"] == "test" and (tmp_path / "run" / "results-test.md").exists()
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["split"] == "dev"
+
+
+def test_evaluate_needs_a_finished_run(make_config, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="no run"):
+        run.evaluate(tmp_path)
+    config = make_config()
+    claim(Path(config.output_dir), config)
+    with pytest.raises(RunFolderError, match="no complete model"):
+        run.evaluate(config.output_dir)
+
+
+@pytest.mark.parametrize("method", ["finetune", "ear"])
+def test_a_cross_entropy_stuck_at_chance_is_said_loudly(make_config, caplog, method: str) -> None:
+    config = make_config(method=method, learning_rate=0.0)
+    with caplog.at_level(logging.WARNING):
+        results = run.train(config)
+    assert results["collapsed"] is True
+    assert ("lower alpha/beta" in results["notices"][0]) == (method == "ear")
+    assert "cross-entropy stayed at chance" in caplog.text
+    folder = Path(config.output_dir)
+    assert "stayed at chance" in (folder / "results.md").read_text().split("| language |")[0]
+    assert json.loads((folder / "results.json").read_text())["collapsed"] is True
+
+
+def test_pawsx_shows_the_accuracy_without_untranslated_rows(tiny_model, make_config, tmp_path: Path) -> None:
+    folder = tmp_path / "pawsx"
+    folder.mkdir()
+    for name, rows in {"train-en": 16, "dev-en": 8, "dev-ko": 8}.items():
+        lines = [f"a{i % 8} b1\tc2 {'indeed' if i % 2 else 'never'}\t{i % 2}\n" for i in range(rows)]
+        (folder / f"{name}.tsv").write_text("".join(lines))
+    with open(folder / "dev-ko.tsv", "a") as file:
+        file.write("NS\ta1\t0\na1\tNS\t0\n")
+    results = run.train(make_config(task="pawsx", method="finetune", data_dir=str(tmp_path), epochs=1))
+    assert results["languages"]["ko"]["total"] == 10 and results["languages"]["ko"]["translated"]["total"] == 8
+    assert results["languages"]["en"]["translated"]["total"] == 8
+    assert "without NS" in (tmp_path / "run" / "results.md").read_text()
+
+
+def test_missing_data_are_noticed_before_training(make_config, data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"dev-fr\.tsv") as error:
+        run.train(make_config(languages="en,fr"))
+    assert "en, de, sw" in str(error.value)
+    with pytest.raises(DataError, match=r"train-en\.tsv"):
+        run.train(make_config(data_dir=str(tmp_path), output_dir=str(tmp_path / "other")))
+    with pytest.raises(ConfigError, match="--synonyms"):
+        run.train(make_config(synonyms=None, output_dir=str(tmp_path / "third")))
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"layer": 3}, "layer"), ({"max_length": 999}, "max_length")])
+def test_a_setting_that_the_model_does_not_have_is_named(make_config, changes: dict[str, int], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run.train(make_config(**changes))
+
+
+def test_words_replaced_are_counted_and_printed(make_config, capsys) -> None:
+    results = run.train(make_config(method="ear", epochs=1))
+    replaced = results["replaced"]
+    assert 0 < replaced["replaced"] < replaced["found"] < replaced["words"]
+    # Two of three draws of a word with two synonyms replace it.
+    assert replaced["replaced"] / replaced["found"] == pytest.approx(2 / 3, abs=0.15)
+    assert replaced["summary"] in capsys.readouterr().out
+
+
+def test_pruning_the_vocabulary_does_not_change_the_run(make_config, tmp_path: Path, capsys) -> None:
+    whole = run.train(make_config(output_dir=str(tmp_path / "whole"), max_train_examples=8))
+    pruned = run.train(make_config(output_dir=str(tmp_path / "pruned"), max_train_examples=8, prune_vocabulary=True))
+    assert "pieces kept" in capsys.readouterr().out
+    for name in ("languages", "best", "terms"):
+        assert pruned[name] == whole[name]
+    size = lambda name: (tmp_path / name / "model" / "model.safetensors").stat().st_size  # noqa: E731
+    assert size("pruned") < size("whole")
+
+
+def test_bf16_trains_and_scores_under_autocast(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predict, scored = run.predict, []
+
+    def spy(*args: Any, **kwargs: Any) -> list[int]:
+        scored.append(kwargs["bf16"])
+        return predict(*args, **kwargs)
+
+    monkeypatch.setattr(run, "predict", spy)
+    full = run.train(make_config(output_dir=str(tmp_path / "full"), epochs=1))
+    half = run.train(make_config(output_dir=str(tmp_path / "half"), epochs=1, bf16=True))
+    assert scored == [False] * 3 + [True] * 3
+    assert half["terms"]["cross_entropy"] == pytest.approx(full["terms"]["cross_entropy"], rel=0.02)
+    assert half["terms"] != full["terms"]
