@@ -14,7 +14,7 @@ namespace ear_ops {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor> qk_attention_mse(  // sums [B, H], row_stats [4, B, H, L]
+std::tuple<Tensor, Tensor> qk_attention_mse(  // sums [B, H], row_stats [6, B, H, L]
     const Tensor& query,                      // [B, H, L, D]
     const Tensor& key,                        // [B, H_kv, S, D]
     const OptionalTensor& query_aug,          // [B, H, L, D]
@@ -36,7 +36,7 @@ std::vector<Tensor> qk_attention_mse_backward(  // the gradients that `needs` na
     const OptionalTensor& attn_bias,            // [B, H, L, S]
     const OptionalTensor& attn_bias_aug,        // [B, H, L, S]
     double scale, bool is_causal, int64_t window,
-    const Tensor& row_stats,        // [4, B, H, L]
+    const Tensor& row_stats,        // [6, B, H, L]
     const c10::List<bool>& needs);  // query, key, query_aug, key_aug
 
 Tensor attention_mse(                        // [B, H]

@@ -71,7 +71,7 @@ def _like_needed(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list
 def _(query, key, query_aug, key_aug, key_mask, counted_queries, attn_bias, attn_bias_aug, scale, is_causal, window):  # type: ignore[no-untyped-def]
     batch, (_, heads, length, _) = _pairs(query, query_aug), query.shape
     dtype = compute_dtype(query.dtype)
-    return query.new_empty((batch, heads), dtype=dtype), query.new_empty((4, batch, heads, length), dtype=dtype)
+    return query.new_empty((batch, heads), dtype=dtype), query.new_empty((6, batch, heads, length), dtype=dtype)
 
 
 @torch.library.register_fake("ear_ops::qk_attention_mse_backward")

@@ -24,9 +24,12 @@ struct Row {
 
 template <typename A>
 struct RowStats {
-  A lse, lse_aug;  // log sum exp of the masked scores, -inf for a row without keys
-  A d, d_aug;      // sum P (P - T), sum T (T - P)
+  // P = exp(masked scores - max) * inverse; inverse is 0 for a row without keys. Not one log sum exp: with large scores
+  // its rounding alone would be more than the gradient may lose.
+  A max, max_aug, inverse, inverse_aug;
+  A d, d_aug;  // sum P (P - T), sum T (T - P)
 };
+constexpr int64_t kRowStats = 6;
 
 template <typename A>
 struct Kernels {

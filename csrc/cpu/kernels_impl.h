@@ -160,15 +160,15 @@ inline bool has_key(const A* bias, const Row<A>& row) {
   return false;
 }
 
-// scores <- exp(masked scores - max) in [from, to), *inverse <- 1 / their sum; returns log sum exp. A row without any
-// key becomes zeros with -inf; a real row of -inf scores becomes NaN, as a softmax does.
+// scores <- exp(masked scores - max) in [from, to), *inverse <- 1 / their sum. A row without any key becomes zeros with
+// an inverse of 0; a real row of -inf scores becomes NaN, as a softmax does.
 template <typename A>
-inline A exponentials(A* scores, const A* bias, const Row<A>& row, int64_t from, int64_t to, A* inverse) {
+inline void exponentials(A* scores, const A* bias, const Row<A>& row, int64_t from, int64_t to, A* max, A* inverse) {
   constexpr int64_t W = Vec<A>::lanes;
   if (!has_key(bias, row)) {
     if (to > from) memset(scores + from, 0, sizeof(A) * (to - from));
-    *inverse = 0;
-    return -INFINITY;
+    *max = *inverse = 0;
+    return;
   }
   auto best = vset<A>(-INFINITY);
   for (int64_t j = from; j < to; j += W) {
@@ -176,16 +176,14 @@ inline A exponentials(A* scores, const A* bias, const Row<A>& row, int64_t from,
     vstore<A>(scores + j, v);
     best = vmax<A>(v, best);
   }
-  const A max = vmax_lane<A>(best);
+  *max = vmax_lane<A>(best);
   typename Vec<A>::type total{};
   for (int64_t j = from; j < to; j += W) {
-    const auto e = vexp(vload<A>(scores + j) - max);
+    const auto e = vexp(vload<A>(scores + j) - *max);
     vstore<A>(scores + j, e);
     total += e;
   }
-  const A sum = vsum<A>(total);
-  *inverse = 1 / sum;
-  return max + (sizeof(A) == sizeof(float) ? static_cast<A>(logf(static_cast<float>(sum))) : static_cast<A>(log(sum)));
+  *inverse = 1 / vsum<A>(total);
 }
 
 template <typename A>
@@ -199,13 +197,12 @@ A forward_row(const Row<A>& row, RowStats<A>* stats) {
   constexpr int64_t W = Vec<A>::lanes;
   int64_t from, to;
   padded_range(row, &from, &to);
-  A inverse, inverse_aug;
-  stats->lse = exponentials(row.scores, row.bias, row, from, to, &inverse);
-  stats->lse_aug = exponentials(row.scores_aug, row.bias_aug, row, from, to, &inverse_aug);
+  exponentials(row.scores, row.bias, row, from, to, &stats->max, &stats->inverse);
+  exponentials(row.scores_aug, row.bias_aug, row, from, to, &stats->max_aug, &stats->inverse_aug);
   typename Vec<A>::type squared{}, d{}, d_aug{};
   for (int64_t j = from; j < to; j += W) {
-    const auto p = vload<A>(row.scores + j) * inverse;
-    const auto t = vload<A>(row.scores_aug + j) * inverse_aug;
+    const auto p = vload<A>(row.scores + j) * stats->inverse;
+    const auto t = vload<A>(row.scores_aug + j) * stats->inverse_aug;
     const auto difference = p - t;
     squared += difference * difference;
     d += p * difference;
@@ -221,11 +218,11 @@ void backward_row(const Row<A>& row, const RowStats<A>& stats, A gradient) {
   constexpr int64_t W = Vec<A>::lanes;
   int64_t from, to;
   padded_range(row, &from, &to);
-  const bool empty = stats.lse == -INFINITY, empty_aug = stats.lse_aug == -INFINITY;
+  const bool empty = stats.inverse == 0, empty_aug = stats.inverse_aug == 0;
   for (int64_t j = from; j < to; j += W) {
     auto p = typename Vec<A>::type{}, t = typename Vec<A>::type{};
-    if (!empty) p = vexp(masked_scores(row.scores, row.bias, row, j) - stats.lse);
-    if (!empty_aug) t = vexp(masked_scores(row.scores_aug, row.bias_aug, row, j) - stats.lse_aug);
+    if (!empty) p = vexp(masked_scores(row.scores, row.bias, row, j) - stats.max) * stats.inverse;
+    if (!empty_aug) t = vexp(masked_scores(row.scores_aug, row.bias_aug, row, j) - stats.max_aug) * stats.inverse_aug;
     const auto difference = p - t;
     vstore<A>(row.scores + j, gradient * p * (difference - stats.d));
     vstore<A>(row.scores_aug + j, gradient * t * (-difference - stats.d_aug));

@@ -22,6 +22,9 @@ constexpr const char* kOp = "qk_attention_mse";
 constexpr int64_t kBlock = 64;  // query rows whose scores are alive at a time
 constexpr int64_t kTile = 256;  // keys of one product
 
+template <typename A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
 struct Problem {
   int64_t pairs, heads, key_heads, queries, keys, dim;
   double scale;
@@ -109,7 +112,7 @@ struct Task {
     if (!masks_differ) return;
     for (int v = 0; v < 2; ++v)
       for (int64_t j = 0; j < columns; ++j)
-        work.mask_bias[v][j] = j < n_keys && real[v][work.key_index[j]] ? A(0) : -std::numeric_limits<A>::infinity();
+        work.mask_bias[v][j] = j < n_keys && real[v][work.key_index[j]] ? A(0) : -kInfinity<A>;
   }
 
   void pack_keys(int64_t b, int64_t key_head, bool backward) {
@@ -195,8 +198,8 @@ struct Task {
       const A* from = reinterpret_cast<const A*>(problem.bias[v].head(b, head)) +
                       work.query_index[first_query + i] * problem.bias[v].row_stride;
       for (int64_t j = tile_begin; j < tile_end; ++j) {
-        A value = j < n_keys ? from[work.key_index[j] * problem.bias_key_stride[v]] : A(0);
-        work.row_bias[v][j] = bias[v] ? value + bias[v][j] : value;
+        const bool real = j < n_keys && !(masks_differ && work.mask_bias[v][j] != 0);
+        work.row_bias[v][j] = real ? from[work.key_index[j] * problem.bias_key_stride[v]] : -kInfinity<A>;
       }
       bias[v] = work.row_bias[v];
     }
@@ -283,7 +286,8 @@ void forward(const Problem& p, Tensor& sums, Tensor& row_stats) {
           RowStats<A> s;
           total += task.table.forward_row(task.row(b, head, i), &s);
           A* at = stats + (b * p.heads + head) * p.queries + task.work.query_index[begin + i];
-          at[0] = s.lse, at[rows] = s.lse_aug, at[2 * rows] = s.d, at[3 * rows] = s.d_aug;
+          const A values[kRowStats] = {s.max, s.max_aug, s.inverse, s.inverse_aug, s.d, s.d_aug};
+          for (int64_t k = 0; k < kRowStats; ++k) at[k * rows] = values[k];
         }
       }
       sum[b * p.heads + head] = static_cast<A>(total);
@@ -314,7 +318,8 @@ void backward(const Problem& p, const Tensor& grad_sums, const Tensor& row_stats
         task.score_block(b, head, begin, true);
         for (int64_t i = 0; i < task.block_queries; ++i) {
           const A* at = stats + (b * p.heads + head) * p.queries + w.query_index[begin + i];
-          task.table.backward_row(task.row(b, head, i), {at[0], at[rows], at[2 * rows], at[3 * rows]}, gradient);
+          const RowStats<A> saved = {at[0], at[rows], at[2 * rows], at[3 * rows], at[4 * rows], at[5 * rows]};
+          task.table.backward_row(task.row(b, head, i), saved, gradient);
         }
         for (int v = 0; v < 2; ++v) {
           if (task.block_rows > task.block_queries)
@@ -392,7 +397,7 @@ std::tuple<Tensor, Tensor> qk_attention_mse(const Tensor& query, const Tensor& k
                                    scale, is_causal, window, keep_alive);
   const auto options = query.options().dtype(cpu::accumulator_of(query));
   Tensor sums = at::zeros({p.pairs, p.heads}, options);
-  Tensor row_stats = at::zeros({4, p.pairs, p.heads, p.queries}, options);
+  Tensor row_stats = at::zeros({cpu::kRowStats, p.pairs, p.heads, p.queries}, options);
   cpu::with_products(
       query, [&](auto* products) { cpu::forward<std::remove_pointer_t<decltype(products)>>(p, sums, row_stats); });
   return {sums, row_stats};
@@ -408,7 +413,7 @@ std::vector<Tensor> qk_attention_mse_backward(const Tensor& grad_sums, const Ten
   const auto p = cpu::make_problem(query, key, query_aug, key_aug, key_mask, counted_queries, attn_bias, attn_bias_aug,
                                    scale, is_causal, window, keep_alive);
   check_shape(cpu::kOp, "grad_sums", grad_sums, {p.pairs, p.heads});
-  check_shape(cpu::kOp, "row_stats", row_stats, {4, p.pairs, p.heads, p.queries});
+  check_shape(cpu::kOp, "row_stats", row_stats, {cpu::kRowStats, p.pairs, p.heads, p.queries});
   TORCH_CHECK_VALUE(needs.size() == 4, cpu::kOp, ": needs: expected 4 entries, got ", needs.size());
   // Rows that are left out keep the zeros; with nothing left out every element is written.
   const bool all_written = !key_mask && !counted_queries && p.keys > 0 && p.queries > 0;

@@ -4,7 +4,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <array>
+#include <functional>
 
 #include "../checks.h"
 #include "../ops.h"
@@ -82,7 +84,7 @@ class Workspaces {
     Arena measure(nullptr);
     W(measure, args...);
     stride_ = measure.used() + 64;
-    block_ = at::empty({stride_ * at::get_num_threads()}, at::kByte);
+    block_ = at::empty({stride_ * std::max(at::get_num_threads(), at::get_thread_num() + 1)}, at::kByte);
     make_ = [this, args...](int thread) {
       char* base = static_cast<char*>(block_.data_ptr()) + thread * stride_;
       Arena arena(base + (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64);
