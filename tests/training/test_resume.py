@@ -58,6 +58,20 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(run.PairTrainer, "training_step", dying)
 
 
+def die_when_marking(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Die when the folder `name` is about to be declared complete, with its weights half written."""
+    mark_complete = checkpoints.mark_complete
+
+    def dying(folder: Path) -> None:
+        if folder.name == name:
+            weights = folder / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:100])
+            raise Killed
+        mark_complete(folder)
+
+    monkeypatch.setattr(checkpoints, "mark_complete", dying)
+
+
 # Checkpoints are at 4, 8 (end of the first epoch), 12 and 16; the log is written every third step.
 @pytest.mark.parametrize(
     ("method", "step", "resumed"),
@@ -95,17 +109,8 @@ def test_a_half_written_folder_is_not_used(
 ) -> None:
     config = make_config(method="ear")
     expected = expect(undisturbed, config)
-    mark_complete = checkpoints.mark_complete
-
-    def dying(folder: Path) -> None:
-        if folder.name == name:
-            weights = folder / "model.safetensors"
-            weights.write_bytes(weights.read_bytes()[:100])
-            raise Killed
-        mark_complete(folder)
-
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(checkpoints, "mark_complete", dying)
+        die_when_marking(patch, name)
         run.train(config)
     capsys.readouterr()
     assert outcome(config) == expected
@@ -162,26 +167,36 @@ def test_the_best_checkpoint_survives_an_interruption_and_a_move(
     expected = outcome(make_config(output_dir=str(tmp_path / "undisturbed")))
     assert expected["results"]["best"] == {"step": 4, "dev_accuracy": 0.9}
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        die_at(patch, 14)
+        die_when_marking(patch, "model")
         run.train(make_config())
     kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert sorted(kept) == ["checkpoint-12", "checkpoint-4"], "the newest and the best, no others"
+    assert sorted(kept) == ["checkpoint-16", "checkpoint-4"], "the newest and the best, no others"
     (tmp_path / "run").rename(tmp_path / "moved")
     assert outcome(make_config(output_dir=str(tmp_path / "moved"))) == expected
 
 
+# The command line, with steps that leave time to kill it.
+SLOW_TRAINING = """
+import time
+from ear_ops import cli
+from ear_ops.training.trainer import PairTrainer
+step = PairTrainer.training_step
+PairTrainer.training_step = lambda *args, **kwargs: (time.sleep(0.05), step(*args, **kwargs))[1]
+cli.main()
+"""
+
+
 def test_kill_9(make_config, tmp_path: Path) -> None:
-    config = make_config(method="ear", epochs=5)
-    expected = outcome(make_config(method="ear", epochs=5, output_dir=str(tmp_path / "undisturbed")))
+    config = make_config(method="ear", epochs=4)
+    expected = outcome(make_config(method="ear", epochs=4, output_dir=str(tmp_path / "undisturbed")))
     arguments = [
         argument
         for name, value in {**config.to_dict(), "output_dir": config.output_dir}.items()
         if value is not None and value is not False
         for argument in (f"--{name.replace('_', '-')}", str(value))
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ear_ops.cli", "train", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    command = [sys.executable, "-c", SLOW_TRAINING, "train", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     folder = Path(config.output_dir) / "checkpoints"
     deadline = time.monotonic() + 300
     while not (folder / "checkpoint-8" / checkpoints.MANIFEST).exists():
