@@ -118,7 +118,8 @@ class TrainConfig:
                 _check_range(name, getattr(self, name), low=1)
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed"):
             _check_range(name, getattr(self, name), low=0)
-        _check_range("warmup_ratio", self.warmup_ratio, low=0, high=1)
+        if not 0 <= self.warmup_ratio < 1:
+            raise ConfigError(f"warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio!r}")
         if not 0 < self.dictionary_scale <= 1:
             raise ConfigError(f"dictionary_scale must be above 0 and at most 1, got {self.dictionary_scale!r}")
         if self.hub and self.data_dir is not None:
@@ -156,7 +157,6 @@ def _check_known(name: str, value: object, known: Any) -> None:
         raise ConfigError(f"unknown {name} {value!r}; known: {', '.join(sorted(known))}")
 
 
-def _check_range(name: str, value: float, low: float, high: float | None = None) -> None:
-    if not value >= low or (high is not None and value > high):
-        expected = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ConfigError(f"{name} must be {expected}, got {value!r}")
+def _check_range(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ConfigError(f"{name} must be at least {low}, got {value!r}")

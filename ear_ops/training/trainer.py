@@ -22,6 +22,8 @@ from ear_ops.regularizers import attach
 from ear_ops.training import checkpoints
 from ear_ops.training.methods import Method
 
+STEPS_SORTED_TOGETHER = 50  # few enough to leave the order random, many enough for steps of like length
+
 
 class EpochOrder(Sampler[int]):
     """A permutation of the training pairs that depends on (seed, epoch) and the originals alone, so that every method
@@ -58,9 +60,6 @@ class EpochOrder(Sampler[int]):
             steps += [window[i : i + size] for i in range(0, len(window), size)]
         tail = [steps.pop()] if len(order) % size else []  # the step that is not full stays the last
         return iter([i for step in _shuffled(steps, rng) + tail for i in step])
-
-
-STEPS_SORTED_TOGETHER = 50
 
 
 def _shuffled(items: list[Any], rng: random.Random) -> list[Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TrainerState, TrainingArguments
 
-from ear_ops.data import PairCollator, PairViews
+from ear_ops.data import PairCollator, PairExample, PairViews, SynonymAugmenter
 from ear_ops.models.classifier import load_classifier
 from ear_ops.training.methods import METHODS
 from ear_ops.training.sources import load_training_data
@@ -83,6 +83,28 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
 def test_order_is_pinned_so_that_published_runs_can_be_repeated() -> None:
     sampler = EpochOrder(PairViews([None] * 8), seed=1)
     assert list(sampler) == [5, 3, 1, 4, 6, 2, 0, 7]
+
+
+def test_grouping_makes_steps_of_like_length_and_keeps_the_rest_random() -> None:
+    lengths = [(37 * i) % 101 for i in range(403)]
+    examples = [PairExample("a" * (length // 2), "b" * (length - length // 2), 0) for length in lengths]
+
+    def steps(seed: int, epoch: int, views: PairViews) -> list[list[int]]:
+        sampler = EpochOrder(views, seed, group_size=8)
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert sorted(order) == list(range(403))
+        return [order[i : i + 8] for i in range(0, 403, 8)]
+
+    first = steps(1, 0, PairViews(examples))
+    assert [len(step) for step in first] == [8] * 50 + [3], "the step that is not full is the last"
+    spread = [max(lengths[i] for i in step) - min(lengths[i] for i in step) for step in first]
+    assert max(spread[:-1]) <= 4
+    means = [sum(lengths[i] for i in step) / 8 for step in first[:-1]]
+    assert means != sorted(means) and means != sorted(means, reverse=True)
+    augmented = PairViews(examples, SynonymAugmenter({"a": ["much longer words"]}))
+    assert steps(1, 0, augmented) == first, "the originals alone decide"
+    assert len({str(steps(seed, epoch, augmented)) for seed in (1, 2) for epoch in (0, 1)}) == 4
 
 
 def test_the_epoch_is_set_before_each_epoch_also_after_a_resume() -> None:

@@ -43,7 +43,7 @@ def test_the_offline_model_has_the_name_that_the_loader_knows() -> None:
         ({"match": "fuzzy"}, ["match", "normalised"]),
         ({"batch_size": 0}, ["batch_size", "at least 1", "0"]),
         ({"layer": 0}, ["layer", "at least 1"]),
-        ({"warmup_ratio": 1.5}, ["warmup_ratio", "between 0 and 1"]),
+        ({"warmup_ratio": 1.0}, ["warmup_ratio", "below 1"]),
         ({"dictionary_scale": 0.0}, ["dictionary_scale", "above 0"]),
         ({"learning_rate": float("nan")}, ["learning_rate"]),
         ({"data_dir": None}, ["--data-dir", "train-en.tsv", "mini", "--hub"]),
