@@ -21,8 +21,8 @@ def _scatter(gradients: Sequence[Tensor], needs: Sequence[bool], inputs: int) ->
     return (*placed, *[None] * (inputs - len(placed)))
 
 
-def _no_double_backward(op: str, grad: Tensor) -> None:
-    if torch.is_grad_enabled() and grad.requires_grad:
+def _no_double_backward(op: str) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # grad mode is on in backward only for this
         raise RuntimeError(
             f"{op}: its kernels have no second derivative (backward was called with create_graph=True); "
             f"use backend='reference'"
@@ -45,7 +45,7 @@ class QKAttentionMSE(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        _no_double_backward("qk_attention_mse", grad_sums)
+        _no_double_backward("qk_attention_mse")
         *tensors, row_stats = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
         gradients = torch.ops.ear_ops.qk_attention_mse_backward(grad_sums, *tensors, *ctx.options, row_stats, needs)
@@ -65,7 +65,7 @@ class AttentionMSE(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        _no_double_backward("attention_mse", grad_sums)
+        _no_double_backward("attention_mse")
         needs = list(ctx.needs_input_grad[:2])
         gradients = torch.ops.ear_ops.attention_mse_backward(grad_sums, *ctx.saved_tensors, needs)
         return _scatter(gradients, needs, len(ctx.saved_tensors))
@@ -85,7 +85,7 @@ class PooledDistance(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        _no_double_backward("pooled_distance", grad_sums)
+        _no_double_backward("pooled_distance")
         *inputs, difference = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
         gradients = torch.ops.ear_ops.pooled_distance_backward(grad_sums, difference, *inputs, needs)

@@ -224,6 +224,8 @@ def robust_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         A scalar in the dtype of ``logits``.
     """
+    if labels.dim() not in (1, 2):
+        raise ValueError(f"labels: expected [B] class indices or [B, K] probabilities, got {list(labels.shape)}")
     if logits.dim() != 2 or logits.shape[0] != 2 * labels.shape[0]:
         raise ValueError(
             f"logits: expected [2B, K] with both views of the B = {labels.shape[0]} examples in labels, x first, "

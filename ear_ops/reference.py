@@ -45,6 +45,7 @@ def attention_probabilities(
     key: Tensor,
     key_mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
+    query_mask: Tensor | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
@@ -53,11 +54,14 @@ def attention_probabilities(
 ) -> Tensor:
     """``softmax(scale * Q K^T + mask)`` of one view, a row without any key to attend to being zero.
 
+    What masked positions hold is nobody's business, not even when it is NaN: it reaches neither values nor gradients.
+
     Args:
         query: ``[B, H, L, D]``.
         key: ``[B, H_kv, S, D]``, H a multiple of H_kv (grouped-query attention).
         key_mask: ``[B, S]`` bool, True = real.
         attn_bias: float (added) or bool (True = attend), broadcastable to ``[B, H, L, S]``; ``-inf`` masks.
+        query_mask: ``[B, L]`` bool; the rows of other queries are zero.
         scale: 1/sqrt(D) by default.
         softcap: ``c * tanh(scores / c)`` before bias and mask (Gemma 2).
 
@@ -66,8 +70,10 @@ def attention_probabilities(
     """
     dtype = compute_dtype(query.dtype)
     query, key = query.to(dtype), key.to(dtype)
-    if key_mask is not None:  # what a padded key holds is nobody's business, not even when it is NaN
+    if key_mask is not None:
         key = key.masked_fill(~key_mask[:, None, :, None], 0.0)
+    if query_mask is not None:
+        query = query.masked_fill(~query_mask[:, None, :, None], 0.0)
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -78,6 +84,9 @@ def attention_probabilities(
     allowed = structure_mask(query.shape[2], key.shape[2], is_causal, window, query.device)
     if key_mask is not None:
         real = key_mask[:, None, None, :]
+        allowed = real if allowed is None else allowed & real
+    if query_mask is not None:
+        real = query_mask[:, None, :, None]
         allowed = real if allowed is None else allowed & real
     if attn_bias is not None:
         attend = attn_bias if attn_bias.dtype == torch.bool else attn_bias != -math.inf
@@ -95,10 +104,10 @@ def squared_difference_sums(attn: Tensor, attn_aug: Tensor, counted_queries: Ten
 
     ``counted_queries``: ``[B, L]`` bool. Keys that are padding have probability zero in their view and need no mask.
     """
-    squared = (attn - attn_aug).square()
-    if counted_queries is not None:
-        squared = squared.masked_fill(~counted_queries[:, None, :, None], 0.0)
-    return squared.sum(dim=(-2, -1))
+    difference = attn - attn_aug
+    if counted_queries is not None:  # before squaring, so that NaN in a row that does not count has no gradient
+        difference = difference.masked_fill(~counted_queries[:, None, :, None], 0.0)
+    return difference.square().sum(dim=(-2, -1))
 
 
 def qk_attention_mse(
@@ -126,15 +135,11 @@ def qk_attention_mse(
         counted_queries: ``[B, L]`` bool, the rows that enter the sum.
         attn_bias, attn_bias_aug: of each view, see :func:`attention_probabilities`, as for the rest.
     """
-    if (
-        counted_queries is not None
-    ):  # as for padded keys: a row that does not count must not spoil dK, even if it is NaN
-        uncounted = ~counted_queries[:, None, :, None]
-        query, query_aug = query.masked_fill(uncounted, 0.0), query_aug.masked_fill(uncounted, 0.0)
     options = {"scale": scale, "is_causal": is_causal, "window": window, "softcap": softcap}
-    attn = attention_probabilities(query, key, key_mask, attn_bias, **options)  # type: ignore[arg-type]
-    attn_aug = attention_probabilities(query_aug, key_aug, key_mask_aug, attn_bias_aug, **options)  # type: ignore[arg-type]
-    return squared_difference_sums(attn, attn_aug, counted_queries)
+    rows = counted_queries  # the others are zero in both views
+    attn = attention_probabilities(query, key, key_mask, attn_bias, rows, **options)  # type: ignore[arg-type]
+    attn_aug = attention_probabilities(query_aug, key_aug, key_mask_aug, attn_bias_aug, rows, **options)  # type: ignore[arg-type]
+    return squared_difference_sums(attn, attn_aug)
 
 
 def attention_mse(

@@ -56,8 +56,8 @@ struct Kernels {
   // grad_a = gradient (a - b), grad_b = -gradient (a - b), zero where that view is masked; either may be null.
   void (*difference_gradient)(const void* a, const void* b, Kind kind, const uint8_t* mask, const uint8_t* mask_aug,
                               int64_t n, A gradient, void* grad_a, void* grad_b);
-  // total [n] += src [n].
-  void (*add_row)(const void* src, Kind kind, int64_t n, A* total);
+  // total [n] += src [n], in double: a plain float32 sum over many tokens loses more than the error rule allows.
+  void (*add_row)(const void* src, Kind kind, int64_t n, double* total);
   // dst [n] = factor * src [n].
   void (*scale_row)(const A* src, A factor, int64_t n, Kind kind, void* dst);
 };

@@ -282,7 +282,7 @@ void difference_gradient(const void* a, const void* b, Kind kind, const uint8_t*
 }
 
 template <typename A>
-void add_row(const void* src, Kind kind, int64_t n, A* total) {
+void add_row(const void* src, Kind kind, int64_t n, double* total) {
   with_storage<A>(kind, [&](auto* storage) {
     const auto* x = same_type(storage, src);
     for (int64_t j = 0; j < n; ++j) total[j] += to_float(x[j]);

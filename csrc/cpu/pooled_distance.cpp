@@ -55,18 +55,21 @@ void forward(const Hidden& h, Tensor& sums, Tensor& difference) {
   A* sum = sums.data_ptr<A>();
   A* means = difference.data_ptr<A>();
   at::parallel_for(0, h.pairs, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> total(h.features);
+    std::vector<double> total(h.features), mean(h.features);
     for (int64_t b = begin; b < end; ++b) {
       A* out = means + b * h.features;
       for (int v = 0; v < 2; ++v) {
-        std::fill(total.begin(), total.end(), A(0));
+        std::fill(total.begin(), total.end(), 0.0);
         for (int64_t i = 0; i < h.length; ++i)
           if (h.real(v, b, i)) table.add_row(h.row(v, b, i), h.kind, h.features, total.data());
-        const A count = static_cast<A>(std::max<int64_t>(h.count(v, b), 1));
-        for (int64_t c = 0; c < h.features; ++c) out[c] = v == 0 ? total[c] / count : out[c] - total[c] / count;
+        const double count = static_cast<double>(std::max<int64_t>(h.count(v, b), 1));
+        for (int64_t c = 0; c < h.features; ++c) mean[c] = v == 0 ? total[c] / count : mean[c] - total[c] / count;
       }
       double squared = 0;
-      for (int64_t c = 0; c < h.features; ++c) squared += static_cast<double>(out[c]) * out[c];
+      for (int64_t c = 0; c < h.features; ++c) {
+        squared += mean[c] * mean[c];
+        out[c] = static_cast<A>(mean[c]);
+      }
       sum[b] = static_cast<A>(squared);
     }
   });
