@@ -144,7 +144,7 @@ class _Enter(ModelHook):
                 "DataParallel runs replicas in threads that share one recorder; use DistributedDataParallel "
                 "(torchrun, accelerate launch), a single device, or ear.detach()"
             )
-        if self.path == "" or recorder.open is None or recorder.open == self.path:
+        if recorder.open is None or recorder.open == self.path:  # the latter: an interrupted forward never ended
             recorder.begin(self.path)
         if recorder.record is not None:
             mask = given.get("attention_mask")

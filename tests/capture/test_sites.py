@@ -1,0 +1,79 @@
+"""What a site makes of a record: one structure per mask, one dtype per view."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ear_ops.capture import AttentionInputs, AttentionSite, HiddenStates, Record, align_attention, align_hidden
+from ear_ops.capture.records import AttentionCall
+
+
+def recorded(length, allowed, received, dtypes=(torch.float32, torch.float32)):
+    """A record of one call of two rows, whose mask is ``allowed`` [L, L] for both; ``received``: the model's mask."""
+    record = Record()
+    record.masks[""] = received
+    query, key = (torch.randn(2, 4, length, 8, dtype=dtype) for dtype in dtypes)
+    mask = None if allowed is None else allowed.expand(2, 1, length, length)
+    record.add("attention", AttentionCall("sdpa", nn.Identity(), query, key, key, mask, is_causal=False))
+    return record
+
+
+def site():
+    return AttentionSite("attention", nn.Identity(), model="")
+
+
+def test_structure_is_checked_again_for_another_length():
+    """A window that no keyword names shows only in batches longer than it."""
+    attention = site()
+    window = [(torch.arange(n)[:, None] - torch.arange(n)).abs() < 3 for n in (3, 6)]
+    short = attention.read(recorded(3, window[0], torch.ones(2, 3)), "x")
+    long = attention.read(recorded(6, window[1], torch.ones(2, 6)), "x")
+    assert short.attn_bias is None and torch.equal(long.attn_bias[0, 0], window[1])
+
+
+def test_structure_is_checked_for_every_batch_without_a_two_dimensional_mask():
+    """Packed sequences of one length differ from batch to batch."""
+    attention = site()
+    packed = torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)).bool()
+    for allowed in (torch.ones(6, 6, dtype=torch.bool), packed, packed.flip(0, 1)):
+        for received in (None, allowed.expand(2, 1, 6, 6)):
+            bias = attention.read(recorded(6, allowed, received), "x").attn_bias
+            assert (bias is None) == bool(allowed.all())
+            assert bias is None or torch.equal(bias[0, 0], allowed)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_queries_and_keys_get_the_wider_dtype(dtypes):
+    inputs = site().read(recorded(4, None, None, dtypes), "x")
+    assert inputs.query.dtype == inputs.key.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_views_get_the_wider_dtype(dtypes):
+    def attention(dtype):
+        return AttentionInputs(*torch.randn(2, 1, 2, 3, 4).to(dtype), None, None, None)
+
+    def hidden(dtype):
+        return HiddenStates(torch.randn(1, 3, 4).to(dtype), None)
+
+    for view in align_attention(attention(dtypes[0]), attention(dtypes[1]), "x"):
+        assert view.query.dtype == view.key.dtype == torch.float32
+    for states in align_hidden(hidden(dtypes[0]), hidden(dtypes[1])):
+        assert states.states.dtype == torch.float32
+
+
+def test_views_that_attend_differently_do_not_compare():
+    tensors = torch.randn(2, 1, 2, 3, 4)
+    bidirectional = AttentionInputs(*tensors, None, None, None)
+    for other in (bidirectional._replace(is_causal=True), bidirectional._replace(attn_bias=torch.zeros(3, 3))):
+        with pytest.raises(ValueError, match="x: the two views attend differently"):
+            align_attention(bidirectional, other, "x")
+
+
+def test_calls_that_change_the_probabilities_otherwise_are_refused():
+    record = recorded(4, None, None)
+    record.calls["attention"][0].unsupported = "s_aux"
+    with pytest.raises(ValueError, match="x: the attention was called with s_aux"):
+        site().read(record, "x")
