@@ -1,0 +1,33 @@
+"""Fixtures and hypothesis profiles of the whole suite; helpers are in ``support/``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+sys.path.append(str(Path(__file__).parent))  # `support`, also for --import-mode=importlib
+
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=25, **_COMMON)
+settings.register_profile("ci", max_examples=25, derandomize=True, print_blob=True, **_COMMON)
+settings.register_profile("thorough", max_examples=1000, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
+
+
+@pytest.fixture(scope="session", params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """A device with kernels, also the name of their backend; skipped, with the reason, where it cannot run here."""
+    from ear_ops import _extension
+
+    name: str = request.param
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU: torch.cuda.is_available() is false")
+    extension = {"cpu": _extension.CPU, "cuda": _extension.CUDA}[name]
+    if not extension.loaded:
+        pytest.skip(f"no {name} kernels: {extension.reason}")
+    return name

@@ -1,0 +1,67 @@
+"""Run by test_backends.py in a process of its own, because the instruction set is chosen once, at the first call.
+
+Prints the instruction set that runs; fails where a handful of odd shapes breaks the error rule in any dtype.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+import torch
+from support.cases import attention_case, pooled_case, qk_case
+from support.rules import check_case
+from support.strategies import DTYPES
+
+CASES = [
+    qk_case(1, 1, 1),
+    qk_case(2, 17, 3, heads=4, key_heads=2),
+    qk_case(65, 33, 65, lengths=([33, 9], [20, 31])),
+    qk_case(17, 300, 31, options={"is_causal": True, "window": 270}, lengths=([300, 20], [280, 290])),
+    qk_case(70, None, 16, biases={"attn_bias": torch.arange(70.0) / 35 - 1}, lengths=([70, 9], [60, 64]), side="left"),
+    attention_case(5, 33, lengths=([33, 9], [20, 31])),
+    attention_case(3, 47),
+    pooled_case(9, 37, lengths=([9, 4, 0], [7, 9, 2])),
+    pooled_case(33, 16),
+]
+
+
+def bits_of_every_half() -> None:
+    """Every bfloat16 and float16 number through a kernel that loads and stores it: the gradient of (a - 0)^2 / 2."""
+    for dtype in (torch.bfloat16, torch.float16):
+        values = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
+        attn = values.reshape(1, 1, 256, 256)
+        (found,) = torch.ops.ear_ops.attention_mse_backward(
+            torch.full((1, 1), 0.5), attn, torch.zeros_like(attn), None, None, [True, False]
+        )
+        number = ~attn.isnan()
+        assert torch.equal(~found.isnan(), number)
+        assert torch.equal(found[number], attn[number]), dtype
+        # storing: numbers halfway between two halves, just above and just below, into the range of denormals and over
+        wide = attn[number].float()
+        step = torch.cat([wide * (1 + f) for f in (2**-9, 2**-12, 0.75 * 2**-8, -(2**-10))])
+        step = torch.cat([step, wide * 2**-3, wide * 2.0])
+        step = step[torch.isfinite(step) & (step / 2 * 2 == step)]
+        ones = torch.ones(step.numel(), 1, 1, 1, dtype=dtype)
+        upstream = (step / 2).reshape(-1, 1)  # of one pair each: its gradient is 2 * upstream * (1 - 0)
+        (stored,) = torch.ops.ear_ops.attention_mse_backward(
+            upstream, ones, torch.zeros_like(ones), None, None, [True, False]
+        )
+        assert torch.equal(stored.flatten(), step.to(dtype)), dtype
+
+
+def main() -> None:
+    name = torch.ops.ear_ops.cpu_isa()
+    for case in CASES:
+        for dtype in DTYPES:
+            for stacked in (False, True):
+                check_case(replace(case, reduction="sum", stacked=stacked), dtype, "cpu")
+    bits_of_every_half()
+    print(name)
+
+
+if __name__ == "__main__":
+    main()

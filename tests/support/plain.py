@@ -1,0 +1,160 @@
+"""The losses as one writes them without this package, in the dtype of the inputs.
+
+They serve twice: in float64 as an independent check of :mod:`ear_ops.reference`, and in the dtype under test as the
+yardstick, because a kernel is measured by what plain PyTorch loses. Nothing of ear_ops is used here. Two tensors for
+the two views; masks as the functional layer takes them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attendable(
+    shape: tuple[int, int, int, int],
+    key_mask: Tensor | None,
+    attn_bias: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+) -> Tensor:
+    """``[B, H, L, S]`` bool: which key each query of one view may attend to."""
+    _, _, queries, keys = shape
+    device = next((t.device for t in (key_mask, attn_bias) if t is not None), None)
+    allowed = torch.ones(shape, dtype=torch.bool, device=device)
+    distance = (
+        torch.arange(keys, device=device)[None, :] - torch.arange(queries, device=device)[:, None] - keys + queries
+    )
+    if is_causal:
+        allowed = allowed & (distance <= 0)
+    if window is not None:
+        allowed = allowed & (distance.abs() < window)
+    if key_mask is not None:
+        allowed = allowed & (key_mask != 0)[:, None, None, :]
+    if attn_bias is not None:
+        allowed = allowed & (attn_bias if attn_bias.dtype == torch.bool else attn_bias != -torch.inf)
+    return allowed
+
+
+def probabilities(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """``[B, H, L, S]`` attention probabilities the eager way: products in the inputs' dtype, softmax in float32."""
+    heads, dim = query.shape[1], query.shape[3]
+    key = key[:, torch.arange(heads, device=key.device) // (heads // key.shape[1])]
+    scores = torch.matmul(query, key.transpose(2, 3)) * (dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    allowed = attendable(tuple(scores.shape), key_mask, attn_bias, is_causal, window).to(scores.device)
+    if attn_bias is not None and attn_bias.dtype != torch.bool:
+        scores = scores + torch.where(attn_bias == -torch.inf, 0.0, attn_bias).to(scores.dtype)
+    scores = torch.where(allowed, scores, torch.finfo(scores.dtype).min)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return torch.where(allowed, torch.softmax(scores, dim=-1, dtype=wide).to(scores.dtype), 0.0)
+
+
+def reduce_squares(
+    squared: Tensor,
+    attention_mask: Tensor | None,
+    attention_mask_aug: Tensor | None,
+    query_mask: Tensor | None,
+    query_mask_aug: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """Reduce ``[B, H, L, S]`` squares by counting the triples one by one."""
+    batch, heads, queries, keys = squared.shape
+    if query_mask is None and queries == keys:
+        query_mask, query_mask_aug = attention_mask, attention_mask_aug
+    counted = torch.ones(squared.shape, dtype=torch.bool, device=squared.device)
+    if query_mask is not None and reduction != "padded_mean":
+        counted = counted & ((query_mask != 0) & (query_mask_aug != 0))[:, None, :, None]
+    if attention_mask is not None:
+        counted = counted & ((attention_mask != 0) | (attention_mask_aug != 0))[:, None, None, :]
+    sums = torch.where(counted, squared, 0.0).sum(dim=(2, 3))
+    if reduction == "none":
+        return sums
+    parts = {
+        "sum": 1,
+        "equations": batch * heads,
+        "mean": int(counted.sum()),
+        "padded_mean": batch * heads * queries * keys,
+    }
+    return sums.sum() / max(parts[reduction], 1)
+
+
+def qk_attention_mse(
+    query: Tensor,
+    key: Tensor,
+    query_aug: Tensor,
+    key_aug: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    attention_mask_aug: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    query_mask_aug: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    attn_bias_aug: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Arguments as :func:`ear_ops.qk_attention_mse`."""
+    bias_aug = attn_bias if attn_bias_aug is None else attn_bias_aug
+    how = {"scale": scale, "is_causal": is_causal, "window": window, "softcap": softcap}
+    attn = probabilities(query, key, attention_mask, attn_bias, **how)
+    attn_aug = probabilities(query_aug, key_aug, attention_mask_aug, bias_aug, **how)
+    squared = (attn - attn_aug) ** 2
+    return reduce_squares(squared, attention_mask, attention_mask_aug, query_mask, query_mask_aug, reduction)
+
+
+def attention_mse(
+    attn: Tensor,
+    attn_aug: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    attention_mask_aug: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    query_mask_aug: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Arguments as :func:`ear_ops.attention_mse`."""
+    if attention_mask is not None and attention_mask_aug is not None:
+        attn = torch.where((attention_mask != 0)[:, None, None, :], attn, 0.0)
+        attn_aug = torch.where((attention_mask_aug != 0)[:, None, None, :], attn_aug, 0.0)
+    squared = (attn - attn_aug) ** 2
+    return reduce_squares(squared, attention_mask, attention_mask_aug, query_mask, query_mask_aug, reduction)
+
+
+def pooled_distance(
+    hidden: Tensor,
+    hidden_aug: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    attention_mask_aug: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Arguments as :func:`ear_ops.pooled_distance`."""
+    batch, _, features = hidden.shape
+    means = []
+    for states, mask in ((hidden, attention_mask), (hidden_aug, attention_mask_aug)):
+        real = torch.ones(states.shape[:2], device=states.device) if mask is None else mask != 0
+        real = real.to(states.dtype)
+        means.append((states * real[:, :, None]).sum(dim=1) / real.sum(dim=1).clamp(min=1)[:, None])
+    sums = ((means[0] - means[1]) ** 2).sum(dim=1)
+    if reduction == "none":
+        return sums
+    parts = {"sum": 1, "equations": batch, "mean": batch * features, "padded_mean": batch * features}
+    return sums.sum() / max(parts[reduction], 1)
+
+
+LOSSES = {"qk_attention_mse": qk_attention_mse, "attention_mse": attention_mse, "pooled_distance": pooled_distance}
