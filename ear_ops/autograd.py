@@ -1,7 +1,8 @@
 """``torch.autograd.Function`` wrappers that pair each forward operator with its backward operator.
 
 Only the gradients asked for are worked out. Gradients of gradients are not on offer: the reference has them, so the
-error says to use it.
+error says to use it. The parameters of ``forward`` are spelled out: torch.compile miscounts ``*inputs`` where no
+gradient is wanted.
 """
 
 from __future__ import annotations
@@ -33,8 +34,32 @@ class QKAttentionMSE(Function):
     """``[B, H]`` sums of ``(P - T)^2``; inputs as ``torch.ops.ear_ops.qk_attention_mse``."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return torch.ops.ear_ops.qk_attention_mse(*inputs)
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        query_aug: Tensor | None,
+        key_aug: Tensor | None,
+        key_mask: Tensor | None,
+        counted_queries: Tensor | None,
+        attn_bias: Tensor | None,
+        attn_bias_aug: Tensor | None,
+        scale: float,
+        is_causal: bool,
+        window: int,
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.ear_ops.qk_attention_mse(
+            query,
+            key,
+            query_aug,
+            key_aug,
+            key_mask,
+            counted_queries,
+            attn_bias,
+            attn_bias_aug,
+            scale,
+            is_causal,
+            window,
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -56,8 +81,10 @@ class AttentionMSE(Function):
     """``[B, H]`` sums of ``(P - T)^2`` of given probabilities; inputs as ``torch.ops.ear_ops.attention_mse``."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        return torch.ops.ear_ops.attention_mse(*inputs)
+    def forward(
+        attn: Tensor, attn_aug: Tensor | None, key_mask: Tensor | None, counted_queries: Tensor | None
+    ) -> Tensor:
+        return torch.ops.ear_ops.attention_mse(attn, attn_aug, key_mask, counted_queries)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -75,8 +102,8 @@ class PooledDistance(Function):
     """``[B]`` sums over C of ``(M(E) - M(E^a))^2``; inputs as ``torch.ops.ear_ops.pooled_distance``."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return torch.ops.ear_ops.pooled_distance(*inputs)
+    def forward(hidden: Tensor, hidden_aug: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.ops.ear_ops.pooled_distance(hidden, hidden_aug, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -126,10 +126,6 @@ def test_full_graph(op: str, stacked: bool, device: str) -> None:
     check(replace(case, masks={}, options={}), compiled)
 
 
-VARIADIC = "Dynamo takes `forward(*inputs)` for one parameter and passes it the context where no gradient is wanted"
-
-
-@pytest.mark.xfail(strict=True, reason=VARIADIC)
 @pytest.mark.parametrize("op", CASES)
 @pytest.mark.parametrize("why", ["no_grad", "constants"])
 def test_full_graph_without_gradients(op: str, why: str, device: str) -> None:
