@@ -146,6 +146,11 @@ def _both_biases(pairs: int, attn_bias: Tensor, attn_bias_aug: Tensor | None = N
     if attn_bias_aug is None and (attn_bias.dim() < 4 or attn_bias.shape[0] == 1):
         return attn_bias
     views = [attn_bias, attn_bias if attn_bias_aug is None else attn_bias_aug]
+    if views[0].dtype != views[1].dtype:  # one tensor has one dtype: a bool bias becomes an additive one
+        views = [
+            torch.zeros(b.shape, device=b.device).masked_fill(~b, -torch.inf) if b.dtype == torch.bool else b
+            for b in views
+        ]
     views = [bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape)) for bias in views]
     shape = torch.broadcast_shapes(*[bias.shape[1:] for bias in views])
     return torch.cat([bias.expand(pairs, *shape) for bias in views])
