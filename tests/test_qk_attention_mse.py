@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -187,6 +188,18 @@ def test_bias_of_padded_keys_is_not_read(value: float, device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(clean[1], dirty[1], strict=True))
 
 
+def test_nan_stays_where_structure_lets_it(device: str) -> None:
+    """A NaN key spoils the queries that may attend to it, and through them only the keys they may attend to."""
+    case = qk_case(20, None, 8, pairs=1, heads=1, options={"window": 3}, reduction="sum").to(torch.float32)
+    case.x[1][0, 0, 5] = math.nan
+    value, gradients = case.to(device).run(device)
+    _, expected = case.run("reference")
+    assert value.isnan()
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert torch.equal(gradient.isnan().cpu(), reference.isnan())
+    assert expected[1].isnan().any() and not expected[1].isnan().all()
+
+
 @pytest.mark.parametrize("stacked", [False, True], ids=["two tensors", "one tensor"])
 def test_gradcheck(stacked: bool, device: str) -> None:
     if device != "cpu":
@@ -223,6 +236,44 @@ def test_no_gradient_asked_for(device: str) -> None:
     assert torch.equal(value, case.run(device)[0])
 
 
+MASKS = ("attention_mask", "attention_mask_aug")
+LONG = {  # more keys than the CPU kernel keeps the scores of
+    "plain": qk_case(70, 4500, 16, pairs=1),
+    "ragged": qk_case(70, 4500, 16, pairs=1, lengths=([4500], [4200])),
+    "gaps": qk_case(
+        33, 5000, 8, pairs=1, masks={name: torch.arange(5000)[None] % 3 != i for i, name in enumerate(MASKS)}
+    ),
+    "causal": qk_case(70, 4500, 16, pairs=1, options={"is_causal": True}),
+    "window": qk_case(300, 4500, 16, pairs=1, options={"window": 4300}),
+    "bias": qk_case(40, 4500, 8, pairs=1, biases={"attn_bias": bias(40, 4500, forbid=0.3)}),
+    "large scores": qk_case(40, 4500, 64, pairs=1, gain=30.0, closeness=0.01),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_rows(name: str, dtype: torch.dtype, device: str) -> None:
+    check_case(replace(LONG[name], reduction="sum"), dtype, device, device)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 1), (6, 3)], ids=str)
+@pytest.mark.parametrize("name", ["plain", "ragged", "causal"])
+def test_large_inputs_give_the_same_bits_on_any_number_of_threads(name: str, heads: tuple[int, int]) -> None:
+    """From one key head for all threads, where blocks and keys are shared out, to more key heads than threads."""
+    rest = {"ragged": {"lengths": ([600], [411])}, "causal": {"options": {"is_causal": True}}}.get(name, {})
+    case = qk_case(300, 600, 16, pairs=1, heads=heads[0], key_heads=heads[1], **rest).to(torch.float32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(case.run("cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for value, gradients in results[1:]:
+        assert torch.equal(value, results[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(gradients, results[0][1], strict=True))
+
+
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +298,7 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
 
 @pytest.mark.parametrize("features", ["plain", "masks and bias"])
 def test_memory_grows_linearly(features: str, device: str) -> None:
-    lengths = (256, 512, 1024, 2048)
+    lengths = (512, 1024, 2048, 4096)
 
     def peak(length: int) -> int:
         rest = {}

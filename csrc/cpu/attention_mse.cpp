@@ -1,4 +1,5 @@
 // MSE between given attention probabilities: one pass over both views, row by row.
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 

@@ -10,24 +10,25 @@ constexpr int64_t kLanes = 16;  // elements that packed rows are padded to
 
 enum class Kind : int { kFloat32, kFloat64, kBFloat16, kFloat16 };  // element types of tensors
 
-// What one row of one head needs for its two softmaxes. Scores outside keys [first, last) are masked.
+// Scores of kLanes queries against a tile of keys, queries side by side: scores[view][key * ld + query]. Raw products
+// come in; what the functions leave is said there.
 template <typename A>
-struct Row {
-  A* scores;            // [padded keys] of x: in, raw products; out, dS in the backward
-  A* scores_aug;        // [padded keys] of x^a
-  const A* bias;        // [padded keys] added to the scaled scores, -inf masks; or null
-  const A* bias_aug;    // of x^a
-  int64_t first, last;  // keys that structure (causal, window) allows
-  int64_t begin, end;   // padded range of the buffers to define in the backward: [begin, end) contains [first, last)
+struct Column {
+  A* scores[2];
+  int64_t ld, keys;
   A scale;
+  const uint8_t* real[2];  // [keys] of each view; null: all keys are real in both
+  const A* bias[2];        // laid out as scores, added to the scaled scores, -inf masks; null: none
+  const A* first;          // [kLanes] structure (causal, window) lets a query attend to keys [first, last) of the tile,
+  const A* last;           //   counted from its first key; null: to all
 };
 
+// Of kLanes queries. P = exp(score - max) * inverse, inverse being 0 for a query without keys. Not one log sum exp:
+// with large scores its rounding alone would be more than the gradient may lose.
 template <typename A>
-struct RowStats {
-  // P = exp(masked scores - max) * inverse; inverse is 0 for a row without keys. Not one log sum exp: with large scores
-  // its rounding alone would be more than the gradient may lose.
-  A max, max_aug, inverse, inverse_aug;
-  A d, d_aug;  // sum P (P - T), sum T (T - P)
+struct ColumnStats {
+  A max[2][kLanes], inverse[2][kLanes];  // of each view; while tiles are read, `inverse` holds the sum
+  A d[2][kLanes];                        // sum P (P - T), sum T (T - P)
 };
 constexpr int64_t kRowStats = 6;
 
@@ -45,10 +46,15 @@ struct Kernels {
   // C [m, n] (+)= A [m, k] B [k, n]; n padded.
   void (*product)(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc,
                   bool accumulate);
-  // Statistics of one row; returns sum (P - T)^2. The scores are overwritten.
-  A (*forward_row)(const Row<A>& row, RowStats<A>* stats);
-  // scores <- gradient * P ((P - T) - d), scores_aug likewise; zeros in the rest of [begin, end).
-  void (*backward_row)(const Row<A>& row, const RowStats<A>& stats, A gradient);
+  // The softmax statistics of one more tile; max starts at -inf, the sum at 0. The scores become exp(score - max), max
+  // being the greatest score so far.
+  void (*softmax_tile)(const Column<A>& column, ColumnStats<A>* stats);
+  // After the last tile: the sums become their inverses, 0 where `alive` [2][kLanes] is 0 (null: all alive).
+  void (*finish_softmax)(const A* alive, ColumnStats<A>* stats);
+  // Adds a tile's share to d and returns its sum (P - T)^2. The scores are raw, or exponentials of the final max.
+  A (*difference_tile)(const Column<A>& column, bool exponentials, ColumnStats<A>* stats);
+  // raw scores <- gradient * P ((P - T) - d), those of x^a likewise.
+  void (*gradient_tile)(const Column<A>& column, const ColumnStats<A>& stats, A gradient);
 
   // sum over n of (a - b)^2, elements with mask byte 0 counting as zero (null: all real).
   A (*squared_difference)(const void* a, const void* b, Kind kind, const uint8_t* mask, const uint8_t* mask_aug,

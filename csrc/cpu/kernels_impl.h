@@ -7,12 +7,12 @@
 
 namespace {
 
+using ear_ops::cpu::Column;
+using ear_ops::cpu::ColumnStats;
 using ear_ops::cpu::Isa;
 using ear_ops::cpu::Kernels;
 using ear_ops::cpu::Kind;
 using ear_ops::cpu::kLanes;
-using ear_ops::cpu::Row;
-using ear_ops::cpu::RowStats;
 
 // Calls body with a null pointer of the storage type, for its type alone. Float64 storage goes with float64 arithmetic.
 template <typename A, typename Body>
@@ -139,99 +139,161 @@ void product(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* 
   }
 }
 
-// The masked scores at keys [j, j + lanes): scaled, biased, -inf where structure does not allow the key.
+constexpr int64_t kChunk = 64;  // keys summed in one go: sums of sums lose less than one long sum
+
 template <typename A>
-inline typename Vec<A>::type masked_scores(const A* scores, const A* bias, const Row<A>& row, int64_t j) {
-  constexpr int64_t W = Vec<A>::lanes;
-  auto v = vload<A>(scores + j) * row.scale;
-  if (bias) v += vload<A>(bias + j);
-  if (j < row.first || j + W > row.last) {
-    for (int64_t i = 0; i < W; ++i)
-      if (j + i < row.first || j + i >= row.last) v[i] = -INFINITY;
+inline bool is_masked(const Column<A>& c) {
+  return c.real[0] || c.bias[0] || c.first;
+}
+
+// Which of the queries from `lane` on may attend to key j in this view.
+template <typename A>
+inline auto allowed(const Column<A>& c, int view, int64_t j, int64_t lane) {
+  const auto zero = typename Vec<A>::type{};
+  if (c.real[view] && !c.real[view][j]) return zero != zero;
+  auto attend = zero == zero;
+  if (c.first) {
+    const auto key = vset<A>(static_cast<A>(j));
+    attend &= (key >= vload<A>(c.first + lane)) & (key < vload<A>(c.last + lane));
   }
-  return v;
+  if (c.bias[view]) attend &= vload<A>(c.bias[view] + j * c.ld + lane) != vset<A>(-INFINITY);
+  return attend;
+}
+
+// score - shift; -inf where the key is masked, whatever its score is.
+template <typename A, bool kMasked>
+inline typename Vec<A>::type shifted_score(const Column<A>& c, int view, int64_t j, int64_t lane,
+                                           typename Vec<A>::type shift) {
+  const auto raw = vload<A>(c.scores[view] + j * c.ld + lane);
+  if constexpr (!kMasked) {
+    return raw * c.scale - shift;
+  } else {
+    auto score = raw * c.scale;
+    if (c.bias[view]) score += vload<A>(c.bias[view] + j * c.ld + lane);
+    return allowed(c, view, j, lane) ? score - shift : vset<A>(-INFINITY);
+  }
+}
+
+// What exponentials are taken relative to: the max, 0 where there was no key yet.
+template <typename A>
+inline typename Vec<A>::type shift_of(typename Vec<A>::type max) {
+  return max == vset<A>(-INFINITY) ? typename Vec<A>::type{} : max;
+}
+
+template <typename A, bool kMasked>
+inline void softmax_tile_of(const Column<A>& c, int view, int64_t lane, A* max, A* sum) {
+  const auto before = vload<A>(max + lane);
+  auto best = before;
+  for (int64_t j = 0; j < c.keys; ++j)
+    best = vmax<A>(shifted_score<A, kMasked>(c, view, j, lane, typename Vec<A>::type{}), best);
+  const auto shift = shift_of<A>(best);
+  auto total = vload<A>(sum + lane) * vexp(before - shift);
+  for (int64_t begin = 0; begin < c.keys; begin += kChunk) {
+    const int64_t end = begin + kChunk < c.keys ? begin + kChunk : c.keys;
+    typename Vec<A>::type part{};
+    for (int64_t j = begin; j < end; ++j) {
+      const auto e = vexp(shifted_score<A, kMasked>(c, view, j, lane, shift));
+      vstore<A>(c.scores[view] + j * c.ld + lane, e);
+      part += e;
+    }
+    total += part;
+  }
+  vstore<A>(max + lane, best);
+  vstore<A>(sum + lane, total);
 }
 
 template <typename A>
-inline bool has_key(const A* bias, const Row<A>& row) {
-  if (!bias) return row.first < row.last;
-  for (int64_t j = row.first; j < row.last; ++j)
-    if (bias[j] != -INFINITY) return true;
-  return false;
+void softmax_tile(const Column<A>& c, ColumnStats<A>* stats) {
+  for (int view = 0; view < 2; ++view)
+    for (int64_t lane = 0; lane < kLanes; lane += Vec<A>::lanes) {
+      if (is_masked(c)) {
+        softmax_tile_of<A, true>(c, view, lane, stats->max[view], stats->inverse[view]);
+      } else {
+        softmax_tile_of<A, false>(c, view, lane, stats->max[view], stats->inverse[view]);
+      }
+    }
 }
 
-// scores <- exp(masked scores - max) in [from, to), *inverse <- 1 / their sum. A row without any key becomes zeros with
-// an inverse of 0; a real row of -inf scores becomes NaN, as a softmax does.
+// A query with keys whose scores are all -inf gets an infinite inverse and with it NaN, as a softmax gives it.
 template <typename A>
-inline void exponentials(A* scores, const A* bias, const Row<A>& row, int64_t from, int64_t to, A* max, A* inverse) {
-  constexpr int64_t W = Vec<A>::lanes;
-  if (!has_key(bias, row)) {
-    if (to > from) memset(scores + from, 0, sizeof(A) * (to - from));
-    *max = *inverse = 0;
-    return;
-  }
-  auto best = vset<A>(-INFINITY);
-  for (int64_t j = from; j < to; j += W) {
-    const auto v = masked_scores(scores, bias, row, j);
-    vstore<A>(scores + j, v);
-    best = vmax<A>(v, best);
-  }
-  *max = vmax_lane<A>(best);
-  typename Vec<A>::type total{};
-  for (int64_t j = from; j < to; j += W) {
-    const auto e = vexp(vload<A>(scores + j) - *max);
-    vstore<A>(scores + j, e);
-    total += e;
-  }
-  *inverse = 1 / vsum<A>(total);
+void finish_softmax(const A* alive, ColumnStats<A>* stats) {
+  for (int view = 0; view < 2; ++view)
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      A& inverse = stats->inverse[view][lane];
+      inverse = alive && alive[view * kLanes + lane] == 0 ? A(0) : 1 / inverse;
+    }
 }
 
-template <typename A>
-inline void padded_range(const Row<A>& row, int64_t* from, int64_t* to) {
-  *from = row.first / kLanes * kLanes;
-  *to = row.first < row.last ? (row.last + kLanes - 1) / kLanes * kLanes : *from;
+enum class Scores { kRaw, kRawMasked, kExponentials };
+
+template <typename A, Scores kScores>
+inline typename Vec<A>::type probability(const Column<A>& c, int view, int64_t j, int64_t lane,
+                                         typename Vec<A>::type shift, typename Vec<A>::type inverse) {
+  if constexpr (kScores == Scores::kExponentials) return vload<A>(c.scores[view] + j * c.ld + lane) * inverse;
+  return vexp(shifted_score<A, kScores == Scores::kRawMasked>(c, view, j, lane, shift)) * inverse;
 }
 
-template <typename A>
-A forward_row(const Row<A>& row, RowStats<A>* stats) {
-  constexpr int64_t W = Vec<A>::lanes;
-  int64_t from, to;
-  padded_range(row, &from, &to);
-  exponentials(row.scores, row.bias, row, from, to, &stats->max, &stats->inverse);
-  exponentials(row.scores_aug, row.bias_aug, row, from, to, &stats->max_aug, &stats->inverse_aug);
-  typename Vec<A>::type squared{}, d{}, d_aug{};
-  for (int64_t j = from; j < to; j += W) {
-    const auto p = vload<A>(row.scores + j) * stats->inverse;
-    const auto t = vload<A>(row.scores_aug + j) * stats->inverse_aug;
-    const auto difference = p - t;
-    squared += difference * difference;
-    d += p * difference;
-    d_aug -= t * difference;
+template <typename A, Scores kScores>
+A difference_tile_of(const Column<A>& c, ColumnStats<A>* stats) {
+  using V = typename Vec<A>::type;
+  V squared{};
+  for (int64_t lane = 0; lane < kLanes; lane += Vec<A>::lanes) {
+    const V shift[2] = {shift_of<A>(vload<A>(stats->max[0] + lane)), shift_of<A>(vload<A>(stats->max[1] + lane))};
+    const V inverse[2] = {vload<A>(stats->inverse[0] + lane), vload<A>(stats->inverse[1] + lane)};
+    V d[2] = {vload<A>(stats->d[0] + lane), vload<A>(stats->d[1] + lane)};
+    for (int64_t begin = 0; begin < c.keys; begin += kChunk) {
+      const int64_t end = begin + kChunk < c.keys ? begin + kChunk : c.keys;
+      V squared_part{}, d_part{}, d_aug_part{};
+      for (int64_t j = begin; j < end; ++j) {
+        const V p = probability<A, kScores>(c, 0, j, lane, shift[0], inverse[0]);
+        const V t = probability<A, kScores>(c, 1, j, lane, shift[1], inverse[1]);
+        const V difference = p - t;
+        squared_part += difference * difference;
+        d_part += p * difference;
+        d_aug_part -= t * difference;
+      }
+      squared += squared_part, d[0] += d_part, d[1] += d_aug_part;
+    }
+    for (int view = 0; view < 2; ++view) vstore<A>(stats->d[view] + lane, d[view]);
   }
-  stats->d = vsum<A>(d);
-  stats->d_aug = vsum<A>(d_aug);
-  return vsum<A>(squared);
+  A total = 0;
+  for (int64_t l = 0; l < Vec<A>::lanes; ++l) total += squared[l];
+  return total;
 }
 
 template <typename A>
-void backward_row(const Row<A>& row, const RowStats<A>& stats, A gradient) {
-  constexpr int64_t W = Vec<A>::lanes;
-  int64_t from, to;
-  padded_range(row, &from, &to);
-  const bool empty = stats.inverse == 0, empty_aug = stats.inverse_aug == 0;
-  for (int64_t j = from; j < to; j += W) {
-    auto p = typename Vec<A>::type{}, t = typename Vec<A>::type{};
-    if (!empty) p = vexp(masked_scores(row.scores, row.bias, row, j) - stats.max) * stats.inverse;
-    if (!empty_aug) t = vexp(masked_scores(row.scores_aug, row.bias_aug, row, j) - stats.max_aug) * stats.inverse_aug;
-    const auto difference = p - t;
-    vstore<A>(row.scores + j, gradient * p * (difference - stats.d));
-    vstore<A>(row.scores_aug + j, gradient * t * (-difference - stats.d_aug));
+A difference_tile(const Column<A>& c, bool exponentials, ColumnStats<A>* stats) {
+  if (exponentials) return difference_tile_of<A, Scores::kExponentials>(c, stats);
+  if (is_masked(c)) return difference_tile_of<A, Scores::kRawMasked>(c, stats);
+  return difference_tile_of<A, Scores::kRaw>(c, stats);
+}
+
+template <typename A, Scores kScores>
+void gradient_tile_of(const Column<A>& c, const ColumnStats<A>& stats, A gradient) {
+  using V = typename Vec<A>::type;
+  for (int64_t lane = 0; lane < kLanes; lane += Vec<A>::lanes) {
+    const V shift[2] = {shift_of<A>(vload<A>(stats.max[0] + lane)), shift_of<A>(vload<A>(stats.max[1] + lane))};
+    const V inverse[2] = {vload<A>(stats.inverse[0] + lane), vload<A>(stats.inverse[1] + lane)};
+    const V d = vload<A>(stats.d[0] + lane), d_aug = vload<A>(stats.d[1] + lane);
+    for (int64_t j = 0; j < c.keys; ++j) {
+      const V p = probability<A, kScores>(c, 0, j, lane, shift[0], inverse[0]);
+      const V t = probability<A, kScores>(c, 1, j, lane, shift[1], inverse[1]);
+      const V difference = p - t;
+      V to = gradient * p * (difference - d), to_aug = gradient * t * (-difference - d_aug);
+      if constexpr (kScores == Scores::kRawMasked) {  // a NaN elsewhere in the row must not reach masked keys
+        to = allowed(c, 0, j, lane) ? to : V{};
+        to_aug = allowed(c, 1, j, lane) ? to_aug : V{};
+      }
+      vstore<A>(c.scores[0] + j * c.ld + lane, to);
+      vstore<A>(c.scores[1] + j * c.ld + lane, to_aug);
+    }
   }
-  for (int view = 0; view < 2; ++view) {
-    A* scores = view ? row.scores_aug : row.scores;
-    memset(scores + row.begin, 0, sizeof(A) * (from - row.begin));
-    memset(scores + to, 0, sizeof(A) * (row.end - to));
-  }
+}
+
+template <typename A>
+void gradient_tile(const Column<A>& c, const ColumnStats<A>& stats, A gradient) {
+  if (is_masked(c)) return gradient_tile_of<A, Scores::kRawMasked>(c, stats, gradient);
+  gradient_tile_of<A, Scores::kRaw>(c, stats, gradient);
 }
 
 template <typename A>
@@ -319,8 +381,9 @@ void to_vnni(const float* src, int64_t ld_src, int64_t rows, int64_t cols, uint1
 
 template <typename A>
 constexpr Kernels<A> table() {
-  return {gather_rows<A>,  scatter_rows<A>,       transpose<A>,           product<A>, forward_row<A>,
-          backward_row<A>, squared_difference<A>, difference_gradient<A>, add_row<A>, scale_row<A>};
+  return {gather_rows<A>,        scatter_rows<A>,        transpose<A>,       product<A>,
+          softmax_tile<A>,       finish_softmax<A>,      difference_tile<A>, gradient_tile<A>,
+          squared_difference<A>, difference_gradient<A>, add_row<A>,         scale_row<A>};
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // Squared distance between the masked means of two views: one pass over the hidden states, the means in scratch.
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 

@@ -46,24 +46,10 @@ static inline typename Vec<A>::type vset(A x) {
   return x - typename Vec<A>::type{};
 }
 
-template <typename A>
-static inline A vsum(typename Vec<A>::type v) {
-  A total = 0;
-  for (int64_t i = 0; i < Vec<A>::lanes; ++i) total += v[i];
-  return total;
-}
-
 // A NaN in a or b may be lost: the exponential that follows brings it back.
 template <typename A>
 static inline typename Vec<A>::type vmax(typename Vec<A>::type a, typename Vec<A>::type b) {
   return a > b ? a : b;
-}
-
-template <typename A>
-static inline A vmax_lane(typename Vec<A>::type v) {
-  A best = v[0];
-  for (int64_t i = 1; i < Vec<A>::lanes; ++i) best = v[i] > best ? v[i] : best;
-  return best;
 }
 
 // exp for arguments up to 88, 1 ulp: 2^n times a polynomial on [-ln2/2, ln2/2] (the coefficients of Cephes' expf). NaN

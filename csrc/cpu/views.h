@@ -1,12 +1,11 @@
 // What all CPU kernels need of their tensors: raw pointers and strides of each view, per-thread scratch.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <array>
-#include <functional>
+#include <vector>
 
 #include "../checks.h"
 #include "../ops.h"
@@ -76,27 +75,18 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// One workspace per thread, in one allocation of torch's allocator. W is built by W(Arena&, args...).
-template <typename W, typename... Args>
-class Workspaces {
+// `count` arenas of `bytes` each, in one allocation of torch's allocator.
+class Scratch {
  public:
-  explicit Workspaces(const Args&... args) {
-    Arena measure(nullptr);
-    W(measure, args...);
-    stride_ = measure.used() + 64;
-    block_ = at::empty({stride_ * std::max(at::get_num_threads(), at::get_thread_num() + 1)}, at::kByte);
-    make_ = [this, args...](int thread) {
-      char* base = static_cast<char*>(block_.data_ptr()) + thread * stride_;
-      Arena arena(base + (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64);
-      return W(arena, args...);
-    };
+  Scratch(int64_t count, int64_t bytes) : stride_(bytes + 64), block_(at::empty({stride_ * count}, at::kByte)) {}
+  Arena of(int64_t index) const {
+    char* base = static_cast<char*>(block_.data_ptr()) + index * stride_;
+    return Arena(base + (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64);
   }
-  W of_this_thread() const { return make_(at::get_thread_num()); }
 
  private:
   int64_t stride_;
   Tensor block_;
-  std::function<W(int)> make_;
 };
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

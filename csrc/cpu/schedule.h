@@ -1,0 +1,29 @@
+// Tasks of uneven cost on torch's threads: whoever is free takes the next one. Which thread runs a task must not matter
+// to its result; then results do not depend on the number of threads either.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace ear_ops::cpu {
+
+// Calls body(worker, next) once per worker; next() is the next task, `tasks` or more when none is left.
+template <typename Body>
+void run_tasks(int64_t tasks, int64_t workers, const Body& body) {
+  std::atomic<int64_t> taken{0};
+  const auto next = [&taken] { return taken.fetch_add(1, std::memory_order_relaxed); };
+  at::parallel_for(0, std::min(tasks, workers), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) body(worker, next);
+  });
+}
+
+// Into how many pieces to cut each of `tasks` tasks so that every worker finds enough of them.
+inline int64_t pieces_per_task(int64_t tasks, int64_t workers, int64_t most) {
+  constexpr int64_t kPerWorker = 4;
+  if (workers == 1 || tasks == 0 || tasks >= kPerWorker * workers) return 1;
+  return std::clamp<int64_t>((kPerWorker * workers + tasks - 1) / tasks, 1, std::max<int64_t>(most, 1));
+}
+
+}  // namespace ear_ops::cpu
