@@ -64,4 +64,8 @@ std::vector<Tensor> pooled_distance_backward(const Tensor& grad_sums,           
                                              const OptionalTensor& mask,        // [2B, L] bool
                                              const c10::List<bool>& needs);     // hidden, hidden_aug
 
+// Best multiplications and additions per second of an [m, k] x [k, n] product, and exponentials per second, on all
+// threads.
+std::vector<double> cpu_rates(int64_t m, int64_t n, int64_t k, at::ScalarType dtype);
+
 }  // namespace ear_ops

@@ -1,11 +1,10 @@
 // MSE between given attention probabilities: one pass over both views, row by row.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
-#include <functional>
-
 #include "isa.h"
+#include "schedule.h"
 #include "views.h"
 
 namespace ear_ops {
@@ -39,33 +38,40 @@ Maps make_maps(const Tensor& attn, const OptionalTensor& attn_aug, const Optiona
   return m;
 }
 
-// body(b, h, i, row of x, row of x^a) for every counted row of the heads [begin, end).
+// Rows of a task: few enough that a single head is shared out, many enough to be worth a thread.
+int64_t rows_per_task(const Maps& m) { return std::max<int64_t>(1, (int64_t(1) << 16) / std::max<int64_t>(m.keys, 1)); }
+
+// body(task, b, h, i, row of x, row of x^a) for every counted row.
 template <typename Body>
-void for_rows(const Maps& m, int64_t begin, int64_t end, const Body& body) {
-  const int64_t element = m.views[0].element_size();
-  for (int64_t index = begin; index < end; ++index) {
-    const int64_t b = index / m.heads, h = index % m.heads;
-    const uint8_t* counted = mask_row(m.counted_queries, b);
-    for (int64_t i = 0; i < m.queries; ++i) {
-      if (counted && !counted[i]) continue;
-      body(b, h, i, m.data[0].head(b, h) + i * m.data[0].row_stride * element,
-           m.data[1].head(b, h) + i * m.data[1].row_stride * element);
+void for_rows(const Maps& m, const Body& body) {
+  const int64_t element = m.views[0].element_size(), per_task = rows_per_task(m);
+  const int64_t tasks_per_head = (m.queries + per_task - 1) / per_task, tasks = m.pairs * m.heads * tasks_per_head;
+  run_tasks(tasks, at::get_num_threads(), [&](int64_t, const auto& next) {
+    for (int64_t task = next(); task < tasks; task = next()) {
+      const int64_t b = task / tasks_per_head / m.heads, h = task / tasks_per_head % m.heads;
+      const uint8_t* counted = mask_row(m.counted_queries, b);
+      const int64_t begin = task % tasks_per_head * per_task;
+      for (int64_t i = begin; i < std::min(begin + per_task, m.queries); ++i) {
+        if (counted && !counted[i]) continue;
+        body(task, b, h, i, m.data[0].head(b, h) + i * m.data[0].row_stride * element,
+             m.data[1].head(b, h) + i * m.data[1].row_stride * element);
+      }
     }
-  }
+  });
 }
 
 template <typename A>
 void forward(const Maps& m, Tensor& sums) {
   const auto& table = kernels<A>(*selection().isa);
-  A* sum = sums.data_ptr<A>();
-  at::parallel_for(0, m.pairs * m.heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> totals(end - begin, 0.0);
-    for_rows(m, begin, end, [&](int64_t b, int64_t h, int64_t, const char* row, const char* row_aug) {
-      totals[b * m.heads + h - begin] += table.squared_difference(row, row_aug, m.kind, mask_row(m.key_mask, b),
-                                                                  mask_row(m.key_mask, m.pairs + b), m.keys);
-    });
-    for (int64_t i = begin; i < end; ++i) sum[i] = static_cast<A>(totals[i - begin]);
+  const int64_t per_task = rows_per_task(m);
+  const Tensor task_sums =
+      at::zeros({m.pairs, m.heads, (m.queries + per_task - 1) / per_task}, sums.options().dtype(at::kDouble));
+  double* task_sum = task_sums.data_ptr<double>();
+  for_rows(m, [&](int64_t task, int64_t b, int64_t, int64_t, const char* row, const char* row_aug) {
+    task_sum[task] += table.squared_difference(row, row_aug, m.kind, mask_row(m.key_mask, b),
+                                               mask_row(m.key_mask, m.pairs + b), m.keys);
   });
+  sums.copy_(task_sums.sum(-1));
 }
 
 template <typename A>
@@ -73,14 +79,13 @@ void backward(const Maps& m, const Tensor& grad_sums, const std::array<Heads, 2>
   const auto& table = kernels<A>(*selection().isa);
   const A* upstream = grad_sums.data_ptr<A>();
   const int64_t element = m.views[0].element_size();
-  at::parallel_for(0, m.pairs * m.heads, 1, [&](int64_t begin, int64_t end) {
-    for_rows(m, begin, end, [&](int64_t b, int64_t h, int64_t i, const char* row, const char* row_aug) {
-      char* to[2] = {};
-      for (int v = 0; v < 2; ++v)
-        if (out[v].data) to[v] = out[v].head(b, h) + i * out[v].row_stride * element;
-      table.difference_gradient(row, row_aug, m.kind, mask_row(m.key_mask, b), mask_row(m.key_mask, m.pairs + b),
-                                m.keys, 2 * upstream[b * m.heads + h], to[0], to[1]);
-    });
+  const bool stream = exceeds_caches(m.views[0]);
+  for_rows(m, [&](int64_t, int64_t b, int64_t h, int64_t i, const char* row, const char* row_aug) {
+    char* to[2] = {};
+    for (int v = 0; v < 2; ++v)
+      if (out[v].data) to[v] = out[v].head(b, h) + i * out[v].row_stride * element;
+    table.difference_gradient(row, row_aug, m.kind, mask_row(m.key_mask, b), mask_row(m.key_mask, m.pairs + b), m.keys,
+                              2 * upstream[b * m.heads + h], stream, to[0], to[1]);
   });
 }
 

@@ -60,10 +60,13 @@ struct Kernels {
   A (*squared_difference)(const void* a, const void* b, Kind kind, const uint8_t* mask, const uint8_t* mask_aug,
                           int64_t n);
   // grad_a = gradient (a - b), grad_b = -gradient (a - b), zero where that view is masked; either may be null.
+  // `stream`: past the caches where possible.
   void (*difference_gradient)(const void* a, const void* b, Kind kind, const uint8_t* mask, const uint8_t* mask_aug,
-                              int64_t n, A gradient, void* grad_a, void* grad_b);
+                              int64_t n, A gradient, bool stream, void* grad_a, void* grad_b);
   // total [n] += src [n], in double: a plain float32 sum over many tokens loses more than the error rule allows.
   void (*add_row)(const void* src, Kind kind, int64_t n, double* total);
+  // y [n] = exp(x), n padded.
+  void (*exponentials)(const A* x, int64_t n, A* y);
   // dst [n] = factor * src [n].
   void (*scale_row)(const A* src, A factor, int64_t n, Kind kind, void* dst);
 };
@@ -76,6 +79,9 @@ struct Isa {
   // dst [rows / 2, cols, 2], the layout that matrix units read.
   void (*to_bf16)(const float* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst, int64_t ld_dst);
   void (*to_vnni)(const float* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst);
+  // Rows of dst, `stride` bytes apart, = row [bytes], or zeros where `real` is 0 (null: all real). `stream` as above.
+  void (*fill_rows)(const char* row, const uint8_t* real, int64_t rows, int64_t bytes, bool stream, int64_t stride,
+                    char* dst);
 };
 
 extern const Isa kPortable;

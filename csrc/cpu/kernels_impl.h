@@ -28,6 +28,13 @@ void with_storage(Kind kind, const Body& body) {
   }
 }
 
+template <typename P>
+struct Pointee;
+template <typename T>
+struct Pointee<T*> {
+  typedef T type;
+};
+
 template <typename T>
 T* same_type(T*, void* pointer) {
   return static_cast<T*>(pointer);
@@ -296,49 +303,86 @@ void gradient_tile(const Column<A>& c, const ColumnStats<A>& stats, A gradient) 
   gradient_tile_of<A, Scores::kRaw>(c, stats, gradient);
 }
 
+// a - b of a vector's worth of elements from j on, masked ones being zero.
+template <typename A, typename T>
+inline typename Vec<A>::type difference_of(const T* a, const T* b, const uint8_t* mask, const uint8_t* mask_aug,
+                                           int64_t j) {
+  const typename Vec<A>::type zero{};
+  const auto x = vload_as<A>(a + j), y = vload_as<A>(b + j);
+  if (!mask) return x - y;
+  return (vmask<A>(mask + j) ? x : zero) - (vmask<A>(mask_aug + j) ? y : zero);
+}
+
+template <typename A, typename T>
+inline A difference_of_one(const T* a, const T* b, const uint8_t* mask, const uint8_t* mask_aug, int64_t j) {
+  return (!mask || mask[j] ? to_float(a[j]) : A(0)) - (!mask || mask_aug[j] ? to_float(b[j]) : A(0));
+}
+
 template <typename A>
 A squared_difference(const void* a, const void* b, Kind kind, const uint8_t* mask, const uint8_t* mask_aug, int64_t n) {
-  A lanes[kLanes] = {};
+  constexpr int64_t W = Vec<A>::lanes;
+  typename Vec<A>::type sums[2] = {};
   A rest = 0;
   with_storage<A>(kind, [&](auto* storage) {
     const auto* x = same_type(storage, a);
     const auto* y = same_type(storage, b);
-    if (mask) {
-      for (int64_t j = 0; j < n; ++j) {
-        const A difference = (mask[j] ? to_float(x[j]) : A(0)) - (mask_aug[j] ? to_float(y[j]) : A(0));
-        rest += difference * difference;
-      }
-      return;
-    }
     int64_t j = 0;
-    for (; j + kLanes <= n; j += kLanes) {
-      for (int64_t l = 0; l < kLanes; ++l) {
-        const A difference = to_float(x[j + l]) - to_float(y[j + l]);
-        lanes[l] += difference * difference;
+    for (; j + 2 * W <= n; j += 2 * W)
+      for (int64_t u = 0; u < 2; ++u) {
+        const auto difference = difference_of<A>(x, y, mask, mask_aug, j + u * W);
+        sums[u] += difference * difference;
       }
-    }
     for (; j < n; ++j) {
-      const A difference = to_float(x[j]) - to_float(y[j]);
+      const A difference = difference_of_one<A>(x, y, mask, mask_aug, j);
       rest += difference * difference;
     }
   });
-  for (A lane : lanes) rest += lane;
+  const auto sum = sums[0] + sums[1];
+  for (int64_t l = 0; l < W; ++l) rest += sum[l];
   return rest;
 }
 
+// Writes elements in order, whole cache lines past the caches if `stream` is set and they are aligned.
+template <typename A, typename T>
+struct Writer {
+  static constexpr int64_t W = Vec<A>::lanes;
+  T* to;
+  const uint8_t* mask;
+  bool stream;
+
+  Writer(T* to, const uint8_t* mask, bool stream)
+      : to(to), mask(mask), stream(stream && sizeof(T) * W == 64 && reinterpret_cast<uintptr_t>(to) % 64 == 0) {}
+  void put(int64_t j, typename Vec<A>::type v) const {
+    if (!to) return;
+    if (mask) v = vmask<A>(mask + j) ? v : typename Vec<A>::type{};
+    if (stream) return stream_copy(reinterpret_cast<const char*>(&v), 64, reinterpret_cast<char*>(to + j));
+    vstore_as<A>(to + j, v);
+  }
+  void put_one(int64_t j, A x) const {
+    if (to) from_float(!mask || mask[j] ? x : A(0), to[j]);
+  }
+};
+
 template <typename A>
 void difference_gradient(const void* a, const void* b, Kind kind, const uint8_t* mask, const uint8_t* mask_aug,
-                         int64_t n, A gradient, void* grad_a, void* grad_b) {
+                         int64_t n, A gradient, bool stream, void* grad_a, void* grad_b) {
+  constexpr int64_t W = Vec<A>::lanes;
   with_storage<A>(kind, [&](auto* storage) {
     const auto* x = same_type(storage, a);
     const auto* y = same_type(storage, b);
-    auto* to_x = same_type(storage, grad_a);
-    auto* to_y = same_type(storage, grad_b);
-    for (int64_t j = 0; j < n; ++j) {
-      const bool real = !mask || mask[j], real_aug = !mask || mask_aug[j];
-      const A difference = gradient * ((real ? to_float(x[j]) : A(0)) - (real_aug ? to_float(y[j]) : A(0)));
-      if (to_x) from_float(real ? difference : A(0), to_x[j]);
-      if (to_y) from_float(real_aug ? -difference : A(0), to_y[j]);
+    const auto to_x = Writer<A, typename Pointee<decltype(storage)>::type>(same_type(storage, grad_a), mask, stream);
+    const auto to_y =
+        Writer<A, typename Pointee<decltype(storage)>::type>(same_type(storage, grad_b), mask_aug, stream);
+    int64_t j = 0;
+    for (; j + W <= n; j += W) {
+      const auto difference = gradient * difference_of<A>(x, y, mask, mask_aug, j);
+      to_x.put(j, difference);
+      to_y.put(j, -difference);
+    }
+    for (; j < n; ++j) {
+      const A difference = gradient * difference_of_one<A>(x, y, mask, mask_aug, j);
+      to_x.put_one(j, difference);
+      to_y.put_one(j, -difference);
     }
   });
 }
@@ -349,6 +393,25 @@ void add_row(const void* src, Kind kind, int64_t n, double* total) {
     const auto* x = same_type(storage, src);
     for (int64_t j = 0; j < n; ++j) total[j] += to_float(x[j]);
   });
+}
+
+void fill_rows(const char* row, const uint8_t* real, int64_t rows, int64_t bytes, bool stream, int64_t stride,
+               char* dst) {
+  const bool streams = stream && (bytes | stride | reinterpret_cast<intptr_t>(dst)) % 64 == 0;
+  for (int64_t i = 0; i < rows; ++i, dst += stride) {
+    if (real && !real[i]) {
+      memset(dst, 0, bytes);
+    } else if (streams) {
+      stream_copy(row, bytes, dst);
+    } else {
+      memcpy(dst, row, bytes);
+    }
+  }
+}
+
+template <typename A>
+void exponentials(const A* x, int64_t n, A* y) {
+  for (int64_t j = 0; j < n; j += Vec<A>::lanes) vstore<A>(y + j, vexp(vload<A>(x + j)));
 }
 
 template <typename A>
@@ -383,12 +446,13 @@ template <typename A>
 constexpr Kernels<A> table() {
   return {gather_rows<A>,        scatter_rows<A>,        transpose<A>,       product<A>,
           softmax_tile<A>,       finish_softmax<A>,      difference_tile<A>, gradient_tile<A>,
-          squared_difference<A>, difference_gradient<A>, add_row<A>,         scale_row<A>};
+          squared_difference<A>, difference_gradient<A>, add_row<A>,         exponentials<A>,
+          scale_row<A>};
 }
 
 }  // namespace
 
 namespace ear_ops::cpu {
 extern const Isa EAR_OPS_ISA;
-const Isa EAR_OPS_ISA = {EAR_OPS_ISA_NAME, table<float>(), table<double>(), to_bf16, to_vnni};
+const Isa EAR_OPS_ISA = {EAR_OPS_ISA_NAME, table<float>(), table<double>(), to_bf16, to_vnni, fill_rows};
 }  // namespace ear_ops::cpu

@@ -1,12 +1,10 @@
 // Squared distance between the masked means of two views: one pass over the hidden states, the means in scratch.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
-#include <cstring>
-#include <functional>
-
 #include "isa.h"
+#include "schedule.h"
 #include "views.h"
 
 namespace ear_ops {
@@ -50,56 +48,62 @@ Hidden make_hidden(const Tensor& hidden, const OptionalTensor& hidden_aug, const
   return h;
 }
 
+constexpr int64_t kFeatures = 1024;  // of a task: a single long sequence is shared out too
+
+// body(task, b, first feature, features) for every sequence and every slice of its features.
+template <typename Body>
+void for_slices(const Hidden& h, const Body& body) {
+  const int64_t slices = (h.features + kFeatures - 1) / kFeatures, tasks = h.pairs * slices;
+  run_tasks(tasks, at::get_num_threads(), [&](int64_t, const auto& next) {
+    for (int64_t task = next(); task < tasks; task = next()) {
+      const int64_t first = task % slices * kFeatures;
+      body(task, task / slices, first, std::min(kFeatures, h.features - first));
+    }
+  });
+}
+
 template <typename A>
 void forward(const Hidden& h, Tensor& sums, Tensor& difference) {
   const auto& table = kernels<A>(*selection().isa);
-  A* sum = sums.data_ptr<A>();
+  const int64_t element = h.views[0].element_size();
   A* means = difference.data_ptr<A>();
-  at::parallel_for(0, h.pairs, 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> total(h.features), mean(h.features);
-    for (int64_t b = begin; b < end; ++b) {
-      A* out = means + b * h.features;
-      for (int v = 0; v < 2; ++v) {
-        std::fill(total.begin(), total.end(), 0.0);
-        for (int64_t i = 0; i < h.length; ++i)
-          if (h.real(v, b, i)) table.add_row(h.row(v, b, i), h.kind, h.features, total.data());
-        const double count = static_cast<double>(std::max<int64_t>(h.count(v, b), 1));
-        for (int64_t c = 0; c < h.features; ++c) mean[c] = v == 0 ? total[c] / count : mean[c] - total[c] / count;
-      }
-      double squared = 0;
-      for (int64_t c = 0; c < h.features; ++c) {
-        squared += mean[c] * mean[c];
-        out[c] = static_cast<A>(mean[c]);
-      }
-      sum[b] = static_cast<A>(squared);
+  const Tensor slice_sums =
+      at::zeros({h.pairs, (h.features + kFeatures - 1) / kFeatures}, sums.options().dtype(at::kDouble));
+  double* slice_sum = slice_sums.data_ptr<double>();
+  for_slices(h, [&](int64_t task, int64_t b, int64_t first, int64_t n) {
+    double total[2][kFeatures] = {};
+    double count[2];
+    for (int v = 0; v < 2; ++v) {
+      for (int64_t i = 0; i < h.length; ++i)
+        if (h.real(v, b, i)) table.add_row(h.row(v, b, i) + first * element, h.kind, n, total[v]);
+      count[v] = static_cast<double>(std::max<int64_t>(h.count(v, b), 1));
+    }
+    for (int64_t c = 0; c < n; ++c) {
+      const double mean_difference = total[0][c] / count[0] - total[1][c] / count[1];
+      slice_sum[task] += mean_difference * mean_difference;
+      means[b * h.features + first + c] = static_cast<A>(mean_difference);
     }
   });
+  sums.copy_(slice_sums.sum(-1));
 }
 
 // Every real token of a sequence has the same gradient: it is converted once and copied.
 template <typename A>
 void backward(const Hidden& h, const Tensor& grad_sums, const Tensor& difference, const std::array<Tensor, 2>& out) {
-  const auto& table = kernels<A>(*selection().isa);
+  const Isa& isa = *selection().isa;
+  const auto& table = kernels<A>(isa);
+  const bool stream = exceeds_caches(h.views[0]);
   const A* upstream = grad_sums.data_ptr<A>();
   const A* means = difference.data_ptr<A>();
-  const int64_t row_bytes = h.features * h.views[0].element_size();
-  at::parallel_for(0, h.pairs, 1, [&](int64_t begin, int64_t end) {
-    std::vector<char> row(row_bytes);
-    for (int64_t b = begin; b < end; ++b) {
-      for (int v = 0; v < 2; ++v) {
-        if (!out[v].defined()) continue;
-        const A count = static_cast<A>(std::max<int64_t>(h.count(v, b), 1));
-        table.scale_row(means + b * h.features, (v == 0 ? 2 : -2) * upstream[b] / count, h.features, h.kind,
-                        row.data());
-        char* to = static_cast<char*>(out[v].data_ptr()) + b * h.length * row_bytes;
-        for (int64_t i = 0; i < h.length; ++i, to += row_bytes) {
-          if (h.real(v, b, i)) {
-            std::memcpy(to, row.data(), row_bytes);
-          } else {
-            std::memset(to, 0, row_bytes);
-          }
-        }
-      }
+  const int64_t element = h.views[0].element_size();
+  for_slices(h, [&](int64_t, int64_t b, int64_t first, int64_t n) {
+    alignas(64) char row[kFeatures * sizeof(double)];
+    for (int v = 0; v < 2; ++v) {
+      if (!out[v].defined()) continue;
+      const A count = static_cast<A>(std::max<int64_t>(h.count(v, b), 1));
+      table.scale_row(means + b * h.features + first, (v == 0 ? 2 : -2) * upstream[b] / count, n, h.kind, row);
+      char* to = static_cast<char*>(out[v].data_ptr()) + (b * h.length * h.features + first) * element;
+      isa.fill_rows(row, mask_row(h.mask, v * h.pairs + b), h.length, n * element, stream, h.features * element, to);
     }
   });
 }

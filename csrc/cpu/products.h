@@ -73,4 +73,13 @@ struct Bf16MatrixProducts {
   }
 };
 
+// Calls body with a null pointer of the products that fit inputs of this dtype, for its type alone.
+template <typename Body>
+auto with_products(at::ScalarType dtype, const Body& body) {
+  if (dtype == at::kDouble) return body(static_cast<PlainProducts<double>*>(nullptr));
+  if (dtype == at::kBFloat16 && selection().bf16 != Bf16Products::kNone)
+    return body(static_cast<Bf16MatrixProducts*>(nullptr));
+  return body(static_cast<PlainProducts<float>*>(nullptr));
+}
+
 }  // namespace ear_ops::cpu

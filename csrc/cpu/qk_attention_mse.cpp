@@ -260,18 +260,6 @@ void backward(const QKProblem& p, const Tensor& grad_sums, const Tensor& row_sta
   }
 }
 
-// Calls body with the Products type that fits the input.
-template <typename Body>
-void with_products(const Tensor& query, const Body& body) {
-  if (query.scalar_type() == at::kDouble) {
-    body(static_cast<PlainProducts<double>*>(nullptr));
-  } else if (query.scalar_type() == at::kBFloat16 && selection().bf16 != Bf16Products::kNone) {
-    body(static_cast<Bf16MatrixProducts*>(nullptr));
-  } else {
-    body(static_cast<PlainProducts<float>*>(nullptr));
-  }
-}
-
 }  // namespace
 
 }  // namespace ear_ops::cpu
@@ -288,8 +276,9 @@ std::tuple<Tensor, Tensor> qk_attention_mse(const Tensor& query, const Tensor& k
   const auto options = query.options().dtype(cpu::accumulator_of(query));
   Tensor sums = at::zeros({p.pairs, p.heads}, options);
   Tensor row_stats = at::zeros({cpu::kRowStats, p.pairs, p.heads, p.queries}, options);
-  cpu::with_products(
-      query, [&](auto* products) { cpu::forward<std::remove_pointer_t<decltype(products)>>(p, sums, row_stats); });
+  cpu::with_products(query.scalar_type(), [&](auto* products) {
+    cpu::forward<std::remove_pointer_t<decltype(products)>>(p, sums, row_stats);
+  });
   return {sums, row_stats};
 }
 
@@ -327,7 +316,7 @@ std::vector<Tensor> qk_attention_mse_backward(const Tensor& grad_sums, const Ten
       (input == 0 ? out.query : out.key)[1] = cpu::Heads(make(input == 0 ? *query_aug : *key_aug));
   }
   const Tensor upstream = grad_sums.to(cpu::accumulator_of(query)).contiguous(), stats = row_stats.contiguous();
-  cpu::with_products(query, [&](auto* products) {
+  cpu::with_products(query.scalar_type(), [&](auto* products) {
     cpu::backward<std::remove_pointer_t<decltype(products)>>(p, upstream, stats, out);
   });
   return gradients;

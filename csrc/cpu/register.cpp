@@ -6,6 +6,7 @@
 
 TORCH_LIBRARY_FRAGMENT(ear_ops, m) {
   m.def("cpu_isa() -> str", []() -> std::string { return ear_ops::cpu::selection().name; });
+  m.def("cpu_rates(int m, int n, int k, ScalarType dtype) -> float[]", &ear_ops::cpu_rates);
 }
 
 TORCH_LIBRARY_IMPL(ear_ops, CPU, m) {

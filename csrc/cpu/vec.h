@@ -13,6 +13,11 @@ namespace {
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef double f64x8 __attribute__((vector_size(64)));
+typedef int64_t i64x8 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+typedef uint8_t u8x8 __attribute__((vector_size(8)));
 
 template <typename A>
 struct Vec;
@@ -20,12 +25,16 @@ struct Vec;
 template <>
 struct Vec<float> {
   typedef f32x16 type;
+  typedef i32x16 mask;  // what comparisons give
+  typedef u8x16 bytes;  // as many bytes
   static constexpr int64_t lanes = 16;
 };
 
 template <>
 struct Vec<double> {
   typedef f64x8 type;
+  typedef i64x8 mask;
+  typedef u8x8 bytes;
   static constexpr int64_t lanes = 8;
 };
 
@@ -126,6 +135,58 @@ static inline void from_float(float x, Half& to) {  // round to nearest even
   half = magnitude >= 0x47800000u ? 0x7c00u : half;  // 65536 and more; 65520..65535 round up to it by themselves
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   to.bits = static_cast<uint16_t>(sign | half);
+}
+
+// A vector's worth of a tensor's elements, in the arithmetic type; and back, rounding to nearest even.
+template <typename A>
+static inline typename Vec<A>::type vload_as(const A* from) {
+  return vload<A>(from);
+}
+
+template <typename A>
+static inline f32x16 vload_as(const Bf16* from) {
+  u16x16 bits;
+  memcpy(&bits, from, sizeof(bits));
+  return (f32x16)(__builtin_convertvector(bits, u32x16) << 16);
+}
+
+template <typename A>
+static inline f32x16 vload_as(const Half* from) {
+  float values[16];
+  for (int i = 0; i < 16; ++i) values[i] = to_float(from[i]);
+  return vload<float>(values);
+}
+
+template <typename A>
+static inline void vstore_as(A* to, typename Vec<A>::type v) {
+  vstore<A>(to, v);
+}
+
+template <typename A, typename T>
+static inline void vstore_as(T* to, f32x16 v) {
+  for (int i = 0; i < 16; ++i) from_float(v[i], to[i]);
+}
+
+// The lanes whose byte is not 0.
+template <typename A>
+static inline typename Vec<A>::mask vmask(const uint8_t* from) {
+  typename Vec<A>::bytes bytes;
+  memcpy(&bytes, from, sizeof(bytes));
+  return __builtin_convertvector(bytes, typename Vec<A>::mask) != 0;
+}
+
+// Copies n bytes (a multiple of 64) to memory aligned to 64 bytes, past the caches where the processor can: for what is
+// larger than they are, it saves reading each line before it is overwritten. Other threads see it after this one's next
+// locked instruction, with which a worker asks for its next task.
+static inline void stream_copy(const char* from, int64_t n, char* to) {
+  for (int64_t i = 0; i < n; i += 64) {
+    const f32x16 v = vload<float>(reinterpret_cast<const float*>(from + i));
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+    __builtin_ia32_movntps512(reinterpret_cast<float*>(to + i), v);
+#else
+    memcpy(to + i, &v, 64);
+#endif
+  }
 }
 
 }  // namespace

@@ -1,0 +1,77 @@
+// What this machine can do at best: the rates that benchmarks hold kernels against.
+#include <ATen/Parallel.h>
+#include <ATen/ops/ones.h>
+
+#include <chrono>
+
+#include "isa.h"
+#include "products.h"
+#include "views.h"
+
+namespace ear_ops {
+
+namespace cpu {
+namespace {
+
+// Calls of body(thread) per second and thread, all threads at once, the best of 20 tries.
+template <typename Body>
+double best_rate(int64_t threads, const Body& body) {
+  constexpr int64_t kCalls = 64;
+  double best = 0;
+  for (int attempt = 0; attempt <= 20; ++attempt) {  // the first one warms up
+    const auto start = std::chrono::steady_clock::now();
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread)
+        for (int64_t call = 0; call < kCalls; ++call) body(thread);
+    });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    if (attempt > 0) best = std::max(best, kCalls / seconds.count());
+  }
+  return best;
+}
+
+template <typename P>
+std::vector<double> rates(int64_t m, int64_t n, int64_t k) {
+  using A = typename P::Accumulator;
+  using Operand = typename P::Operand;
+  const P products(selection());
+  const auto& table = kernels<A>(*selection().isa);
+  const int64_t threads = at::get_num_threads();
+  auto carve = [&](Arena& arena) {
+    return std::make_tuple(arena.take<Operand>(m * k), arena.take<Operand>(k * n), arena.take<A>(m * n),
+                           arena.take<A>(m * n));
+  };
+  Arena measure(nullptr);
+  carve(measure);
+  const Scratch scratch(threads, measure.used());
+  for (int64_t thread = 0; thread < threads; ++thread) {
+    Arena arena = scratch.of(thread);
+    const auto [left, right, in, out] = carve(arena);
+    std::fill_n(left, m * k, Operand(0)), std::fill_n(right, k * n, Operand(0)), std::fill_n(in, m * n, A(0));
+    std::fill_n(out, m * n, A(0));
+  }
+  const double product = best_rate(threads, [&](int64_t thread) {
+    Arena arena = scratch.of(thread);
+    const auto [left, right, in, out] = carve(arena);
+    products.multiply(m, n, k, left, k, right, n, out, n, false);
+  });
+  products.release();
+  const double exponential = best_rate(threads, [&](int64_t thread) {
+    Arena arena = scratch.of(thread);
+    const auto [left, right, in, out] = carve(arena);
+    table.exponentials(in, m * n, out);
+  });
+  return {product * threads * 2.0 * m * n * k, exponential * threads * m * n};
+}
+
+}  // namespace
+}  // namespace cpu
+
+std::vector<double> cpu_rates(int64_t m, int64_t n, int64_t k, at::ScalarType dtype) {
+  for (const int64_t size : {m, n, k})
+    TORCH_CHECK_VALUE(size > 0 && size % 32 == 0, "cpu_rates: m, n, k: expected multiples of 32, got ", size);
+  return cpu::with_products(
+      dtype, [&](auto* products) { return cpu::rates<std::remove_pointer_t<decltype(products)>>(m, n, k); });
+}
+
+}  // namespace ear_ops
