@@ -1,4 +1,4 @@
-"""`ear-ops`: train, evaluate, compare, augment. The options of `train` are the fields of `TrainConfig`."""
+"""`ear-ops`: train, evaluate, compare, augment, bench. The options of `train` are the fields of `TrainConfig`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from ear_ops.training.config import TrainConfig
+from ear_ops.training.config import ConfigError, TrainConfig
 
 try:
     import typer
@@ -115,6 +115,25 @@ def augment(
     from ear_ops.training.sources import write_variants_file
 
     print(write_variants_file(TrainConfig(**settings), output, num_variants))
+
+
+_BENCHMARKS = {"losses": "bench_losses.py", "step": "bench_step.py", "report": "report.py"}
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(metavar="losses|step|report")],
+) -> None:
+    """Measure speed, memory and error of the losses or of a training step (needs a checkout); `bench losses -h`."""
+    import subprocess
+
+    folder = Path(__file__).parents[1] / "benchmarks"
+    if what not in _BENCHMARKS:
+        raise ConfigError(f"bench: expected one of {', '.join(_BENCHMARKS)}, got {what!r}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the benchmarks come with a checkout, not with the installed package: no {folder}")
+    sys.exit(subprocess.call([sys.executable, str(folder / _BENCHMARKS[what]), *context.args]))
 
 
 def _run_module() -> Any:

@@ -25,7 +25,7 @@ def run(*arguments: str) -> str:
 
 def test_help_names_every_command_and_every_setting() -> None:
     commands = run("--help")
-    assert all(name in commands for name in ("train", "evaluate", "compare", "augment"))
+    assert all(name in commands for name in ("train", "evaluate", "compare", "augment", "bench"))
     train = run("train", "--help")
     for name in TrainConfig.__dataclass_fields__:
         assert f"--{name.replace('_', '-')} " in train

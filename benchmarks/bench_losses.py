@@ -1,0 +1,124 @@
+"""Speed, memory and error of the three losses: fused, eager PyTorch, torch.compile of it, and the speed of light.
+
+    ear-ops bench losses --presets paper,xnli --out benchmarks/results/NAME.json
+
+A row is "ok" when the loss and its gradients are within twice (three times) eager's error against float64, plus 8 eps;
+where float64 would not fit, one key head and 512 queries are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measuring import facts, interleaved, keep_freed_memory, limit, max_error, peak_memory
+from operations import EAGER_BYTES, OPERATIONS, Inputs, Loss, Operation
+from presets import PRESETS, Preset
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODES = ("forward", "forward+backward")
+
+
+def run(loss: Loss, inputs: Inputs, mode: str) -> tuple[Tensor, ...]:
+    if mode == "forward":
+        with torch.no_grad():
+            return (loss(inputs),)
+    value = loss(inputs)
+    return (value, *torch.autograd.grad(value, inputs.tensors))
+
+
+def losses_of(operation: Operation, preset: Preset, compiled: bool) -> dict[str, Loss]:
+    """The ways to compute it that fit into memory; `compiled` adds torch.compile, compiled anew for each case."""
+    losses: dict[str, Loss] = {"fused": operation.fused}
+    if operation.eager_bytes(preset) <= EAGER_BYTES:
+        losses["eager"] = operation.eager
+        if compiled:
+            torch._dynamo.reset()  # else it gives up after a handful of shapes and quietly runs eagerly
+            losses["compile"] = torch.compile(operation.eager, dynamic=False)
+    return losses
+
+
+def check(operation: Operation, losses: dict[str, Loss], inputs: Inputs, mode: str) -> dict[str, dict]:
+    """Errors of every way on a part of the inputs, and whether they keep the error rule."""
+    part = operation.part(inputs)
+    exact = run(operation.eager, part.to(torch.float64), mode)
+    found = {name: run(loss, part, mode) for name, loss in {**losses, "eager": operation.eager}.items()}
+    errors = {name: [max_error(f, e) for f, e in zip(results, exact, strict=True)] for name, results in found.items()}
+    eps = torch.finfo(inputs.tensors[0].dtype).eps
+    allowed = [(2 if i == 0 else 3) * e + 8 * eps for i, e in enumerate(errors["eager"])]
+    return {
+        name: {"max_errors": errors[name], "correct": all(e <= a for e, a in zip(errors[name], allowed, strict=True))}
+        for name in losses
+    }
+
+
+def measure(op: str, preset_name: str, dtype_name: str, mode: str, repeats: int, compiled: bool) -> list[dict]:
+    operation, preset, dtype = OPERATIONS[op], PRESETS[preset_name], DTYPES[dtype_name]
+    inputs = operation.make(preset, dtype)
+    losses = losses_of(operation, preset, compiled)
+    checked = check(operation, losses, inputs, mode)
+    calls: dict[str, Callable[[], object]] = {
+        name: lambda loss=loss: run(loss, inputs, mode) for name, loss in losses.items()
+    }
+    times = interleaved(calls, repeats)
+    gradients = sum(t.nbytes for t in inputs.tensors) if mode != "forward" else 0
+    work = operation.work(preset, inputs.tensors[0].element_size(), mode != "forward")
+    light = limit(work, preset.length, preset.dim, dtype)
+    rows = []
+    for name, call in calls.items():
+        row = {"op": op, "preset": preset_name, "length": preset.length, "dtype": dtype_name, "mode": mode}
+        row |= {"provider": name, **times[name], "extra_bytes": peak_memory(call) - gradients, **checked[name], **light}
+        row["fraction_of_limit"] = light["limit_ms"] / times[name]["median_ms"]
+        if "eager" in times:
+            row["eager_over_this"] = times["eager"]["median_ms"] / times[name]["median_ms"]
+        rows.append(row)
+    return rows
+
+
+def line(row: dict) -> str:
+    ratio = f"{row['eager_over_this']:6.2f}x eager" if "eager_over_this" in row else "             "
+    return (
+        f"{row['op']:<17}{row['preset']:<11}{row['dtype']:<9} {row['mode']:<17}{row['provider']:<8}"
+        f"{row['median_ms']:10.3f} ms [{row['p20_ms']:.3f}, {row['p80_ms']:.3f}] {ratio} "
+        f"{row['extra_bytes'] / 2**20:8.1f} MiB  {row['fraction_of_limit']:5.2f} of the limit ({row['bound_by']})  "
+        f"{'ok' if row['correct'] else 'error too large'}"
+    )
+
+
+def chosen(given: str, known: dict, option: str) -> list[str]:
+    names = given.split(",")
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"--{option}: expected names out of {', '.join(known)}, got {name!r}")
+    return names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", default="qk_attention_mse,attention_mse,pooled_distance")
+    parser.add_argument("--presets", default="paper,e5,xnli,small")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile of eager")
+    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    options = parser.parse_args()
+    keep_freed_memory()
+    rows = []
+    for op in chosen(options.ops, OPERATIONS, "ops"):
+        for preset in chosen(options.presets, PRESETS, "presets"):
+            for dtype in chosen(options.dtypes, DTYPES, "dtypes"):
+                for mode in chosen(options.modes, dict.fromkeys(MODES), "modes"):
+                    new = measure(op, preset, dtype, mode, options.repeats, options.compile)
+                    rows += new
+                    print("\n".join(map(line, new)), flush=True)
+                    if options.out:  # after every case: nothing measured is lost
+                        options.out.write_text(json.dumps({"facts": facts(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

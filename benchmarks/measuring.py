@@ -1,0 +1,117 @@
+"""Time, memory and error of a call, and what the machine could do at best."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from functools import cache
+from pathlib import Path
+
+import torch
+from operations import Work
+from torch.profiler import ProfilerActivity, profile
+
+import ear_ops
+
+SHORTEST_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks, for all ways alike: else each call pays for fresh pages from the kernel."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        print("the C library has no mallopt: times include fresh pages")
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
+    """Median, p20 and p80 in ms of each call, taken in turns so that ratios survive a noisy machine."""
+    inner = {}
+    for name, call in calls.items():
+        call()
+        start = time.perf_counter()
+        call()
+        inner[name] = max(1, round(SHORTEST_SAMPLE / (time.perf_counter() - start)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(inner[name]):
+                call()
+            times[name].append((time.perf_counter() - start) / inner[name])
+    result = {}
+    for name, samples in times.items():
+        cuts = statistics.quantiles(samples, n=5)
+        median = statistics.median(samples)
+        result[name] = {"median_ms": 1e3 * median, "p20_ms": 1e3 * cuts[0], "p80_ms": 1e3 * cuts[-1]}
+    return result
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Bytes that torch's allocator held at the most during a call, above what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    held = highest = 0
+    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            highest = max(highest, held)
+    return highest
+
+
+@cache
+def copy_rate() -> float:
+    """Bytes read and written per second by a copy far larger than the caches, best of 20."""
+    source, target = torch.zeros(2, 1 << 25)
+    best = float("inf")
+    for _ in range(20):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
+
+
+@cache
+def compute_rates(length: int, dim: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Product operations and exponentials per second, of the instructions that the CPU kernels use, best of 20."""
+    m, k = (max(32, min(n, 256) // 32 * 32) for n in (length, dim))
+    flops, exponentials = torch.ops.ear_ops.cpu_rates(m, 64, k, dtype)
+    return flops, exponentials
+
+
+def limit(work: Work, length: int, dim: int, dtype: torch.dtype) -> dict[str, float | str]:
+    """The least time in ms that the work can take here, and which of its terms binds."""
+    flops, exponentials = compute_rates(length, dim, dtype)
+    terms = {
+        "products": work.flops / flops,
+        "exponentials": work.exponentials / exponentials,
+        "memory": work.bytes / copy_rate(),
+    }
+    binding = max(terms, key=terms.__getitem__)
+    return {"limit_ms": 1e3 * terms[binding], "bound_by": binding}
+
+
+def max_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """max |err| / max |ref|."""
+    return ((found.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def facts() -> dict[str, str | int]:
+    """What a result depends on and the rows do not say."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "device": names[0] if names else platform.processor() or platform.machine(),
+        "cpu_isa": torch.ops.ear_ops.cpu_isa(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "ear_ops": ear_ops.__version__,
+        "date": date.today().isoformat(),
+    }

@@ -1,0 +1,91 @@
+"""Tables and plots made from committed results.
+
+    ear-ops bench report benchmarks/results/NAME.json [--plot benchmarks/results/NAME.png]
+
+Prints the rows of the losses as a Markdown table; the plot shows time and memory of `qk_attention_mse` against L.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from presets import PRESETS
+
+ORDER = ("fused", "eager", "compile")
+
+
+def cases(rows: list[dict]) -> dict[tuple[str, ...], dict[str, dict]]:
+    """Rows by (op, preset, dtype, mode), then by provider."""
+    grouped: dict[tuple[str, ...], dict[str, dict]] = defaultdict(dict)
+    for row in rows:
+        grouped[row["op"], row["preset"], row["dtype"], row["mode"]][row["provider"]] = row
+    return grouped
+
+
+def cell(row: dict | None) -> str:
+    return "-" if row is None else f"{row['median_ms']:.3g} ms {'✓' if row['correct'] else '✗'}"
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = [
+        "| op | preset | dtype | what | fused | eager | `torch.compile` | eager ÷ fused | compile ÷ fused | memory | "
+        "of the limit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (op, preset, dtype, mode), by in cases(rows).items():
+        fused = by["fused"]
+        ratios = [
+            f"{by[name]['median_ms'] / fused['median_ms']:.1f}x" if name in by else "-" for name in ("eager", "compile")
+        ]
+        memory = f"{fused['extra_bytes'] / 2**20:.3g} MiB"
+        if "eager" in by:
+            memory += f" (eager {by['eager']['extra_bytes'] / 2**20:.0f})"
+        share = f"{fused['fraction_of_limit']:.2f} ({fused['bound_by']})"
+        cells = [op, preset, dtype, mode, *(cell(by.get(name)) for name in ORDER), *ratios, memory, share]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    lines: dict[tuple[str, str], list[tuple[int, float, float]]] = defaultdict(list)
+    for row in rows:
+        if row["op"] == "qk_attention_mse" and row["preset"].startswith("long-") and row["mode"] != "forward":
+            point = (row["length"], row["median_ms"], row["extra_bytes"] / 2**20)
+            lines[row["dtype"], row["provider"]].append(point)
+    for (dtype, provider), points in lines.items():
+        lengths, times, memory = zip(*sorted(points), strict=True)
+        style = {"label": f"{provider}, {dtype}", "marker": "o", "linestyle": "-" if provider == "fused" else "--"}
+        axes[0].plot(lengths, times, **style)
+        axes[1].plot(lengths, memory, **style)
+    for axis, label in zip(axes, ("forward + backward, ms", "memory beyond inputs and gradients, MiB"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="L", ylabel=label)
+        axis.grid(True, which="both", alpha=0.3)
+    preset = PRESETS["long-512"]
+    axes[0].set_title(f"qk_attention_mse, {preset.pairs}x{preset.heads}xLx{preset.dim}")
+    axes[1].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    rows = [row for path in options.results for row in json.loads(path.read_text())["rows"]]
+    print(markdown([row for row in rows if "preset" in row]))
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()

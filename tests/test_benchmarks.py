@@ -1,0 +1,75 @@
+"""The benchmark suite: that it runs, and that what it compares is the same thing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ear_ops import _extension
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+from operations import OPERATIONS  # noqa: E402
+from presets import Preset  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not _extension.CPU.loaded, reason=f"no cpu kernels: {_extension.CPU.reason}")
+
+SMALL = {
+    "plain": Preset(3, 4, 20, 8),
+    "ragged": Preset(6, 2, 40, 8, ragged=True),
+    "causal": Preset(2, 6, 33, 16, key_heads=2, is_causal=True),
+}
+
+
+def bench(*arguments: str) -> str:
+    command = [sys.executable, "-m", "ear_ops.cli", "bench", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("preset", SMALL)
+def test_eager_and_fused_are_the_same_loss(op: str, preset: str) -> None:
+    operation = OPERATIONS[op]
+    inputs = operation.make(SMALL[preset], torch.float32)
+    results = []
+    for loss in (operation.eager, operation.fused):
+        value = loss(inputs)
+        results.append((value, *torch.autograd.grad(value, inputs.tensors)))
+    for eager, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-9)
+
+
+def test_work_is_what_the_masks_leave() -> None:
+    preset = SMALL["ragged"]
+    inputs = OPERATIONS["qk_attention_mse"].make(preset, torch.float32)
+    assert inputs.mask is not None
+    first, second = inputs.mask.chunk(2)
+    cells = preset.heads * int(((first & second).sum(-1) * (first | second).sum(-1)).sum())
+    assert 0 < cells < preset.pairs * preset.heads * preset.length**2
+    work = OPERATIONS["qk_attention_mse"].work(preset, 4, True)
+    assert work.exponentials == 4 * cells and work.flops == 8 * 2 * cells * preset.dim
+
+
+def test_losses_and_report(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    bench("losses", "--presets", "small", "--dtypes", "float32", "--repeats", "2", "--out", str(out))
+    result = json.loads(out.read_text())
+    assert {"device", "torch", "date", "cpu_isa"} <= set(result["facts"])
+    rows = result["rows"]
+    assert {(r["op"], r["mode"], r["provider"]) for r in rows} == {
+        (op, mode, provider)
+        for op in OPERATIONS
+        for mode in ("forward", "forward+backward")
+        for provider in ("fused", "eager")
+    }
+    assert all(row["correct"] and row["median_ms"] > 0 and row["limit_ms"] > 0 for row in rows)
+    table = bench("report", str(out))
+    assert table.count("✓") == len(rows) and "qk_attention_mse" in table
