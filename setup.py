@@ -53,7 +53,9 @@ def extensions() -> list:
         "EAR_OPS_CPU_ISAS": isas,
         "EAR_OPS_CUDA_ARCHITECTURES": "",
     }
-    flags = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-attributes"]
+    flags = ["-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-attributes"]
+    if "-O" not in os.environ.get("CFLAGS", ""):  # which comes first on the command line, so would lose
+        flags.append("-O3")
     if torch.backends.openmp.is_available():
         flags.append("-fopenmp")  # at::parallel_for runs through it
     return [

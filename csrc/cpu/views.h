@@ -3,6 +3,10 @@
 
 #include <ATen/ops/empty.h>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include <algorithm>
 #include <array>
 #include <vector>
@@ -58,7 +62,8 @@ struct Heads {
   char* head(int64_t b, int64_t h) const { return data + b * batch_stride + h * head_stride; }
 };
 
-// Hands out aligned pieces of one block. With no block it only adds up what would be needed.
+// Hands out aligned pieces of one block. With no block it only adds up what would be needed. Under AddressSanitizer what
+// lies between two pieces is out of bounds.
 class Arena {
  public:
   explicit Arena(char* base) : base_(base) {}
@@ -66,6 +71,10 @@ class Arena {
   T* take(int64_t count) {
     T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
     used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+#if defined(__SANITIZE_ADDRESS__)
+    used_ += 64;
+    if (base_) ASAN_POISON_MEMORY_REGION(piece + count, base_ + used_ - reinterpret_cast<char*>(piece + count));
+#endif
     return piece;
   }
   int64_t used() const { return used_; }
