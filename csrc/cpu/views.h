@@ -62,8 +62,8 @@ struct Heads {
   char* head(int64_t b, int64_t h) const { return data + b * batch_stride + h * head_stride; }
 };
 
-// Hands out aligned pieces of one block. With no block it only adds up what would be needed. Under AddressSanitizer what
-// lies between two pieces is out of bounds.
+// Hands out aligned pieces of one block. With no block it only adds up what would be needed. Under AddressSanitizer
+// what lies between two pieces is out of bounds.
 class Arena {
  public:
   explicit Arena(char* base) : base_(base) {}
