@@ -205,8 +205,6 @@ void backward_piece(QKTask<P>& task, const Piece& blocks_of, const typename P::A
       for (int64_t c = 0; c < task.block_rows / kLanes; ++c)
         task.table.gradient_tile(task.column(c, t, n), task.stats[c], gradient);
       for (int v = 0; v < 2; ++v) {
-        for (int64_t j = task.n_keys - t; j < n; ++j)
-          std::fill_n(task.scores[v] + j * kScoresLd, task.block_rows, A(0));
         if (out.query[v].data) task.add_grad_queries(v, t, n, !first_tile);
         if (out.key[v].data) task.add_grad_keys(v, t, n);
       }

@@ -140,7 +140,8 @@ class QKTask {
     find_alive(b, head);
   }
 
-  // Raw scores of the block against keys [t, t + n) of both views, and their bias.
+  // Raw scores of the block against keys [t, t + n) of both views, and their bias. Keys that only pad have zero scores,
+  // which no later step changes: so has their dS.
   void score(int64_t b, int64_t head, int64_t t, int64_t n) {
     for (int v = 0; v < 2; ++v) {
       if constexpr (P::kConverts) {
