@@ -2,7 +2,8 @@
 
     ear-ops bench report benchmarks/results/NAME.json [--plot benchmarks/results/NAME.png]
 
-Prints the rows of the losses as a Markdown table; the plot shows time and memory of `qk_attention_mse` against L.
+Prints Markdown tables: a row for each case of the losses, and one for each way to make a training step. The plot shows
+time and memory of `qk_attention_mse` against L.
 """
 
 from __future__ import annotations
@@ -49,6 +50,15 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def step_markdown(rows: list[dict]) -> str:
+    lines = ["| training step on | dtype | way | median | of `ear` | memory |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [row["data"], row["dtype"], row["provider"], f"{row['median_ms']:.0f} ms"]
+        cells += [f"{row['this_over_ear']:.2f}x", f"{row['extra_bytes'] / 2**20:.0f} MiB"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(rows: list[dict], path: Path) -> None:
     import matplotlib
 
@@ -79,10 +89,13 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--mode", help="only `forward` or `forward+backward`")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     rows = [row for path in options.results for row in json.loads(path.read_text())["rows"]]
-    print(markdown([row for row in rows if "preset" in row]))
+    losses = [row for row in rows if "preset" in row and options.mode in (None, row["mode"])]
+    steps = [row for row in rows if row["op"] == "training step"]
+    print("\n\n".join(table(given) for table, given in ((markdown, losses), (step_markdown, steps)) if given))
     if options.plot:
         plot(rows, options.plot)
 
