@@ -7,6 +7,7 @@ gradient is wanted.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,3 +118,8 @@ class PooledDistance(Function):
         needs = list(ctx.needs_input_grad[:2])
         gradients = torch.ops.ear_ops.pooled_distance_backward(grad_sums, difference, *inputs, needs)
         return _scatter(gradients, needs, len(inputs))
+
+
+for _function in (QKAttentionMSE, AttentionMSE, PooledDistance):
+    # `apply` binds its arguments by the signature; kept here, it is not worked out anew at every call.
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]

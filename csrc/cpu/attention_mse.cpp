@@ -46,7 +46,7 @@ template <typename Body>
 void for_rows(const Maps& m, const Body& body) {
   const int64_t element = m.views[0].element_size(), per_task = rows_per_task(m);
   const int64_t tasks_per_head = (m.queries + per_task - 1) / per_task, tasks = m.pairs * m.heads * tasks_per_head;
-  run_tasks(tasks, at::get_num_threads(), [&](int64_t, const auto& next) {
+  run_tasks(tasks, workers_for(static_cast<double>(m.views[0].numel())), [&](int64_t, const auto& next) {
     for (int64_t task = next(); task < tasks; task = next()) {
       const int64_t b = task / tasks_per_head / m.heads, h = task / tasks_per_head % m.heads;
       const uint8_t* counted = mask_row(m.counted_queries, b);

@@ -2,6 +2,8 @@
 #if defined(__x86_64__)
 #include "target.h"
 EAR_OPS_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")
+// Set by hand: __AVX512F__ does not follow a target that _Pragma sets.
+#define EAR_OPS_AVX512
 #define EAR_OPS_ISA kAvx512
 #define EAR_OPS_ISA_NAME "avx512"
 #include "kernels_impl.h"

@@ -56,8 +56,10 @@ void gather_rows(const void* src, Kind kind, int64_t stride, const int32_t* inde
         memset(dst, 0, sizeof(A) * ld);
         continue;
       }
-      for (int64_t c = 0; c < dim; ++c) dst[c] = to_float(from[c]);
-      for (int64_t c = dim; c < ld; ++c) dst[c] = 0;
+      int64_t c = 0;
+      for (; c + Vec<A>::lanes <= dim; c += Vec<A>::lanes) vstore<A>(dst + c, vload_as<A>(from + c));
+      for (; c < dim; ++c) dst[c] = to_float(from[c]);
+      for (; c < ld; ++c) dst[c] = 0;
     }
   });
   memset(dst, 0, sizeof(A) * ld * (padded_rows - n));
@@ -70,12 +72,14 @@ void scatter_rows(const A* src, int64_t ld, int64_t n, int64_t dim, Kind kind, i
     auto* base = same_type(storage, dst);
     for (int64_t r = 0; r < n; ++r, src += ld) {
       auto* to = base + index[r] * stride;
-      for (int64_t c = 0; c < dim; ++c) from_float(src[c], to[c]);
+      int64_t c = 0;
+      for (; c + Vec<A>::lanes <= dim; c += Vec<A>::lanes) vstore_as<A>(to + c, vload<A>(src + c));
+      for (; c < dim; ++c) from_float(src[c], to[c]);
     }
   });
 }
 
-#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(EAR_OPS_AVX512) && !defined(__clang__)
 // 16 x 16 in registers: stage s swaps the off-diagonal s x s blocks of every 2s x 2s block.
 inline void transpose_tile(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
   f32x16 r[16];

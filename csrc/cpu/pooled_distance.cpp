@@ -54,7 +54,7 @@ constexpr int64_t kFeatures = 1024;  // of a task: a single long sequence is sha
 template <typename Body>
 void for_slices(const Hidden& h, const Body& body) {
   const int64_t slices = (h.features + kFeatures - 1) / kFeatures, tasks = h.pairs * slices;
-  run_tasks(tasks, at::get_num_threads(), [&](int64_t, const auto& next) {
+  run_tasks(tasks, workers_for(static_cast<double>(h.views[0].numel())), [&](int64_t, const auto& next) {
     for (int64_t task = next(); task < tasks; task = next()) {
       const int64_t first = task % slices * kFeatures;
       body(task, task / slices, first, std::min(kFeatures, h.features - first));

@@ -52,9 +52,8 @@ class Plan {
 };
 
 int64_t workers(const QKProblem& p) {
-  constexpr double kWorthWaking = 1 << 20;  // multiplications
-  const double work = 1.0 * p.pairs * p.heads * p.queries * p.keys * p.dim;
-  return work < kWorthWaking ? 1 : at::get_num_threads();
+  constexpr double kPerVector = 16;  // multiplications
+  return workers_for(1.0 * p.pairs * p.heads * p.queries * p.keys * p.dim / kPerVector);
 }
 
 int64_t blocks(int64_t queries) { return (queries + kBlock - 1) / kBlock; }

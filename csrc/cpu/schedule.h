@@ -19,6 +19,9 @@ void run_tasks(int64_t tasks, int64_t workers, const Body& body) {
   });
 }
 
+// Threads to use for this many element operations: waking one costs some microseconds.
+inline int64_t workers_for(double operations) { return operations < (1 << 16) ? 1 : at::get_num_threads(); }
+
 // Into how many pieces to cut each of `tasks` tasks so that every worker finds enough of them.
 inline int64_t pieces_per_task(int64_t tasks, int64_t workers, int64_t most) {
   constexpr int64_t kPerWorker = 4;

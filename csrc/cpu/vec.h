@@ -151,10 +151,14 @@ static inline f32x16 vload_as(const Bf16* from) {
 }
 
 template <typename A>
-static inline f32x16 vload_as(const Half* from) {
-  float values[16];
-  for (int i = 0; i < 16; ++i) values[i] = to_float(from[i]);
-  return vload<float>(values);
+static inline f32x16 vload_as(const Half* from) {  // as to_float
+  u16x16 half;
+  memcpy(&half, from, sizeof(half));
+  const u32x16 wide = __builtin_convertvector(half, u32x16);
+  const u32x16 magnitude = (wide & 0x7fffu) << 13;
+  u32x16 bits = (u32x16)((f32x16)magnitude * 0x1p112f);
+  bits = magnitude >= (0x7c00u << 13) ? (bits | 0x7f800000u) : bits;
+  return (f32x16)(bits | ((wide & 0x8000u) << 16));
 }
 
 template <typename A>
@@ -162,9 +166,26 @@ static inline void vstore_as(A* to, typename Vec<A>::type v) {
   vstore<A>(to, v);
 }
 
-template <typename A, typename T>
-static inline void vstore_as(T* to, f32x16 v) {
-  for (int i = 0; i < 16; ++i) from_float(v[i], to[i]);
+static inline void vstore_bits(void* to, u32x16 bits) {  // the lower half of each
+  const u16x16 narrow = __builtin_convertvector(bits, u16x16);
+  memcpy(to, &narrow, sizeof(narrow));
+}
+
+template <typename A>
+static inline void vstore_as(Bf16* to, f32x16 v) {  // as from_float
+  const u32x16 bits = (u32x16)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  vstore_bits(to, v != v ? u32x16{} + 0x7fc0u : rounded);
+}
+
+template <typename A>
+static inline void vstore_as(Half* to, f32x16 v) {  // as from_float
+  const u32x16 bits = (u32x16)v, magnitude = bits & 0x7fffffffu;
+  const u32x16 normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const u32x16 denormal = (u32x16)((f32x16)magnitude + 0.5f) - 0x3f000000u;
+  u32x16 half = magnitude < 0x38800000u ? denormal : normal;
+  half = magnitude >= 0x47800000u ? u32x16{} + 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? u32x16{} + 0x7e00u : half;
+  vstore_bits(to, ((bits >> 16) & 0x8000u) | half);
 }
 
 // The lanes whose byte is not 0.
@@ -181,7 +202,7 @@ static inline typename Vec<A>::mask vmask(const uint8_t* from) {
 static inline void stream_copy(const char* from, int64_t n, char* to) {
   for (int64_t i = 0; i < n; i += 64) {
     const f32x16 v = vload<float>(reinterpret_cast<const float*>(from + i));
-#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(EAR_OPS_AVX512) && !defined(__clang__)
     __builtin_ia32_movntps512(reinterpret_cast<float*>(to + i), v);
 #else
     memcpy(to + i, &v, 64);
