@@ -122,4 +122,4 @@ class PooledDistance(Function):
 
 for _function in (QKAttentionMSE, AttentionMSE, PooledDistance):
     # `apply` binds its arguments by the signature; kept here, it is not worked out anew at every call.
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]

@@ -44,6 +44,13 @@ const T* same_type(T*, const void* pointer) {
   return static_cast<const T*>(pointer);
 }
 
+constexpr int64_t kAhead = 16;  // rows: rows of a tensor lie far apart, where the processor does not look ahead
+
+template <typename T>
+inline void prefetch(const T* row, int64_t n) {
+  for (int64_t c = 0; c < n; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c);
+}
+
 template <typename A>
 void gather_rows(const void* src, Kind kind, int64_t stride, const int32_t* index, const uint8_t* real, int64_t n,
                  int64_t padded_rows, int64_t dim, int64_t ld, A* dst) {
@@ -51,6 +58,7 @@ void gather_rows(const void* src, Kind kind, int64_t stride, const int32_t* inde
     const auto* base = same_type(storage, src);
     for (int64_t r = 0; r < n; ++r, dst += ld) {
       const auto* from = base + index[r] * stride;
+      if (r + kAhead < n) prefetch(base + index[r + kAhead] * stride, dim);
       const bool zero = real && !real[index[r]];
       if (zero) {
         memset(dst, 0, sizeof(A) * ld);
@@ -116,9 +124,11 @@ inline void transpose_tile(const double* src, int64_t ld_src, double* dst, int64
 
 template <typename A>
 void transpose(const A* src, int64_t ld_src, int64_t rows, int64_t cols, A* dst, int64_t ld_dst) {
-  for (int64_t i = 0; i < rows; i += kLanes)
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    for (int64_t r = i + kLanes; r < i + 2 * kLanes && r < rows; ++r) prefetch(src + r * ld_src, cols);
     for (int64_t j = 0; j < cols; j += kLanes)
       transpose_tile(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst);
+  }
 }
 
 template <typename A, int kRows, int kVectors>
