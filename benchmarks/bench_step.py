@@ -24,7 +24,8 @@ from measuring import facts, interleaved, keep_freed_memory, peak_memory
 from torch import Tensor
 
 import ear_ops
-from ear_ops.data import PairCollator, PairViews, SynonymAugmenter, get_task, load_split, load_synonyms, mini_data_dir
+from ear_ops.data import PairCollator, PairViews, SynonymAugmenter, get_task, load_split, load_synonyms
+from ear_ops.data.mini import mini_data_dir
 from ear_ops.models.classifier import load_classifier
 from ear_ops.models.vocabulary import prune_vocabulary
 

@@ -73,3 +73,11 @@ def test_losses_and_report(tmp_path: Path) -> None:
     assert all(row["correct"] and row["median_ms"] > 0 and row["limit_ms"] > 0 for row in rows)
     table = bench("report", str(out))
     assert table.count("✓") == len(rows) and "qk_attention_mse" in table
+
+
+def test_the_step_is_measured_on_the_embedded_pairs_where_there_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_step
+
+    monkeypatch.delenv("XTREME_DATA", raising=False)
+    views, data = bench_step.load_views()
+    assert data == "mini" and len(views) >= bench_step.PAIRS and "augmented" in views[0]
