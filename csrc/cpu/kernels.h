@@ -34,7 +34,7 @@ constexpr int64_t kRowStats = 6;
 
 template <typename A>
 struct Kernels {
-  // dst [padded rows, ld] = rows `index` of src (row stride in elements; null index: rows 0..n-1), a row whose `real`
+  // dst [padded rows, ld] = rows `index` of src (row stride in elements), a row whose `real`
   // byte is 0 and everything beyond (n, dim) being zero.
   void (*gather_rows)(const void* src, Kind kind, int64_t stride, const int32_t* index, const uint8_t* real, int64_t n,
                       int64_t padded_rows, int64_t dim, int64_t ld, A* dst);

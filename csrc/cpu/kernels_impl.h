@@ -28,13 +28,6 @@ void with_storage(Kind kind, const Body& body) {
   }
 }
 
-template <typename P>
-struct Pointee;
-template <typename T>
-struct Pointee<T*> {
-  typedef T type;
-};
-
 template <typename T>
 T* same_type(T*, void* pointer) {
   return static_cast<T*>(pointer);
@@ -377,6 +370,11 @@ struct Writer {
   }
 };
 
+template <typename A, typename T>
+Writer<A, T> writer(T* to, const uint8_t* mask, bool stream) {
+  return {to, mask, stream};
+}
+
 template <typename A>
 void difference_gradient(const void* a, const void* b, Kind kind, const uint8_t* mask, const uint8_t* mask_aug,
                          int64_t n, A gradient, bool stream, void* grad_a, void* grad_b) {
@@ -384,9 +382,8 @@ void difference_gradient(const void* a, const void* b, Kind kind, const uint8_t*
   with_storage<A>(kind, [&](auto* storage) {
     const auto* x = same_type(storage, a);
     const auto* y = same_type(storage, b);
-    const auto to_x = Writer<A, typename Pointee<decltype(storage)>::type>(same_type(storage, grad_a), mask, stream);
-    const auto to_y =
-        Writer<A, typename Pointee<decltype(storage)>::type>(same_type(storage, grad_b), mask_aug, stream);
+    const auto to_x = writer<A>(same_type(storage, grad_a), mask, stream);
+    const auto to_y = writer<A>(same_type(storage, grad_b), mask_aug, stream);
     int64_t j = 0;
     for (; j + W <= n; j += W) {
       const auto difference = gradient * difference_of<A>(x, y, mask, mask_aug, j);

@@ -1,7 +1,6 @@
-// Attention-matrix MSE straight from Q and K (DESIGN: "Numerics"): blocks of queries pass over tiles of keys, and what
+// Attention-matrix MSE straight from Q and K: blocks of queries pass over tiles of keys, and what
 // exists of the two attention matrices is one tile. Keys that are padding in both views and queries that do not count
 // are left out before anything is multiplied.
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
 #include <numeric>
@@ -93,7 +92,7 @@ template <typename P>
 double forward_block(QKTask<P>& task, int64_t b, int64_t head) {
   using A = typename P::Accumulator;
   const int64_t n_columns = task.block_rows / kLanes, all = task.tile_end - task.tile_begin;
-  const bool one_sweep = all <= kOneSweep;
+  const bool one_sweep = all > 0 && all <= kOneSweep;
   for (int64_t c = 0; c < n_columns; ++c) {
     auto& s = task.stats[c];
     for (int v = 0; v < 2; ++v) {
@@ -108,11 +107,11 @@ double forward_block(QKTask<P>& task, int64_t b, int64_t head) {
       task.score(b, head, t, n);
       for (int64_t c = 0; c < n_columns; ++c) body(task.column(c, t, n), &task.stats[c]);
     };
-    if (one_sweep && all > 0) return tile(task.tile_begin, all);
+    if (one_sweep) return tile(task.tile_begin, all);
     task.for_tiles(0, task.tile_end, tile);
   };
   auto finish = [&](int64_t c) { task.table.finish_softmax(task.alive(c), &task.stats[c]); };
-  if (one_sweep && all > 0) {
+  if (one_sweep) {
     int64_t c = 0;
     sweep([&](const Column<A>& column, ColumnStats<A>* stats) {
       task.table.softmax_tile(column, stats);

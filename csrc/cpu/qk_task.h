@@ -15,7 +15,8 @@ namespace ear_ops::cpu {
 constexpr int64_t kBlock = 64;       // queries of a block
 constexpr int64_t kTile = 256;       // keys of a tile
 constexpr int64_t kOneSweep = 4096;  // keys up to which a block keeps all its scores, instead of making them twice
-constexpr int64_t kScoresLd = kBlock + kLanes;  // an odd number of cache lines: a column's keys spread over all sets
+constexpr int64_t kScoresLd =
+    kBlock + kLanes;  // floats: an odd number of cache lines, so a column's keys spread over all sets
 
 template <typename P>
 class QKTask {
