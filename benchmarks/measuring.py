@@ -53,8 +53,14 @@ def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict
     return result
 
 
-def peak_memory(call: Callable[[], object]) -> int:
+def peak_memory(call: Callable[[], object], device: str = "cpu") -> int:
     """Bytes that torch's allocator held at the most during a call, above what it held before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     held = highest = 0
@@ -62,6 +68,7 @@ def peak_memory(call: Callable[[], object]) -> int:
         if event.name() == "[memory]":
             held += event.nbytes()
             highest = max(highest, held)
+    assert highest > 0, "the profiler recorded no allocation"
     return highest
 
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from support.cases import LAYOUTS, Case, attention_case
-from support.rules import check_case
+from support.rules import check_case, check_strides_and_forms
 from support.strategies import DTYPES, REDUCTIONS
 
 import ear_ops
@@ -61,16 +61,7 @@ def test_reductions(reduction: str, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("stacked", [False, True], ids=["two tensors", "one tensor"])
 def test_strides_and_forms(layout: str, stacked: bool, dtype: torch.dtype, device: str) -> None:
     case = attention_case(20, 33, heads=4, lengths=([33, 9], [20, 31]), reduction="sum")
-    if layout == "expanded":
-        same = [tuple(t[:, :1].expand(t.shape).contiguous() for t in view) for view in (case.x, case.x_aug)]
-        case = Case(case.op, *same, case.masks, reduction="sum")
-    case = Case(**{**vars(case), "layout": layout, "stacked": stacked})
-    check_case(case, dtype, device, device)
-    value, gradients = case.to(dtype).to(device).run(device)
-    plain = Case(**{**vars(case), "layout": "contiguous", "stacked": False}).to(dtype).to(device)
-    expected, expected_gradients = plain.run(device)
-    assert torch.equal(value, expected)
-    assert torch.equal(torch.cat(gradients), torch.cat(expected_gradients))
+    check_strides_and_forms(case, layout, stacked, dtype, device)
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["two tensors", "one tensor"])

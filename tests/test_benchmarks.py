@@ -7,16 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_step
 import pytest
 import torch
+from operations import OPERATIONS
+from presets import Preset
 
 from ear_ops import _extension
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-from operations import OPERATIONS  # noqa: E402
-from presets import Preset  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not _extension.CPU.loaded, reason=f"no cpu kernels: {_extension.CPU.reason}")
 
@@ -76,8 +75,6 @@ def test_losses_and_report(tmp_path: Path) -> None:
 
 
 def test_the_step_is_measured_on_the_embedded_pairs_where_there_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    import bench_step
-
     monkeypatch.delenv("XTREME_DATA", raising=False)
     views, data = bench_step.load_views()
     assert data == "mini" and len(views) >= bench_step.PAIRS and "augmented" in views[0]

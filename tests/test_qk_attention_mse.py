@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from measuring import peak_memory
 from support.cases import LAYOUTS, Case, qk_case
-from support.rules import check_case, check_gradient
+from support.rules import check_case, check_gradient, check_strides_and_forms
 from support.strategies import DTYPES, REDUCTIONS
-from torch.profiler import ProfilerActivity, profile
 
 import ear_ops
 
@@ -134,23 +133,9 @@ def test_reductions(reduction: str, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("stacked", [False, True], ids=["two tensors", "one tensor"])
 def test_strides_and_forms(layout: str, stacked: bool, dtype: torch.dtype, device: str) -> None:
     # a bias for each view and its stacked form, too: [2B, ...] in one tensor
-    views = [bias(2, 4, 20, 33, seed=seed) for seed in (1, 2)]
-    case = qk_case(20, 33, 24, heads=4, key_heads=2, lengths=([33, 9], [20, 31]))
-    if layout == "expanded":
-        same = [tuple(t[:, :1].expand(t.shape).contiguous() for t in view) for view in (case.x, case.x_aug)]
-        case = Case(case.op, *same, case.masks)
-    biases = dict(zip(("attn_bias", "attn_bias_aug"), views, strict=True))
-    case = Case(case.op, case.x, case.x_aug, case.masks, biases, {}, "sum", stacked, layout)
-    check_case(case, dtype, device, device)
-    # strides and forms change where numbers lie, not one bit of the results
-    plain = Case(**{**vars(case), "layout": "contiguous", "stacked": False}).to(dtype).to(device)
-    value, gradients = case.to(dtype).to(device).run(device)
-    expected, expected_gradients = plain.run(device)
-    if stacked:
-        expected_gradients = [torch.cat(expected_gradients[i::2]) for i in range(2)]
-    assert torch.equal(value, expected)
-    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
-        assert torch.equal(gradient, expected_gradient)
+    biases = {name: bias(2, 4, 20, 33, seed=seed) for seed, name in enumerate(("attn_bias", "attn_bias_aug"), start=1)}
+    case = qk_case(20, 33, 24, heads=4, key_heads=2, lengths=([33, 9], [20, 31]), biases=biases, reduction="sum")
+    check_strides_and_forms(case, layout, stacked, dtype, device)
 
 
 def test_inputs_are_not_copied_for_their_strides(device: str) -> None:
@@ -275,25 +260,6 @@ def test_large_inputs_give_the_same_bits_on_any_number_of_threads(name: str, hea
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
-
-
-def peak_memory(call: Callable[[], object], device: str) -> int:
-    """Bytes that torch's allocators held at the most during a call, above what they held before."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    held = highest = 0
-    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            highest = max(highest, held)
-    assert highest > 0
-    return highest
 
 
 @pytest.mark.parametrize("features", ["plain", "masks and bias"])

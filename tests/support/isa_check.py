@@ -34,24 +34,29 @@ def bits_of_every_half() -> None:
     """Every bfloat16 and float16 number through a kernel that loads and stores it: the gradient of (a - 0)^2 / 2."""
     for dtype in (torch.bfloat16, torch.float16):
         values = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
-        attn = values.reshape(1, 1, 256, 256)
+        attn = values.reshape(1, 1, 256, 256)  # rows of whole vectors
         (found,) = torch.ops.ear_ops.attention_mse_backward(
             torch.full((1, 1), 0.5), attn, torch.zeros_like(attn), None, None, [True, False]
         )
         number = ~attn.isnan()
         assert torch.equal(~found.isnan(), number)
         assert torch.equal(found[number], attn[number]), dtype
+        single = attn.reshape(1, 1, -1, 1)  # rows that are less than a vector
+        (alone,) = torch.ops.ear_ops.attention_mse_backward(
+            torch.full((1, 1), 0.5), single, torch.zeros_like(single), None, None, [True, False]
+        )
+        assert torch.equal(alone.flatten()[number.flatten()], found[number])
         # storing: numbers halfway between two halves, just above and just below, into the range of denormals and over
         wide = attn[number].float()
         step = torch.cat([wide * (1 + f) for f in (2**-9, 2**-12, 0.75 * 2**-8, -(2**-10))])
         step = torch.cat([step, wide * 2**-3, wide * 2.0])
         step = step[torch.isfinite(step) & (step / 2 * 2 == step)]
-        ones = torch.ones(step.numel(), 1, 1, 1, dtype=dtype)
+        ones = torch.ones(step.numel(), 1, 1, 17, dtype=dtype)  # a whole vector and one more
         upstream = (step / 2).reshape(-1, 1)  # of one pair each: its gradient is 2 * upstream * (1 - 0)
         (stored,) = torch.ops.ear_ops.attention_mse_backward(
             upstream, ones, torch.zeros_like(ones), None, None, [True, False]
         )
-        assert torch.equal(stored.flatten(), step.to(dtype)), dtype
+        assert torch.equal(stored[:, 0, 0], step.to(dtype)[:, None].expand(-1, 17)), dtype
 
 
 def main() -> None:

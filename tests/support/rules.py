@@ -8,6 +8,7 @@ yardstick's plus 8 eps; float64 within 1e-12.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -98,3 +99,20 @@ def check_case(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu"
     for name, actual, plain, expected in zip(names, gradients, plain_gradients, oracle_gradients, strict=True):
         assert actual is not None and plain is not None and expected is not None
         check_gradient(name, actual, plain, expected, slack=slack)
+
+
+def check_strides_and_forms(case: Case, layout: str, stacked: bool, dtype: torch.dtype, device: str) -> None:
+    """Strides, and both views in one tensor, change where numbers lie, not one bit of the results."""
+    if layout == "expanded":
+        same = [tuple(t[:, :1].expand(t.shape).contiguous() for t in view) for view in (case.x, case.x_aug)]
+        case = replace(case, x=same[0], x_aug=same[1])
+    case = replace(case, layout=layout, stacked=stacked)
+    check_case(case, dtype, device, device)
+    value, gradients = case.to(dtype).to(device).run(device)
+    expected, expected_gradients = replace(case, layout="contiguous", stacked=False).to(dtype).to(device).run(device)
+    if stacked:
+        inputs = len(case.x)
+        expected_gradients = [torch.cat(expected_gradients[i::inputs]) for i in range(inputs)]
+    assert torch.equal(value, expected)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert torch.equal(gradient, expected_gradient)
