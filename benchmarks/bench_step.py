@@ -56,7 +56,7 @@ def split(batch: Batch) -> tuple[Batch, Batch]:
 
 
 def authors_loss(model: Any, batch: Batch, labels: Tensor) -> Tensor:
-    """Two forwards that return every attention map and hidden state, as the released scripts do."""
+    """Two forwards that return every attention map and hidden state, compared with their padding."""
     first, second = (model(**view, output_attentions=True, output_hidden_states=True) for view in split(batch))
     pull = F.mse_loss(first.attentions[LAYER - 1], second.attentions[LAYER - 1])
     push = -F.mse_loss(first.hidden_states[0].mean(1), second.hidden_states[0].mean(1))
