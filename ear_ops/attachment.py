@@ -12,23 +12,34 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .capture import Recorder
+from .capture import Record, Recorder, Site
+from .teacher import as_constant
 
 if TYPE_CHECKING:
     from .regularizers import Regularizer
 
 
 class Attachment:
-    """Regularisers on a model; made by :func:`attach`. A context manager that detaches."""
+    """Regularisers on a model; made by :func:`attach`. A context manager that detaches.
 
-    def __init__(self, recorder: Recorder, regularizers: tuple[Regularizer, ...]) -> None:
+    Args:
+        recorder: installed on the model.
+        regularizers: one for each of the recorder's sites.
+        teacher: installed on the teacher, whose forward is then the other view.
+    """
+
+    def __init__(
+        self, recorder: Recorder, regularizers: tuple[Regularizer, ...], teacher: Recorder | None = None
+    ) -> None:
         self.regularizers = regularizers
         self._recorder = recorder
+        self._teacher = teacher
         self._components: dict[str, Tensor] = {}
         self._warned: set[str] = set()
 
     def loss(self, step: int | None = None) -> Tensor:
-        """Sum of weight times term over the regularisers, of the last forward (or of the last two views).
+        """Sum of weight times term over the regularisers, of the last forward (of the last two views; of the last
+        forwards of model and teacher).
 
         Call it once per forward, before ``backward``; the recorded tensors are dropped here.
 
@@ -39,24 +50,21 @@ class Attachment:
             A scalar, float32 (float64 for a float64 model).
 
         Raises:
-            RuntimeError: no forward was recorded, or it did not come through a layer.
+            RuntimeError: no forward was recorded, or it did not come through a layer; the teacher is in training mode.
             ValueError: an odd batch, or masks or shapes that do not fit.
         """
         weights = [regularizer.weight_at(step) for regularizer in self.regularizers]
         try:
-            records = self._recorder.take()
+            taken = self._take()
         except RuntimeError as error:
             raise RuntimeError(f"{', '.join(r.name for r in self.regularizers)}: {error}") from None
         total: Tensor | None = None
         components: dict[str, Tensor] = {}
-        for regularizer, site, weight in zip(self.regularizers, self._recorder.sites, weights, strict=True):
-            views = [site.read(record, regularizer.name) for record in records]
-            rows = views[0][0].shape[0]
-            if len(views) == 1 and rows % 2:
-                raise ValueError(
-                    f"{regularizer.name}: expected an even batch, rows 0..B-1 of x and B..2B-1 of its augmentation, "
-                    f"got {rows} rows"
-                )
+        for index, (regularizer, weight) in enumerate(zip(self.regularizers, weights, strict=True)):
+            views = [sites[index].read(record, regularizer.name) for record, sites in taken]
+            self._check_rows(regularizer.name, [view[0].shape[0] for view in views])
+            if self._teacher is not None:
+                views[1] = as_constant(views[1], views[0][0].device)
             with torch.autocast(views[0][0].device.type, enabled=False):
                 term = regularizer.term(views[0], views[1] if len(views) == 2 else None)
             self._warn_if_constant(regularizer.name, term)
@@ -75,11 +83,15 @@ class Attachment:
 
         A view is recorded without grad too, as a constant target.
         """
+        if self._teacher is not None:
+            raise RuntimeError(f"view: {name!r} was asked for, but the teacher's forward is the other view")
         return self._recorder.recording_view(name)
 
     def detach(self) -> None:
         """Take everything off the model again; a second call does nothing."""
         self._recorder.remove()
+        if self._teacher is not None:
+            self._teacher.remove()
 
     def __enter__(self) -> Attachment:
         return self
@@ -90,6 +102,31 @@ class Attachment:
     def __repr__(self) -> str:
         state = "" if self._recorder.attached else ", detached"
         return f"Attachment({type(self._recorder.root).__name__}, {list(self.regularizers)}{state})"
+
+    def _take(self) -> list[tuple[Record, tuple[Site, ...]]]:
+        """The recorded forwards, one with both views or one each, and where to look in each of them."""
+        taken = [(record, self._recorder.sites) for record in self._recorder.take()]
+        if self._teacher is None:
+            return taken
+        if self._teacher.both is None:
+            raise RuntimeError(
+                "the teacher has not seen this batch; call it before each loss(), "
+                "with torch.no_grad(): teacher(**batch)"
+            )
+        if self._teacher.root.training:
+            raise RuntimeError(
+                "the teacher is in training mode, its dropout would be noise in the target; teacher.eval()"
+            )
+        return [*taken, *((record, self._teacher.sites) for record in self._teacher.take())]
+
+    def _check_rows(self, name: str, rows: list[int]) -> None:
+        if len(rows) == 1 and rows[0] % 2:
+            raise ValueError(
+                f"{name}: expected an even batch, rows 0..B-1 of x and B..2B-1 of its augmentation, got {rows[0]} rows"
+            )
+        if len(set(rows)) > 1:
+            both = "the views" if self._teacher is None else "the model and its teacher"
+            raise ValueError(f"{name}: expected equally many rows in {both}, got {rows[0]} and {rows[1]}")
 
     def _warn_if_constant(self, name: str, term: Tensor) -> None:
         if term.requires_grad or name in self._warned or not torch.is_grad_enabled():

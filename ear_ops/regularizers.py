@@ -10,6 +10,7 @@ Attention-pull and Robust targets".
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -29,6 +30,7 @@ from .capture import (
     unwrap,
 )
 from .reductions import REDUCTIONS
+from .teacher import LayerMap, TeacherLayout, check_teacher
 
 Weight = float | Callable[[int], float]
 """A number, or a function of the optimiser step, which is then given by ``ear.loss(step=...)``."""
@@ -179,8 +181,8 @@ class EmbeddingPush(Regularizer):
 
     def term(self, view: HiddenStates, view_aug: HiddenStates | None) -> Tensor:
         if self.margin is None:
-            return -_pooled_distance(view, view_aug, self.reduction)
-        distances = _pooled_distance(view, view_aug, "none")  # [B]
+            return -_pooled_distance(view, view_aug, self.reduction, self.name)
+        distances = _pooled_distance(view, view_aug, "none", self.name)  # [B]
         if self.reduction in ("mean", "padded_mean"):
             distances = distances / view.states.shape[2]
         pushed = distances.clamp(max=self.margin).sum()
@@ -205,16 +207,29 @@ class SentencePull(Regularizer):
         return layout.hidden_states(self.layer)
 
     def term(self, view: HiddenStates, view_aug: HiddenStates | None) -> Tensor:
-        return _pooled_distance(view, view_aug, self.reduction)
+        return _pooled_distance(view, view_aug, self.reduction, self.name)
 
 
-def attach(model: nn.Module, regularizers: Iterable[Regularizer]) -> Attachment:
+def attach(
+    model: nn.Module,
+    regularizers: Iterable[Regularizer],
+    *,
+    teacher: nn.Module | None = None,
+    layer_map: LayerMap | None = None,
+) -> Attachment:
     """Hang ``regularizers`` on ``model``; its own output stays bit for bit what it was.
+
+    With a teacher the two views are the forwards of the two models on the same batch of B rows, the teacher's a
+    constant: ``with torch.no_grad(): teacher(**batch)``, ``model(**batch)``, ``ear.loss()``.
 
     Args:
         model: any ``nn.Module``; ``torch.compile`` and ``DistributedDataParallel`` around it are looked through.
         regularizers: :class:`AttentionPull`, :class:`EmbeddingPush`, :class:`SentencePull` or subclasses of
             :class:`Regularizer`.
+        teacher: another model, in eval mode when it is called; it may be deeper, and its heads larger.
+        layer_map: from layers of ``model`` to layers of the teacher, counted from 1, such as ``{1: 2, 2: 4}``. None:
+            the same layer where both are equally deep, else evenly spread, the last on the last. For regularisers on
+            ``query=`` and ``key=`` from path to path; by default the same paths.
 
     Returns:
         An :class:`Attachment`; ``.loss()`` after each forward gives the regularisation loss.
@@ -237,14 +252,27 @@ def attach(model: nn.Module, regularizers: Iterable[Regularizer]) -> Attachment:
         raise ValueError(f"regularizers: expected each at most once, got {', '.join(repeated)} more than once")
     layout = Layout(root)
     recorder = Recorder(root, [regularizer.site(layout) for regularizer in chosen])
-    recorder.install()
-    return Attachment(recorder, chosen)
+    if teacher is None:
+        if layer_map is not None:
+            raise TypeError("layer_map: expected None without a teacher; it says which of the teacher's layers to take")
+        recorder.install()
+        return Attachment(recorder, chosen)
+    teacher_root = check_teacher(teacher, root, layer_map)
+    teacher_layout = TeacherLayout(teacher_root, layout, layer_map)
+    teacher_sites = [regularizer.site(teacher_layout) for regularizer in chosen]
+    teacher_recorder = Recorder(teacher_root, teacher_sites, without_grad=True)
+    with contextlib.ExitStack() as undo:
+        for each in (recorder, teacher_recorder):
+            each.install()
+            undo.callback(each.remove)
+        undo.pop_all()
+    return Attachment(recorder, chosen, teacher_recorder)
 
 
-def _pooled_distance(view: HiddenStates, view_aug: HiddenStates | None, reduction: str) -> Tensor:
+def _pooled_distance(view: HiddenStates, view_aug: HiddenStates | None, reduction: str, what: str) -> Tensor:
     states_aug = mask_aug = None
     if view_aug is not None:
-        view, (states_aug, mask_aug) = align_hidden(view, view_aug)
+        view, (states_aug, mask_aug) = align_hidden(view, view_aug, what)
     return functional.pooled_distance(
         view.states,
         states_aug,

@@ -99,6 +99,11 @@ class Layout:
         path, block = self.block(layer)
         return HiddenSite(path, block, "output", self._receiver(path))
 
+    @property
+    def depth(self) -> int:
+        """How many blocks there are."""
+        return len(self._blocks()[1])
+
     def block(self, layer: int) -> tuple[str, nn.Module]:
         """Path and module of block ``layer``, counted from 1."""
         path, blocks = self._blocks()

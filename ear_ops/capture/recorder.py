@@ -26,13 +26,17 @@ VIEWS = ("original", "augmented")
 class Recorder:
     """Records what ``sites`` see in each forward of ``root``, from :meth:`install` to :meth:`remove`.
 
+    Args:
+        without_grad: record forwards without grad too: those of a teacher.
+
     Attributes:
         record: the record that is being written, None outside a recorded forward.
         open: path of the module whose forward is running, None outside (``""`` is root).
     """
 
-    def __init__(self, root: nn.Module, sites: Sequence[Site]) -> None:
+    def __init__(self, root: nn.Module, sites: Sequence[Site], *, without_grad: bool = False) -> None:
         self.root = root
+        self.without_grad = without_grad
         self.sites = tuple(sites)
         self.attached = False
         self.view: str | None = None
@@ -104,7 +108,8 @@ class Recorder:
     def begin(self, path: str) -> None:
         """A forward starts; what an earlier one left is dropped."""
         self.open = path
-        self.record = Record() if self.view is not None or torch.is_grad_enabled() else None
+        recorded = self.without_grad or self.view is not None or torch.is_grad_enabled()
+        self.record = Record() if recorded else None
         if self.view is None:
             self.original = self.augmented = None
             self.both = self.record

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,9 +33,22 @@ class HiddenStates(NamedTuple):
 def align_attention(
     view: AttentionInputs, view_aug: AttentionInputs, what: str
 ) -> tuple[AttentionInputs, AttentionInputs]:
-    """Two views in one dtype, both with masks or both without; ``what`` names the place in errors."""
-    if view[5:] != view_aug[5:] or (view.attn_bias is None) != (view_aug.attn_bias is None):
+    """Two views in one dtype, both with masks or both without; ``what`` names the place in errors.
+
+    The views of one model differ in nothing else. A teacher may also have heads of another size, scale its scores
+    differently or share its keys among other numbers of queries; its attention is then written with the sizes of
+    ``view`` and stays the same.
+    """
+    heads, heads_aug = view.query.shape[1], view_aug.query.shape[1]
+    if heads != heads_aug:
+        raise ValueError(
+            f"{what}: expected equally many heads in both views, got {heads} and {heads_aug}; heads are compared one "
+            f"to one, so choose a teacher (or a layer of it) with {heads} heads, use SentencePull, or write a "
+            f"regulariser that averages the maps over the heads"
+        )
+    if view[6:] != view_aug[6:] or (view.attn_bias is None) != (view_aug.attn_bias is None):
         raise ValueError(f"{what}: the two views attend differently (causal, window or mask), so they do not compare")
+    view, view_aug = _one_head_size(view, view_aug)
     dtype = torch.promote_types(view.query.dtype, view_aug.query.dtype)
     query_masks = _both_or_none(view.query_mask, view_aug.query_mask, view.query, view_aug.query, 2)
     key_masks = _both_or_none(view.attention_mask, view_aug.attention_mask, view.key, view_aug.key, 2)
@@ -45,11 +59,44 @@ def align_attention(
     return first, second
 
 
-def align_hidden(view: HiddenStates, view_aug: HiddenStates) -> tuple[HiddenStates, HiddenStates]:
-    """Two views in one dtype, both with a mask or both without."""
+def align_hidden(view: HiddenStates, view_aug: HiddenStates, what: str) -> tuple[HiddenStates, HiddenStates]:
+    """Two views in one dtype, both with a mask or both without; ``what`` names the place in errors."""
+    if view.states.shape[2] != view_aug.states.shape[2]:
+        raise ValueError(
+            f"{what}: expected hidden states of one size in both views, got {view.states.shape[2]} and "
+            f"{view_aug.states.shape[2]}; choose a teacher of that hidden size, or write a regulariser that projects "
+            f"one onto the other"
+        )
     dtype = torch.promote_types(view.states.dtype, view_aug.states.dtype)
     mask, mask_aug = _both_or_none(view.attention_mask, view_aug.attention_mask, view.states, view_aug.states, 1)
     return HiddenStates(view.states.to(dtype), mask), HiddenStates(view_aug.states.to(dtype), mask_aug)
+
+
+def _one_head_size(view: AttentionInputs, view_aug: AttentionInputs) -> tuple[AttentionInputs, AttentionInputs]:
+    """Both with one head dimension, one scale and one number of key heads.
+
+    Zeros behind the shorter heads change no product. The second view's queries take up what its scale differs, in
+    float32, so that half precision rounds once.
+    """
+    sizes = [one.query.shape[3] for one in (view, view_aug)]
+    scales = [size**-0.5 if one.scale is None else one.scale for one, size in zip((view, view_aug), sizes, strict=True)]
+    if scales[0] != scales[1]:
+        query_aug = view_aug.query
+        wide = torch.promote_types(query_aug.dtype, torch.float32)
+        view_aug = view_aug._replace(query=(query_aug.to(wide) * (scales[1] / scales[0])).to(query_aug.dtype))
+    if sizes[0] != sizes[1]:
+        view, view_aug = (
+            one._replace(query=F.pad(one.query, (0, max(sizes) - size)), key=F.pad(one.key, (0, max(sizes) - size)))
+            for one, size in zip((view, view_aug), sizes, strict=True)
+        )
+    if view.key.shape[1] != view_aug.key.shape[1]:
+        view, view_aug = (
+            one._replace(key=one.key.repeat_interleave(one.query.shape[1] // one.key.shape[1], dim=1))
+            for one in (view, view_aug)
+        )
+    if scales[0] != scales[1] or sizes[0] != sizes[1]:
+        view, view_aug = view._replace(scale=scales[0]), view_aug._replace(scale=scales[0])
+    return view, view_aug
 
 
 def _both_or_none(

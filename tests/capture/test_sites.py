@@ -60,7 +60,7 @@ def test_views_get_the_wider_dtype(dtypes):
 
     for view in align_attention(attention(dtypes[0]), attention(dtypes[1]), "x"):
         assert view.query.dtype == view.key.dtype == torch.float32
-    for states in align_hidden(hidden(dtypes[0]), hidden(dtypes[1])):
+    for states in align_hidden(hidden(dtypes[0]), hidden(dtypes[1]), "x"):
         assert states.states.dtype == torch.float32
 
 
