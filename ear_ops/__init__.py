@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ._library import BackendUnavailableError
-from .functional import attention_mse, pooled_distance, qk_attention_mse, robust_cross_entropy
+from .functional import attention_mse, pooled_distance, qk_attention_mse, repeat_labels, robust_cross_entropy
 from .losses import AttentionMSELoss, PooledDistanceLoss, QKAttentionMSELoss
 from .regularizers import AttentionPull, EmbeddingPush, SentencePull, attach
+from .weights import Cosine, LinearWarmup
 
 __version__ = "0.1.0"
 
@@ -13,7 +14,9 @@ __all__ = [
     "AttentionMSELoss",
     "AttentionPull",
     "BackendUnavailableError",
+    "Cosine",
     "EmbeddingPush",
+    "LinearWarmup",
     "PooledDistanceLoss",
     "QKAttentionMSELoss",
     "SentencePull",
@@ -21,5 +24,6 @@ __all__ = [
     "attention_mse",
     "pooled_distance",
     "qk_attention_mse",
+    "repeat_labels",
     "robust_cross_entropy",
 ]

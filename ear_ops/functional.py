@@ -38,6 +38,7 @@ def qk_attention_mse(
     is_causal: bool = False,
     window: int | None = None,
     softcap: float | None = None,
+    head_weights: Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
@@ -60,6 +61,8 @@ def qk_attention_mse(
         is_causal: mask the future, aligned to the bottom right.
         window: attend only to keys less than this many positions away.
         softcap: ``c * tanh(scores / c)`` before bias and mask; computed by the reference.
+        head_weights: ``[H]``, multiplies each head's sum before the reduction, whose divisor stays as it is: all ones
+            change nothing, a zero leaves a head out.
         reduction: ``"mean"``, ``"padded_mean"``, ``"equations"``, ``"sum"`` or ``"none"``, see
             :mod:`ear_ops.reductions`.
         backend: see the module.
@@ -127,6 +130,7 @@ def qk_attention_mse(
             is_causal,
             0 if window is None else window,
         )
+    sums = _weigh_heads(sums, head_weights)
     return reduce_attention(sums, reduction, query_length, key_length, masks.counted_pairs)
 
 
@@ -138,6 +142,7 @@ def attention_mse(
     attention_mask_aug: Tensor | None = None,
     query_mask: Tensor | None = None,
     query_mask_aug: Tensor | None = None,
+    head_weights: Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
@@ -148,7 +153,7 @@ def attention_mse(
     Args:
         attn: ``[B, H, L, S]`` probabilities, or ``[2B, H, L, S]`` with both views.
         attn_aug: ``[B, H, L, S]`` or None.
-        attention_mask, attention_mask_aug, query_mask, query_mask_aug, reduction, backend: as for
+        attention_mask, attention_mask_aug, query_mask, query_mask_aug, head_weights, reduction, backend: as for
             :func:`qk_attention_mse`; probabilities at padded keys count as zero.
 
     Returns:
@@ -175,6 +180,7 @@ def attention_mse(
         sums = reference.attention_mse(attn, attn_aug, key_mask, key_mask_aug, masks.counted_queries)
     else:
         sums = autograd.AttentionMSE.apply(attn, attn_aug, masks.key_mask, masks.counted_queries)
+    sums = _weigh_heads(sums, head_weights)
     return reduce_attention(sums, reduction, query_length, key_length, masks.counted_pairs)
 
 
@@ -214,24 +220,64 @@ def pooled_distance(
     return reduce_pooled(sums, reduction, hidden.shape[2])
 
 
-def robust_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """``CE(x) + CE(x^a)``: twice the mean cross-entropy over both views (Ding et al. 2022, eq. 4).
+def robust_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """``CE(x) + CE(x^a)``, each the mean over its view (Ding et al. 2022, eq. 4).
 
     Args:
-        logits: ``[2B, K]``, rows 0..B-1 of x, the rest of x^a.
-        labels: ``[B]`` int64 class indices, or ``[B, K]`` class probabilities; both views share them.
+        logits: ``[2B, K]``, or ``[2B, L, K]`` for labels of tokens; rows 0..B-1 of x, the rest of x^a. The logits of a
+            causal language model belong to the next token: pass ``logits[:, :-1]`` and ``labels[:, 1:]``.
+        labels: int64 class indices ``[B]`` (``[B, L]``) that both views share, or ``[2B]`` (``[2B, L]``) with those of
+            each view, x first; or class probabilities ``[B, K]``, ``[2B, K]``.
+        ignore_index: rows and tokens with this label do not count; a view in which none counts gives 0.
 
     Returns:
         A scalar in the dtype of ``logits``.
     """
-    if labels.dim() not in (1, 2):
-        raise ValueError(f"labels: expected [B] class indices or [B, K] probabilities, got {list(labels.shape)}")
-    if logits.dim() != 2 or logits.shape[0] != 2 * labels.shape[0]:
+    if logits.dim() not in (2, 3) or logits.shape[0] % 2:
+        raise ValueError(f"logits: expected [2B, K] or [2B, L, K] with both views, x first, got {list(logits.shape)}")
+    shapes = [[rows, *logits.shape[1:-1]] for rows in (logits.shape[0] // 2, logits.shape[0])]
+    if logits.dim() == 2 and labels.is_floating_point():
+        shapes = [[*shape, logits.shape[1]] for shape in shapes]
+    if list(labels.shape) not in shapes:
+        kind = "class probabilities" if labels.is_floating_point() else "class indices"
         raise ValueError(
-            f"logits: expected [2B, K] with both views of the B = {labels.shape[0]} examples in labels, x first, "
-            f"got {list(logits.shape)}"
+            f"labels: expected {kind} {shapes[0]} that both views share, or {shapes[1]}, to go with logits "
+            f"{list(logits.shape)}, got {list(labels.shape)}"
         )
-    return 2.0 * F.cross_entropy(logits, torch.cat([labels, labels]))
+    if list(labels.shape) == shapes[0]:
+        labels = repeat_labels(labels)
+    elif not labels.is_floating_point():
+        return sum(
+            (_cross_entropy(*view, ignore_index) for view in zip(logits.chunk(2), labels.chunk(2), strict=True)),
+            start=logits.new_zeros(()),
+        )
+    return 2.0 * _cross_entropy(logits, labels, ignore_index)
+
+
+def repeat_labels(labels: Tensor) -> Tensor:
+    """Labels ``[B, ...]`` for a batch ``[2B, ...]`` that holds both views, x first; each view gets all of them."""
+    return torch.cat([labels, labels])
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Mean over what counts of ``logits`` ``[N, K]`` or ``[N, L, K]``; 0 where nothing does."""
+    if labels.is_floating_point():
+        return F.cross_entropy(logits, labels)
+    logits, labels = logits.flatten(0, -2), labels.flatten()
+    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    return total / (labels != ignore_index).sum().clamp(min=1)
+
+
+def _weigh_heads(sums: Tensor, head_weights: Tensor | None) -> Tensor:
+    """``sums`` ``[B, H]`` times ``head_weights`` ``[H]``."""
+    if head_weights is None:
+        return sums
+    if list(head_weights.shape) != [sums.shape[1]]:
+        raise ValueError(
+            f"head_weights: expected one number for each of the {sums.shape[1]} heads, got shape "
+            f"{list(head_weights.shape)}"
+        )
+    return sums * head_weights.to(sums.dtype)
 
 
 def _split(both: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:

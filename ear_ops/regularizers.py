@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import functional
@@ -93,6 +94,8 @@ class AttentionPull(Regularizer):
             ``softmax(Q K^T / sqrt(D))`` follows: no rotary embedding, causality or position bias.
         num_heads, num_key_value_heads: how many heads ``query`` and ``key`` split into; the second is the first by
             default.
+        head_weights: a number for each head, which multiplies its part of the term, as in
+            :func:`ear_ops.qk_attention_mse`; for weights of layers use one regulariser for each.
         reduction: see :mod:`ear_ops.reductions`, except ``"none"``.
     """
 
@@ -105,6 +108,7 @@ class AttentionPull(Regularizer):
         key: str | None = None,
         num_heads: int | None = None,
         num_key_value_heads: int | None = None,
+        head_weights: Sequence[float] | None = None,
         reduction: str = "mean",
     ) -> None:
         by_path = (query, key, num_heads)
@@ -123,10 +127,13 @@ class AttentionPull(Regularizer):
                 _check_count(argument, heads)
         if num_heads is not None and num_key_value_heads is not None and num_heads % num_key_value_heads:
             raise ValueError(f"num_key_value_heads: expected a divisor of {num_heads} heads, got {num_key_value_heads}")
+        if head_weights is not None and not (len(head_weights) and all(map(_is_finite_number, head_weights))):
+            raise ValueError(f"head_weights: expected a finite number for each head, got {head_weights!r}")
         super().__init__(f"attention_pull.{query if layer is None else layer}", weight, reduction)
         self.layer = layer
         self.query, self.key = query, key
         self.num_heads, self.num_key_value_heads = num_heads, num_key_value_heads
+        self._head_weights = None if head_weights is None else torch.tensor(head_weights)  # [H]
 
     def site(self, layout: Layout) -> Site:
         if self.layer is not None:
@@ -139,6 +146,8 @@ class AttentionPull(Regularizer):
         if view_aug is not None:
             view, view_aug = align_attention(view, view_aug, self.name)
             query_aug, key_aug, mask_aug, query_mask_aug, bias_aug = view_aug[:5]
+        if self._head_weights is not None:  # kept there: a copy to the device in every step would wait for it
+            self._head_weights = self._head_weights.to(view.query.device)
         return functional.qk_attention_mse(
             view.query,
             view.key,
@@ -154,6 +163,7 @@ class AttentionPull(Regularizer):
             is_causal=view.is_causal,
             window=view.window,
             softcap=view.softcap,
+            head_weights=self._head_weights,
             reduction=self.reduction,
         )
 

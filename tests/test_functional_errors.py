@@ -235,18 +235,44 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
     "logits of one view": (
         lambda: ear_ops.robust_cross_entropy(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)),
         ValueError,
-        ["logits:", "[2B, K]", "B = 3", "got [3, 4]"],
+        ["logits:", "[2B, K] or [2B, L, K]", "got [3, 4]"],
     ),
-    "logits of 3 dimensions": (
-        lambda: ear_ops.robust_cross_entropy(torch.zeros(2, 4, 5), torch.zeros(1, dtype=torch.int64)),
+    "logits of 4 dimensions": (
+        lambda: ear_ops.robust_cross_entropy(torch.zeros(2, 4, 5, 6), torch.zeros(1, dtype=torch.int64)),
         ValueError,
-        ["logits:", "[2B, K]", "got [2, 4, 5]"],
+        ["logits:", "[2B, K] or [2B, L, K]", "got [2, 4, 5, 6]"],
+    ),
+    "labels of other rows": (
+        lambda: ear_ops.robust_cross_entropy(torch.zeros(4, 5), torch.zeros(3, dtype=torch.int64)),
+        ValueError,
+        ["labels:", "class indices [2] that both views share, or [4]", "logits [4, 5]", "got [3]"],
+    ),
+    "labels of sentences with logits of tokens": (
+        lambda: ear_ops.robust_cross_entropy(torch.zeros(4, 6, 5), torch.zeros(2, dtype=torch.int64)),
+        ValueError,
+        ["labels:", "[2, 6]", "[4, 6]", "got [2]"],
+    ),
+    "targets of a regression": (
+        lambda: ear_ops.robust_cross_entropy(torch.zeros(4, 5), torch.zeros(4)),
+        ValueError,
+        ["labels:", "class probabilities [2, 5]", "[4, 5]", "got [4]"],
+    ),
+    # head weights
+    "head weights of other heads": (
+        lambda: qk(head_weights=torch.ones(3)),
+        ValueError,
+        ["head_weights:", "each of the 4 heads", "got shape [3]"],
+    ),
+    "head weights per example": (
+        lambda: attention(head_weights=torch.ones(2, 4)),
+        ValueError,
+        ["head_weights:", "each of the 4 heads", "got shape [2, 4]"],
     ),
 }
 
 
 def test_labels_without_a_batch() -> None:
-    with pytest.raises(ValueError, match=r"labels:.*\[B\].*got \[\]"):
+    with pytest.raises(ValueError, match=r"labels:.*\[1\].*\[2\].*got \[\]"):
         ear_ops.robust_cross_entropy(torch.zeros(2, 3), torch.tensor(1))
 
 
