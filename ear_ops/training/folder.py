@@ -29,6 +29,10 @@ class RunFolderError(RuntimeError):
     """The output folder belongs to something else, is in use, or does not hold what was asked for."""
 
 
+class FolderInUseError(RunFolderError):
+    """Another process works in the folder; it is free again when that process ends, however it ends."""
+
+
 def claim(folder: Path, config: TrainConfig) -> None:
     """Make `folder` the folder of a run with this configuration, or find that it is already.
 
@@ -68,7 +72,11 @@ def load_config(folder: Path) -> TrainConfig:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out of the folder; the system lifts the lock when the process ends, however it ends."""
+    """Keep a second process out of the folder; the system lifts the lock when the process ends, however it ends.
+
+    Raises:
+        FolderInUseError: another process is in there.
+    """
     try:
         import fcntl
     except ImportError:  # no such locks on Windows: there the user has to take care
@@ -79,7 +87,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RunFolderError(f"{folder} is in use by another process: wait for it, or stop it first") from None
+            raise FolderInUseError(f"{folder} is in use by another process: wait for it, or stop it first") from None
         yield
 
 

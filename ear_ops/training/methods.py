@@ -12,11 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ear_ops.capture import unwrap
 from ear_ops.functional import robust_cross_entropy
-from ear_ops.regularizers import AttentionPull, EmbeddingPush
+from ear_ops.regularizers import AttentionPull, EmbeddingPush, SentencePull
+from ear_ops.training.perturbation import mean_norm, shifted, uniform_in_ball, word_embeddings, worst_in_ball
 
 if TYPE_CHECKING:
     from ear_ops.training.config import TrainConfig
+
+TWO_VIEWS = frozenset({"synonyms", "match", "dictionary_scale"})  # settings that make x^a
 
 
 @dataclass
@@ -29,9 +33,15 @@ class StepLoss:
 
 
 class Method(ABC):
-    """One way to fine-tune. `two_views`: batches hold x in rows 0..B-1 and its synonym-replaced x^a in rows B..2B-1."""
+    """One way to fine-tune.
+
+    Attributes:
+        two_views: batches hold x in rows 0..B-1 and its synonym-replaced x^a in rows B..2B-1.
+        uses: those of `OWN_SETTINGS` that make a difference to it.
+    """
 
     two_views: ClassVar[bool]
+    uses: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -63,9 +73,10 @@ class FineTune(Method):
 
 class RobustDataAugmentation(Method):
     """RS-DA of Huang et al. (EMNLP 2021): x and x^a are separate examples of one step, so the loss is the mean
-    cross-entropy over 2B rows, half of what `ear` without its two regularisers would minimise."""
+    cross-entropy over 2B rows, half of what `ear` without its two regularisers (`ear-no-both`) minimises."""
 
     two_views = True
+    uses = TWO_VIEWS
 
     def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any) -> StepLoss:
         outputs = model(**inputs)
@@ -73,29 +84,146 @@ class RobustDataAugmentation(Method):
         return StepLoss(loss, outputs, view_terms(outputs.logits, labels))
 
 
-class EmbeddingPushAttentionPull(Method):
-    """EAR, equation 5 of Ding et al. (COLING 2022): CE(x) + CE(x^a) + alpha * push + beta * pull."""
+class RandomPerturbation(Method):
+    """RS-RP of Huang et al. (EMNLP 2021): CE of x with its word embeddings moved to a random place in a ball.
 
-    two_views = True
+    Each token's vector is drawn uniformly from the Euclidean ball of radius `perturbation` times the mean
+    word-embedding norm. The originals alone are trained on, B rows a step.
+    """
 
-    def regularizers(self) -> list[Any]:
-        config = self.config
-        return [
-            EmbeddingPush(config.alpha, reduction=config.reduction),
-            AttentionPull(config.layer, config.beta, reduction=config.reduction),
-        ]
+    two_views = False
+    uses = frozenset({"perturbation"})
 
     def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any) -> StepLoss:
-        outputs = model(**inputs)
-        loss = robust_cross_entropy(outputs.logits, labels) + attached.loss()
-        return StepLoss(loss, outputs, {**view_terms(outputs.logits, labels), **attached.components()})
+        embeddings = word_embeddings(model, inputs)  # [B, L, C]
+        radius = self.config.perturbation * mean_norm(embeddings, inputs["attention_mask"])
+        with shifted(model, uniform_in_ball(embeddings, radius)):
+            outputs = model(**inputs)
+        return StepLoss(F.cross_entropy(outputs.logits, labels), outputs, view_terms(outputs.logits, labels))
+
+
+class AdversarialTraining(Method):
+    """Adversarial training of Huang et al. (EMNLP 2021): CE of x at the worst place in a ball around its embeddings.
+
+    The place is found by `adversarial_steps` projected gradient steps (Madry et al., ICLR 2018) in the Euclidean ball
+    of each token, of radius `perturbation` times the mean word-embedding norm; each costs a forward and a backward.
+    """
+
+    two_views = False
+    uses = frozenset({"perturbation", "adversarial_steps"})
+
+    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any) -> StepLoss:
+        inner = unwrap(model)  # the search needs no gradients of parameters, so nothing for processes to exchange
+        embeddings = word_embeddings(model, inputs)  # [B, L, C]
+        radius = self.config.perturbation * mean_norm(embeddings, inputs["attention_mask"])
+
+        def loss(delta: Tensor) -> Tensor:
+            with shifted(model, delta):
+                return F.cross_entropy(inner(**inputs).logits, labels)
+
+        with shifted(model, worst_in_ball(loss, embeddings, radius, self.config.adversarial_steps)):
+            outputs = model(**inputs)
+        return StepLoss(F.cross_entropy(outputs.logits, labels), outputs, view_terms(outputs.logits, labels))
+
+
+class RobustTargets(Method):
+    """`ear` without push and pull, the ablation of Ding et al. (COLING 2022), table 3: CE(x) + CE(x^a), equation 4.
+
+    It differs from `rs-da` by a factor of 2 alone: a sum over the views here, a mean there. AdamW divides the factor
+    out again (but for its epsilon); clipping of the gradients sees it.
+    """
+
+    two_views = True
+    uses = TWO_VIEWS
+
+    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any) -> StepLoss:
+        outputs = self._forward(model, inputs)
+        loss, terms = robust_cross_entropy(outputs.logits, labels), view_terms(outputs.logits, labels)
+        if attached is not None:
+            loss = loss + attached.loss()
+            terms.update(attached.components())
+        return StepLoss(loss, outputs, terms)
+
+    def _forward(self, model: Any, inputs: Mapping[str, Tensor]) -> Any:
+        return model(**inputs)
+
+    def _push(self) -> EmbeddingPush:
+        return EmbeddingPush(self.config.alpha, reduction=self.config.reduction)
+
+    def _pull(self) -> AttentionPull:
+        return AttentionPull(self.config.layer, self.config.beta, reduction=self.config.reduction)
+
+
+class EmbeddingPushAttentionPull(RobustTargets):
+    """EAR, equation 5 of Ding et al. (COLING 2022): CE(x) + CE(x^a) + alpha * push + beta * pull."""
+
+    uses = TWO_VIEWS | {"alpha", "beta", "layer", "reduction"}
+
+    def regularizers(self) -> list[Any]:
+        return [self._push(), self._pull()]
+
+
+class WithoutPush(RobustTargets):
+    """`ear` without the embedding push, the ablation of Ding et al. (COLING 2022), table 3."""
+
+    uses = TWO_VIEWS | {"beta", "layer", "reduction"}
+
+    def regularizers(self) -> list[Any]:
+        return [self._pull()]
+
+
+class WithoutPull(RobustTargets):
+    """`ear` without the attention pull, the ablation of Ding et al. (COLING 2022), table 3."""
+
+    uses = TWO_VIEWS | {"alpha", "reduction"}
+
+    def regularizers(self) -> list[Any]:
+        return [self._push()]
+
+
+class NoisePull(WithoutPush):
+    """NT + APT of Ding et al. (COLING 2022), section 4.2 and table 4: noise on x^a in place of the push.
+
+    x^a stays the synonym text; to each of its word embeddings N(0, sigma^2) is added in every component, sigma being
+    `perturbation` times the mean word-embedding norm (the noise vector is then about sqrt(C) sigma long).
+    """
+
+    uses = WithoutPush.uses | {"perturbation"}
+
+    def _forward(self, model: Any, inputs: Mapping[str, Tensor]) -> Any:
+        embeddings = word_embeddings(model, inputs)  # [2B, L, C]
+        sigma = self.config.perturbation * mean_norm(embeddings, inputs["attention_mask"])
+        noise = sigma * torch.randn_like(embeddings)
+        noise[: len(noise) // 2] = 0
+        with shifted(model, noise):
+            return model(**inputs)
+
+
+class PushSentencePull(RobustTargets):
+    """EPT + SRPT of Ding et al. (COLING 2022), section 4.3 and table 4: sentence pull in place of the attention pull.
+
+    CE(x) + CE(x^a) + alpha * push + beta * sentence pull, the latter on the mean-pooled output of block `layer`.
+    """
+
+    uses = TWO_VIEWS | {"alpha", "beta", "layer", "reduction"}
+
+    def regularizers(self) -> list[Any]:
+        return [self._push(), SentencePull(self.config.layer, self.config.beta, reduction=self.config.reduction)]
 
 
 METHODS: dict[str, type[Method]] = {
     "finetune": FineTune,
     "rs-da": RobustDataAugmentation,
+    "rs-rp": RandomPerturbation,
+    "adv": AdversarialTraining,
     "ear": EmbeddingPushAttentionPull,
+    "ear-no-ept": WithoutPush,
+    "ear-no-apt": WithoutPull,
+    "ear-no-both": RobustTargets,
+    "nt+apt": NoisePull,
+    "ept+srpt": PushSentencePull,
 }
+OWN_SETTINGS = frozenset().union(*(method.uses for method in METHODS.values()))  # the others concern every method
 
 
 def view_terms(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

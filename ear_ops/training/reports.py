@@ -25,11 +25,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 
-def summarise(scores: Sequence[LanguageScore]) -> dict[str, Any]:
+def summarise(scores: Sequence[LanguageScore], source_language: str = "en") -> dict[str, Any]:
     """Per-language accuracies and their averages, ready for JSON. Every language weighs the same in an average;
-    `average_other` leaves out English, the language trained on."""
+    `average_other` leaves out the language trained on."""
     accuracies = {entry.language: entry.all.accuracy for entry in scores}
-    others = [accuracy for language, accuracy in accuracies.items() if language != "en"]
+    others = [accuracy for language, accuracy in accuracies.items() if language != source_language]
     summary: dict[str, Any] = {
         "average": _mean(accuracies.values()),
         "average_other": _mean(others),
@@ -73,7 +73,9 @@ def comparison(runs: Sequence[dict[str, Any]], table: Table = text_table) -> str
         if len(values) != 1:
             raise ValueError(f"runs of one {key} can be compared, got {', '.join(values)}")
     languages = list(dict.fromkeys(language for run in runs for language in run["languages"]))
-    averages = {"average": "avg", "average_other": "avg w/o en", "average_translated": "avg w/o NS"}
+    sources = {_source(run) for run in runs}
+    source = sources.pop() if len(sources) == 1 else "source"
+    averages = {"average": "avg", "average_other": f"avg w/o {source}", "average_translated": "avg w/o NS"}
     shown = [key for key in averages if any(run.get(key) is not None for run in runs)]
     header = ["run", *languages, *(averages[key] for key in shown)]
     rows = []
@@ -95,8 +97,9 @@ def _language_table(results: dict[str, Any], table: Table) -> str:
         row = [language, *_cells(score)]
         rows.append(row + _cells(score["translated"]) if "translated" in score else row + [""] * (3 * translated))
     rows.append(_average_row("average", results["average"], results.get("average_translated"), len(header)))
-    if results["average_other"] is not None and "en" in scores:
-        rows.append(_average_row("average without en", results["average_other"], None, len(header)))
+    source = _source(results)
+    if results["average_other"] is not None and source in scores:
+        rows.append(_average_row(f"average without {source}", results["average_other"], None, len(header)))
     return table(header, rows)
 
 
@@ -114,7 +117,9 @@ def _remarks(results: dict[str, Any]) -> list[str]:
     if results.get("best"):
         best = results["best"]
         accuracy = _percent(best["dev_accuracy"])
-        remarks.append(f"Checkpoint of step {best['step']} of {results['steps']}: best on English dev, {accuracy}.")
+        remarks.append(
+            f"Checkpoint of step {best['step']} of {results['steps']}: best on {_source(results)} dev, {accuracy}."
+        )
     return [line for remark in remarks for line in ("", remark)]
 
 
@@ -127,8 +132,15 @@ def _run_names(runs: Sequence[dict[str, Any]]) -> list[str]:
     names = []
     for run in runs:
         preset = f" ({run['config']['preset']})" if run["regularised"] else ""
-        names.append(f"{run['config']['method']}{preset}, seed {run['config']['seed']}{' *' * run['collapsed']}")
+        source = "" if _source(run) == "en" else f", from {_source(run)}"
+        names.append(
+            f"{run['config']['method']}{preset}{source}, seed {run['config']['seed']}{' *' * run['collapsed']}"
+        )
     return names
+
+
+def _source(run: dict[str, Any]) -> str:
+    return run["config"].get("source_language", "en")  # which older runs do not name
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -14,21 +14,24 @@ from transformers import TrainingArguments, set_seed
 from ear_ops.data import PairCollator, PairViews, get_task
 from ear_ops.models.classifier import load_classifier
 from ear_ops.models.vocabulary import prune_vocabulary
+from ear_ops.regularizers import AttentionPull, EmbeddingPush
 from ear_ops.training import checkpoints
 from ear_ops.training.config import ConfigError, TrainConfig
 from ear_ops.training.diagnosis import chance_level, collapse_notice, last_quarter
 from ear_ops.training.evaluation import predict, score
 from ear_ops.training.folder import RunFolderError, claim, load_config, locked, read_json, versions
+from ear_ops.training.gradients import gradient_ratios
 from ear_ops.training.methods import METHODS, Method
 from ear_ops.training.reports import results_markdown, summarise
-from ear_ops.training.sources import SOURCE_LANGUAGE, TrainingData, evaluation_texts, load_split_of, load_training_data
+from ear_ops.training.sources import TrainingData, evaluation_texts, load_split_of, load_training_data
 from ear_ops.training.trainer import PairTrainer
 
 logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train, choose the checkpoint on English dev, score every language, and write all of it to the output folder.
+    """Train, choose the checkpoint on dev of the source language, score every language, and write all of it to
+    the output folder.
 
     A run that was interrupted continues from its newest complete checkpoint and ends with the same metrics; a
     finished one is returned as it is.
@@ -81,15 +84,16 @@ def _fit(config: TrainConfig, folder: Path) -> None:
     """Train into `folder/model` and `folder/training.json`."""
     method = METHODS[config.method](config)
     data = load_training_data(config, method.two_views)
-    dev = load_split_of(config, "dev", [SOURCE_LANGUAGE])[SOURCE_LANGUAGE]
+    dev = load_split_of(config, "dev", [config.source_language])[config.source_language]
     load_split_of(config, config.eval_split, config.language_list)  # a missing file should stop the run now
     print(f"{len(data.views):,} training pairs, {len(dev):,} for choosing the checkpoint.")
     if data.replaced:
         print(f"Augmented view, first epoch: {data.replaced['summary']}.")
 
     try:
-        model, tokenizer = _load_model(config, data)
+        model, tokenizer = initial_model(config, data)
         trainer = _make_trainer(config, folder, method, model, tokenizer, data.views, dev)
+        before = _gradient_ratios(config, method, trainer, data)
     except (ValueError, TypeError) as error:  # a layer, length, pooling or set of labels that this model does not have
         raise ConfigError(str(error)) from error
     for unfinished in checkpoints.remove_incomplete(folder / "checkpoints"):
@@ -108,6 +112,8 @@ def _fit(config: TrainConfig, folder: Path) -> None:
     notice = collapse_notice(terms, chance_level(data.labels), state.max_steps, regularised=regularised)
     if notice:
         logger.warning("%s", notice)
+    after = _gradient_ratios(config, method, trainer, data)
+    ratios = None if before is None else {"before": before, "after": after}
     training = {
         "steps": state.global_step,
         "best": {"step": state.best_global_step, "dev_accuracy": state.best_metric},
@@ -115,6 +121,7 @@ def _fit(config: TrainConfig, folder: Path) -> None:
         "collapsed": notice is not None,
         "notices": [notice] if notice else [],
         "replaced": data.replaced,
+        "gradient_ratios": ratios,
         "timing": {"seconds": output.metrics["train_runtime"], "resumed": bool(complete)},
         "log": state.log_history,
     }
@@ -124,7 +131,8 @@ def _fit(config: TrainConfig, folder: Path) -> None:
     checkpoints.mark_complete(folder / "model")
 
 
-def _load_model(config: TrainConfig, data: TrainingData) -> tuple[Any, Any]:
+def initial_model(config: TrainConfig, data: TrainingData) -> tuple[Any, Any]:
+    """Model and tokenizer as the run's training begins with them: the head drawn, the vocabulary pruned."""
     set_seed(config.seed)  # the head's weights
     labels = get_task(config.task).labels
     model: Any
@@ -186,6 +194,28 @@ def _make_trainer(
     )
 
 
+def _gradient_ratios(
+    config: TrainConfig, method: Method, trainer: PairTrainer, data: TrainingData
+) -> dict[str, float] | None:
+    """On the first `measure_gradients` batches of the first epoch's views; None where there is nothing to measure."""
+    if not (config.measure_gradients and method.two_views):
+        return None
+    data.views.set_epoch(0)
+    model: Any = trainer.model
+    collate: Any = trainer.data_collator
+    starts = range(0, min(config.measure_gradients * config.batch_size, len(data.views)), config.batch_size)
+    batches = (
+        collate([data.views[i] for i in range(start, min(start + config.batch_size, len(data.views)))])
+        for start in starts
+    )
+    on_device = ({name: tensor.to(model.device) for name, tensor in batch.items()} for batch in batches)
+    terms = [
+        EmbeddingPush(1.0, reduction=config.reduction),
+        AttentionPull(config.layer, 1.0, reduction=config.reduction),
+    ]
+    return gradient_ratios(model, terms, config.layer, on_device)
+
+
 def _evaluate(config: TrainConfig, folder: Path, split: str) -> dict[str, Any]:
     examples = load_split_of(config, split, config.language_list)
     training = read_json(folder / "training.json")
@@ -212,10 +242,11 @@ def _evaluate(config: TrainConfig, folder: Path, split: str) -> dict[str, Any]:
         "split": split,
         "regularised": bool(METHODS[config.method](config).regularizers()),
         "collapsed": training["collapsed"],
-        **summarise(scores),
+        **summarise(scores, config.source_language),
         "best": training["best"],
         "steps": training["steps"],
         "terms": training["terms"],
+        "gradient_ratios": training.get("gradient_ratios"),
         "replaced": training["replaced"],
         "notices": training["notices"]
         + ([f"no {split} data for {', '.join(missing)}: not in the averages"] if missing else []),

@@ -24,8 +24,6 @@ from ear_ops.data import (
 )
 from ear_ops.training.config import MINI, ConfigError, TrainConfig
 
-SOURCE_LANGUAGE = "en"
-
 
 @dataclass
 class TrainingData:
@@ -69,7 +67,7 @@ def load_training_data(config: TrainConfig, two_views: bool) -> TrainingData:
         if two_views:
             return TrainingData(VariantViews(groups, seed=config.seed), groups, None)
         return TrainingData(PairViews([group.original for group in groups]), None, None)
-    examples = _load(config, task, "train", SOURCE_LANGUAGE)[: config.max_train_examples]
+    examples = _load(config, task, "train", config.source_language)[: config.max_train_examples]
     if not two_views:
         return TrainingData(PairViews(examples), None, None)
     views = PairViews(examples, load_augmenter(config), seed=config.seed)
@@ -101,8 +99,8 @@ def load_split_of(config: TrainConfig, split: str, languages: list[str] | None =
     task = get_task(config.task)
     if languages is None:
         languages = list(task.languages) if config.hub else available_languages(_data_dir(config), task, split)
-    # With nothing at hand, asking for English raises the error that lists where it was looked for.
-    return {language: _load(config, task, split, language) for language in languages or [SOURCE_LANGUAGE]}
+    # With nothing at hand, asking for the source raises the error that lists where it was looked for.
+    return {language: _load(config, task, split, language) for language in languages or [config.source_language]}
 
 
 def evaluation_texts(config: TrainConfig) -> Iterator[str]:
@@ -123,7 +121,7 @@ def write_variants_file(config: TrainConfig, path: str, num_variants: int | None
     task = get_task(config.task)
     if num_variants is None:
         num_variants = {"pawsx": 10}.get(task.name, 3)
-    examples = _load(config, task, "train", SOURCE_LANGUAGE)[: config.max_train_examples]
+    examples = _load(config, task, "train", config.source_language)[: config.max_train_examples]
     augmenter = load_augmenter(config)
     lines = write_variants(path, examples, task, augmenter, num_variants, seed=config.seed)
     return f"{path}: {lines:,} lines, {num_variants} variants of {len(examples):,} pairs; {augmenter.summary()}."

@@ -75,7 +75,15 @@ def die_when_marking(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 # Checkpoints are at 4, 8 (end of the first epoch), 12 and 16; the log is written every third step.
 @pytest.mark.parametrize(
     ("method", "step", "resumed"),
-    [("ear", 2, None), ("ear", 7, 4), ("ear", 8, 8), ("finetune", 14, 12)],
+    [
+        ("ear", 2, None),
+        ("ear", 7, 4),
+        ("ear", 8, 8),
+        ("finetune", 14, 12),
+        ("rs-rp", 7, 4),
+        ("adv", 7, 4),
+        ("nt+apt", 7, 4),
+    ],
 )
 def test_an_interrupted_run_ends_like_an_undisturbed_one(
     make_config, undisturbed, monkeypatch: pytest.MonkeyPatch, capsys, method: str, step: int, resumed: int | None

@@ -213,6 +213,22 @@ def test_missing_data_are_noticed_before_training(make_config, tmp_path: Path, m
         run.train(make_config(synonyms=None, output_dir=str(tmp_path / "third")))
 
 
+def test_another_source_language_is_trained_on_and_chooses_the_checkpoint(
+    make_config, data_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data_dir / "xnli", folder)
+    lines = (folder / "train-en.tsv").read_text().splitlines(keepends=True)
+    (folder / "train-en.tsv").unlink()
+    (folder / "train-de.tsv").write_text("".join(lines[:24]))
+    results = run.train(make_config(method="finetune", source_language="de", data_dir=str(folder), epochs=1))
+    languages = results["languages"]
+    assert results["steps"] == 3 and results["best"]["dev_accuracy"] == languages["de"]["accuracy"]
+    assert results["average_other"] == pytest.approx((languages["en"]["accuracy"] + languages["sw"]["accuracy"]) / 2)
+    text = (tmp_path / "run" / "results.md").read_text()
+    assert "from de, seed 1" in text and "average without de" in text and "best on de dev" in text
+
+
 @pytest.mark.parametrize(("changes", "words"), [({"layer": 3}, "layer"), ({"max_length": 999}, "max_length")])
 def test_a_setting_that_the_model_does_not_have_is_named(make_config, changes: dict[str, int], words: str) -> None:
     with pytest.raises(ConfigError, match=words):

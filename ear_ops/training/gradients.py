@@ -1,0 +1,74 @@
+"""How strongly each term of the loss pulls beside the cross-entropy: ratios of gradient norms at the places it reaches.
+
+Weights that balance one model and reduction say nothing about another; these ratios do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ear_ops.capture import Layout, Recorder, unwrap
+from ear_ops.functional import robust_cross_entropy
+
+Batch = Mapping[str, Tensor]  # as `PairCollator` makes it: inputs [2B, L], labels [B]
+
+
+def gradient_ratios(model: Any, regularizers: Sequence[Any], layer: int, batches: Iterable[Batch]) -> dict[str, float]:
+    """Norm of each unweighted term's gradient over that of CE(x) + CE(x^a): at the embedding layer's output, and at the
+    queries and keys of block `layer`.
+
+    The model is measured as it is, without dropout, and neither it nor the random state changes. Norms are taken over
+    all batches together: the root of the sum of their squares.
+
+    Args:
+        model: a classifier, logits [2B, K].
+        regularizers: their terms, without weights.
+        layer: block whose queries and keys are looked at, counted from 1.
+        batches: of two views; on the model's device.
+
+    Returns:
+        Ratios by `TERM at embeddings`, `TERM at query`, `TERM at key`; a place that a term does not reach is left out.
+    """
+    root = unwrap(model)
+    layout = Layout(root)
+    embeddings, attention = layout.embeddings(), layout.attention(layer)
+    recorder = Recorder(root, [embeddings, attention, *(each.site(layout) for each in regularizers)])
+    squares: dict[str, dict[str, float]] = {}
+    training = root.training
+    root.eval()
+    recorder.install()
+    try:
+        for batch in batches:
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            with torch.enable_grad():
+                logits = root(**inputs).logits
+                (record,) = recorder.take()
+                queries = attention.read(record, "attention")
+                places = {
+                    "embeddings": embeddings.read(record, "embeddings")[0],
+                    "query": queries.query,
+                    "key": queries.key,
+                }
+                losses = {"cross_entropy": robust_cross_entropy(logits, batch["labels"])}
+                for regularizer, site in zip(regularizers, recorder.sites[2:], strict=True):
+                    losses[regularizer.name] = regularizer.term(site.read(record, regularizer.name), None)
+            for name, loss in losses.items():
+                found = torch.autograd.grad(loss, list(places.values()), retain_graph=True, allow_unused=True)
+                for place, gradient in zip(places, found, strict=True):
+                    if gradient is not None:
+                        at = squares.setdefault(place, {})
+                        at[name] = at.get(name, 0.0) + gradient.double().square().sum().item()
+    finally:
+        recorder.remove()
+        root.train(training)
+    return {
+        f"{name} at {place}": math.sqrt(value / at["cross_entropy"])
+        for place, at in squares.items()
+        for name, value in at.items()
+        if name != "cross_entropy"
+    }

@@ -1,0 +1,89 @@
+"""The ratios of gradient norms against plain autograd through a forward that is written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertForSequenceClassification
+
+from ear_ops.regularizers import AttentionPull, EmbeddingPush
+from ear_ops.training import run
+from ear_ops.training.gradients import gradient_ratios
+
+B, L = 3, 6
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {
+        "input_ids": torch.randint(5, 30, (2 * B, L)),
+        "attention_mask": torch.ones(2 * B, L, dtype=torch.int64),
+        "labels": torch.tensor([0, 2, 1]),
+    }
+
+
+@pytest.fixture
+def model(tiny_model):
+    torch.manual_seed(0)
+    return BertForSequenceClassification.from_pretrained(tiny_model, num_labels=3, dtype=torch.float64).train()
+
+
+def test_ratios_at_the_embeddings_are_those_of_plain_autograd(model, batch) -> None:
+    terms = [EmbeddingPush(0.7), AttentionPull(2, 0.3)]
+    state = torch.get_rng_state()
+    ratios = gradient_ratios(model, terms, 2, [batch])
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    model.eval()
+    model.set_attn_implementation("eager")
+    taken = {}
+    model.bert.embeddings.register_forward_hook(lambda *call: taken.setdefault("embeddings", call[2]))
+    own = model.bert.encoder.layer[1].attention.self
+    own.query.register_forward_hook(lambda *call: taken.setdefault("query", call[2]))
+    own.key.register_forward_hook(lambda *call: taken.setdefault("key", call[2]))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    output = model(**inputs, output_attentions=True)
+    losses = {
+        "cross_entropy": 2 * torch.nn.functional.cross_entropy(output.logits, batch["labels"].repeat(2)),
+        "embedding_push": -(taken["embeddings"].mean(1)[:B] - taken["embeddings"].mean(1)[B:]).square().mean(),
+        "attention_pull.2": (output.attentions[1][:B] - output.attentions[1][B:]).square().mean(),
+    }
+    norms = {
+        (name, place): gradient.norm().item()
+        for name, loss in losses.items()
+        for place, gradient in zip(
+            taken, torch.autograd.grad(loss, list(taken.values()), retain_graph=True, allow_unused=True), strict=True
+        )
+        if gradient is not None
+    }
+    expected = {
+        f"{name} at {place}": norm / norms["cross_entropy", place]
+        for (name, place), norm in norms.items()
+        if name != "cross_entropy"
+    }
+    assert set(ratios) == {
+        "embedding_push at embeddings",
+        "attention_pull.2 at embeddings",
+        "attention_pull.2 at query",
+        "attention_pull.2 at key",
+    }
+    assert ratios == pytest.approx(expected, rel=1e-6)
+
+
+def test_several_batches_add_up_in_squares(model, batch) -> None:
+    once = gradient_ratios(model, [EmbeddingPush(1.0)], 1, [batch])
+    assert gradient_ratios(model, [EmbeddingPush(1.0)], 1, [batch, batch]) == pytest.approx(once)
+
+
+def test_a_run_measures_before_and_after_and_is_not_changed_by_it(make_config, tmp_path) -> None:
+    plain = run.train(make_config(output_dir=str(tmp_path / "plain"), epochs=1))
+    measured = run.train(make_config(output_dir=str(tmp_path / "measured"), epochs=1, measure_gradients=3))
+    assert plain["gradient_ratios"] is None
+    ratios = measured["gradient_ratios"]
+    assert ratios["before"].keys() == ratios["after"].keys() and ratios["before"] != ratios["after"]
+    for name in ("languages", "terms", "best"):
+        assert measured[name] == plain[name]
+    one_view = make_config(output_dir=str(tmp_path / "one"), epochs=1, measure_gradients=3, method="finetune")
+    assert run.train(one_view)["gradient_ratios"] is None
