@@ -1,4 +1,7 @@
-"""`ear-ops`: train, evaluate, compare, augment, bench. The options of `train` are the fields of `TrainConfig`."""
+"""`ear-ops`: train, evaluate, compare, sweep, report, analyse, augment, bench.
+
+The options of `train` are the fields of `TrainConfig`.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,19 @@ app = typer.Typer(
     help="Train and score zero-shot cross-lingual classifiers with attention and embedding regularizers.",
 )
 
-_USER_ERRORS = {"ConfigError", "DataError", "RunFolderError", "OfflineModelError"}  # by name: their modules are heavy
-_DATA_SETTINGS = ("task", "data_dir", "hub", "max_train_examples", "synonyms", "match", "dictionary_scale", "seed")
+# By name: their modules are heavy.
+_USER_ERRORS = {"ConfigError", "DataError", "RunFolderError", "FolderInUseError", "OfflineModelError", "StudyError"}
+_DATA_SETTINGS = (
+    "task",
+    "source_language",
+    "data_dir",
+    "hub",
+    "max_train_examples",
+    "synonyms",
+    "match",
+    "dictionary_scale",
+    "seed",
+)
 
 
 def main() -> None:
@@ -94,13 +108,51 @@ def evaluate(
 def compare(
     folders: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Also print the paired differences from this run.")
+    ] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Where the data are now.  [default: where they were]")] = None,
 ) -> None:
     """Print finished runs side by side: a row for each run, a column for each language."""
     from ear_ops.training.folder import read_json
     from ear_ops.training.reports import comparison, markdown_table, text_table
 
     runs = [read_json(Path(folder) / "results.json") for folder in folders]
-    print(comparison(runs, markdown_table if markdown else text_table))
+    table = markdown_table if markdown else text_table
+    print(comparison(runs, table))
+    if baseline is not None:
+        from ear_ops.study.report import differences_table
+
+        print("\n" + differences_table([Path(folder) for folder in folders], Path(baseline), data_dir, table))
+
+
+@app.command()
+def sweep(
+    study: Annotated[str, typer.Argument(metavar="STUDY.yaml", help="What to run; see docs/studies.md.")],
+    output_dir: Annotated[str, typer.Option(help="Folder of the study.  [default: runs/NAME OF THE FILE]")] = "",
+) -> None:
+    """Run a study: every run once, going on where it stopped; several processes may share the folder."""
+    folder = output_dir or f"runs/{Path(study).stem}"
+    _run_module()
+    from ear_ops.study.sweep import sweep as run_study
+
+    progress = run_study(study, folder)
+    if progress.failed:
+        names = "; ".join(f"{name}: {reason}" for name, reason in progress.failed.items())
+        sys.exit(f"error: {len(progress.failed)} runs failed ({names}). The others are kept; the same command goes on")
+    print(f"All runs of {study} are finished: `ear-ops report {folder}` makes the tables.")
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of a study, finished or not.")],
+    data_dir: Annotated[str | None, typer.Option(help="Where the data are now.  [default: where they were]")] = None,
+) -> None:
+    """Turn the runs of a study into the paper's tables, beside the paper's numbers."""
+    from ear_ops.study.report import report as write_report
+
+    content = write_report(folder, data_dir)
+    print(f"{content['finished']} of {content['planned']} runs: the tables are in {folder}/report.md.")
 
 
 @app.command()
@@ -115,6 +167,22 @@ def augment(
     from ear_ops.training.sources import write_variants_file
 
     print(write_variants_file(TrainConfig(**settings), output, num_variants))
+
+
+@app.command()
+def analyse(
+    folders: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of finished runs with models.")],
+    parallel: Annotated[str, typer.Option(help="Folder with XX-en.tsv: sentence, tab, English.")],
+    output_dir: Annotated[str, typer.Option(help="Where tables and figures go.")] = "analysis",
+    synonyms: Annotated[str | None, typer.Option(help="Dictionary whose words figure 4 shows.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Sentences a language.  [default: all]")] = None,
+) -> None:
+    """Measure how languages are aligned in each layer, before and after training, and draw figures 3 to 5."""
+    _run_module()
+    from ear_ops.study.analysis import analyse as run_analysis
+
+    run_analysis(folders, parallel, output_dir, synonyms=synonyms, limit=limit)
+    print(f"Measures and figures are in {output_dir}.")
 
 
 _BENCHMARKS = {"losses": "bench_losses.py", "step": "bench_step.py", "report": "report.py"}

@@ -25,7 +25,9 @@ def run(*arguments: str) -> str:
 
 def test_help_names_every_command_and_every_setting() -> None:
     commands = run("--help")
-    assert all(name in commands for name in ("train", "evaluate", "compare", "augment", "bench"))
+    assert all(
+        name in commands for name in ("train", "evaluate", "compare", "sweep", "report", "analyse", "augment", "bench")
+    )
     train = run("train", "--help")
     for name in TrainConfig.__dataclass_fields__:
         assert f"--{name.replace('_', '-')} " in train
@@ -66,6 +68,10 @@ def test_train_prints_the_configuration_first(monkeypatch: pytest.MonkeyPatch) -
         (["train"], ["error:", "--data-dir", "mini"]),
         (["train", "--data-dir", "mini", "--method", "eer"], ["error:", "unknown method 'eer'", "rs-da"]),
         (["evaluate", "no-such-run"], ["error:", "no-such-run", "no run"]),
+        (["compare", "no-such-run", "--baseline", "other"], ["error:", "results.json is missing"]),
+        (["sweep", "no-such.yaml"], ["error:", "no-such.yaml: no such study"]),
+        (["report", "no-such-study"], ["error:", "holds no study", "ear-ops sweep"]),
+        (["analyse", "no-such-run", "--parallel", "p"], ["error:", "no-such-run holds no run"]),
         (["compare", "no-such-run"], ["error:", "results.json is missing"]),
         (["augment", "--data-dir", "no-such-data", "--output", "x.tsv", "--synonyms", "s.json"], ["no-such-data"]),
     ],
@@ -126,3 +132,14 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, missing: str,
     monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'ear-ops\[train\]'"):
         importlib.import_module(module)
+
+
+def test_a_sweep_with_failed_runs_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ear_ops.study import sweep
+
+    monkeypatch.setattr(sweep, "sweep", lambda study, folder: sweep.Progress(["a"], {"b": f"no file in {folder}"}))
+    result = CliRunner().invoke(cli.app, ["sweep", "studies/one.yaml"])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert "1 runs failed (b: no file in runs/one)" in str(result.output) + str(result.exception)
+    monkeypatch.setattr(sweep, "sweep", lambda study, folder: sweep.Progress(["a"]))
+    assert "ear-ops report there" in run("sweep", "studies/one.yaml", "--output-dir", "there")

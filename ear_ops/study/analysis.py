@@ -1,0 +1,167 @@
+"""Finished runs from inside: alignment of languages by layer, before and after training, and figures 3 to 5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from ear_ops.analysis.figures import scatter_panels
+from ear_ops.analysis.states import alignment_by_layer, sentence_states, word_vectors
+from ear_ops.data import get_task, load_parallel, load_synonyms
+from ear_ops.models.classifier import load_classifier
+from ear_ops.study.sweep import StudyError
+from ear_ops.training import checkpoints
+from ear_ops.training.folder import load_config, versions
+from ear_ops.training.methods import METHODS
+from ear_ops.training.reports import markdown_table
+from ear_ops.training.run import initial_model
+from ear_ops.training.sources import load_training_data
+
+PICTURED_SENTENCES = 25  # of each language
+PICTURED_LANGUAGES = 6
+PICTURED_WORDS = 12  # each with its synonyms
+
+
+def analyse(
+    folders: Sequence[str | Path],
+    parallel_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    synonyms: str | Path | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Measure the model of each run before and after its training, and draw figures 3, 4 and 5 for each.
+
+    The model before training is made as the run made it, with the vocabulary that the run kept, so that both are asked
+    about the same pieces.
+
+    Args:
+        folders: of finished runs that still have their models (`keep_model: true` in a study).
+        parallel_dir: with `XX-en.tsv`, see `load_parallel`.
+        output_dir: gets `analysis.json`, `analysis.md` and `figure-N-RUN.png`.
+        synonyms: the dictionary whose words figure 4 shows; without it figure 4 is not drawn.
+        limit: sentences a language; all by default.
+
+    Returns:
+        What `analysis.json` holds: by run, `before` and `after` as `alignment_by_layer` gives them.
+
+    Raises:
+        StudyError: a run has no model any more, or two runs have one name.
+        ModuleNotFoundError: scikit-learn or matplotlib is missing.
+    """
+    _need_extra()
+    runs = {Path(folder).name: Path(folder) for folder in folders}
+    if len(runs) != len(folders):
+        raise StudyError("two of the runs have folders of the same name: rename one")
+    for folder in runs.values():
+        load_config(folder)
+        if not checkpoints.is_complete(folder / "model"):
+            raise StudyError(f"{folder} holds no complete model: in a study, `keep_model: true` keeps it")
+    parallel, output_dir = load_parallel(parallel_dir, limit), Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    groups = _synonym_groups(synonyms) if synonyms is not None else []
+    content: dict[str, Any] = {"versions": versions(), "runs": {}}
+    for name, folder in runs.items():
+        config = load_config(folder)
+        data = load_training_data(config, METHODS[config.method].two_views)
+        models = {
+            "before": initial_model(config, data),
+            "after": load_classifier(str(folder / "model"), len(get_task(config.task).labels)),
+        }
+        for model, _ in models.values():
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+        content["runs"][name] = {
+            "method": config.method,
+            "seed": config.seed,
+            **{when: alignment_by_layer(model, tokenizer, parallel) for when, (model, tokenizer) in models.items()},
+        }
+        _draw(output_dir, name, models, parallel, groups)
+    checkpoints.write_json(output_dir / "analysis.json", content)
+    checkpoints.write_atomically(output_dir / "analysis.md", analysis_markdown(content))
+    return content
+
+
+def analysis_markdown(content: dict[str, Any]) -> str:
+    """A table a run: a row for each layer, means over languages before and after training."""
+    lines = [
+        "# Alignment of languages by layer",
+        "",
+        "Layer 0 is the embedding layer; a sentence is the mean over its tokens. Retrieval: share of sentences whose "
+        "English translation is the nearest by cosine, in %. Alignment: linear centred kernel alignment with English. "
+        "Separation: mean silhouette with the languages as clusters (lower: the languages lie within each other). "
+        "Retrieval and alignment are means over languages; each language is in `analysis.json`.",
+    ]
+    for name, run in content["runs"].items():
+        header = ["layer", *(f"{measure}, {when}" for measure in _MEASURES for when in ("before", "after"))]
+        rows = []
+        for layer in range(len(run["before"]["separation"])):
+            cells = [
+                f"{show(run[when], layer):.{digits}f}"
+                for show, digits in _MEASURES.values()
+                for when in ("before", "after")
+            ]
+            rows.append([str(layer), *cells])
+        sentences = sum(run["before"]["sentences"].values())
+        lines += ["", f"## {name}: {run['method']}, seed {run['seed']}", ""]
+        lines += [f"{len(run['before']['sentences'])} languages, {sentences:,} sentence pairs.", ""]
+        lines += [markdown_table(header, rows)]
+    versions_text = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    return "\n".join([*lines, "", f"Versions: {versions_text}."]) + "\n"
+
+
+_MEASURES: dict[str, tuple[Any, int]] = {
+    "retrieval": (lambda measured, layer: 100 * mean(values[layer] for values in measured["retrieval"].values()), 1),
+    "alignment": (lambda measured, layer: mean(values[layer] for values in measured["alignment"].values()), 3),
+    "separation": (lambda measured, layer: measured["separation"][layer], 3),
+}
+
+
+def _draw(
+    output_dir: Path,
+    name: str,
+    models: dict[str, tuple[Any, Any]],
+    parallel: dict[str, list[tuple[str, str]]],
+    synonyms: list[tuple[str, str]],
+) -> None:
+    """Figure 3: word embeddings of the words of parallel sentences; 4: of synonyms; 5: sentences in the last layer."""
+    pictured = {
+        language: pairs[:PICTURED_SENTENCES] for language, pairs in islice(parallel.items(), PICTURED_LANGUAGES)
+    }
+    first = next(iter(pictured.values()))
+    sentences = [("en", english) for _, english in first]
+    sentences += [(language, sentence) for language, pairs in pictured.items() for sentence, _ in pairs]
+    words = list(dict.fromkeys((language, word) for language, sentence in sentences for word in sentence.split()))
+    for number, title, labelled in (
+        (3, "Words of parallel sentences, embedding layer", words),
+        (4, "Words and their synonyms, embedding layer", synonyms),
+        (5, "Parallel sentences, last layer", sentences),
+    ):
+        texts = [text for _, text in labelled]
+        if not texts:
+            continue
+        panels = {
+            when: sentence_states(model, tokenizer, texts)[-1] if number == 5 else word_vectors(model, tokenizer, texts)
+            for when, (model, tokenizer) in models.items()
+        }
+        path = output_dir / f"figure-{number}-{name}.png"
+        scatter_panels(path, title, panels, [group for group, _ in labelled])
+
+
+def _synonym_groups(path: str | Path) -> list[tuple[str, str]]:
+    """(word, the word or a synonym) of the words with most synonyms: which they are depends on the dictionary alone."""
+    entries = sorted(load_synonyms(path).items(), key=lambda entry: (-len(entry[1]), entry[0]))[:PICTURED_WORDS]
+    return [(word, each) for word, neighbours in entries for each in (word, *neighbours)]
+
+
+def _need_extra() -> None:
+    try:
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+    except ModuleNotFoundError as error:
+        message = f"ear-ops analyse needs {error.name}: pip install 'ear-ops[analysis]'"
+        raise ModuleNotFoundError(message, name=error.name) from None

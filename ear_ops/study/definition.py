@@ -1,0 +1,305 @@
+"""A study: which runs there are. One YAML file describes it, in groups, the most important first.
+
+    base:                                   # settings of `ear-ops train` that all runs share
+      data_dir: ${XTREME_DATA}/xnli         # environment variables are put in
+      max_train_examples: 9600
+    groups:
+      - name: learning-rate
+        settings: {method: finetune}
+        grid: {learning_rate: [2.0e-5, 5.0e-5]}
+        select: [learning_rate]             # the best on dev of the source language holds for all later groups
+      - name: methods
+        table: "1"                          # of the paper, to be set beside
+        grid: {method: [finetune, rs-da, ear], seed: [1, 2, 3]}
+
+`cases` in a group is a list of settings that vary together, taken times the grid. `for: {method: adv}` beside `select`
+restricts what was chosen to runs with these settings. `keep_model: true` keeps the models, for `ear-ops analyse`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from ear_ops.study.tables import TABLES
+from ear_ops.training.config import ConfigError, TrainConfig
+from ear_ops.training.methods import METHODS, OWN_SETTINGS
+
+Settings = dict[str, Any]
+
+_WEIGHTING = {"alpha", "beta", "layer", "reduction"}  # what a preset says, besides the padding
+_TYPES = get_type_hints(TrainConfig)
+_DEFAULTS = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study. Two that would compute the same are equal: they have the same name, and are run once."""
+
+    settings: Settings = field(hash=False, compare=False)  # complete: of `TrainConfig`, without the folder
+    name: str
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Run:
+        """Settings that its method does not look at are set aside: `finetune` is the same run for every beta.
+
+        Raises:
+            ConfigError: a setting is unknown or cannot be used.
+        """
+        config = TrainConfig.from_dict({name: _typed(name, settings[name]) for name in settings}, output_dir="-")
+        used = METHODS[config.method].uses
+        complete = config.to_dict()
+        if not used & _WEIGHTING:
+            complete["preset"] = _DEFAULTS["preset"]
+        for name in OWN_SETTINGS - used:
+            complete[name] = _DEFAULTS[name]
+        complete = TrainConfig.from_dict(complete, output_dir="-").to_dict()
+        # Values that are the default are left out, so that a new setting does not give old runs new names.
+        telling = {name: value for name, value in complete.items() if value != _DEFAULTS[name]}
+        telling = {name: value for name, value in telling.items() if name in used or name not in OWN_SETTINGS}
+        digest = hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:10]
+        return cls(complete, f"{config.task}-{config.method}-seed{config.seed}-{digest}")
+
+    def config(self, folder: Path) -> TrainConfig:
+        return TrainConfig.from_dict(self.settings, output_dir=str(folder / self.name))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that belong together: the product of `cases` and `grid` over `settings`."""
+
+    name: str
+    table: str | None = None
+    settings: Settings = field(default_factory=dict)
+    cases: tuple[Settings, ...] = ({},)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    select: tuple[str, ...] = ()
+    only_for: Settings = field(default_factory=dict)
+    baseline: Settings = field(default_factory=dict)
+    keep_model: bool = False
+
+    @property
+    def axes(self) -> list[str]:
+        """What varies, besides the seed."""
+        varied = dict.fromkeys([name for case in self.cases for name in case] + list(self.grid))
+        return [name for name in varied if name != "seed"]
+
+    def combinations(self) -> Iterator[Settings]:
+        for case in self.cases:
+            for values in product(*self.grid.values()):
+                yield {**self.settings, **case, **dict(zip(self.grid, values, strict=True))}
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run in its group, with what the group says about it. One run may be in several groups."""
+
+    group: Group
+    own: Settings  # the group's own settings of this run
+    run: Run
+
+    def row(self) -> Settings:
+        """What tells its row apart. As the group says it: there, `finetune` too may have the beta of its row."""
+        axes = [TABLES[self.group.table].axis] if self.group.table else self.group.axes
+        return {axis: self.own.get(axis, self.run.settings[axis]) for axis in axes}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a group with `select` chose: the mean dev accuracy of every candidate, and the best."""
+
+    group: Group
+    candidates: list[tuple[Settings, float]]
+    chosen: Settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a study as far as they are known. `waits_for`: the group whose choice decides the rest, or None."""
+
+    members: list[Member]
+    selections: list[Selection]
+    waits_for: Group | None
+
+    @property
+    def runs(self) -> list[Run]:
+        """Each once, in the order of the file."""
+        return list(dict.fromkeys(member.run for member in self.members))
+
+    @property
+    def kept_models(self) -> set[str]:
+        return {member.run.name for member in self.members if member.group.keep_model}
+
+
+@dataclass(frozen=True)
+class Study:
+    base: Settings
+    groups: tuple[Group, ...]
+    text: str  # the YAML, environment variables put in
+
+    def plan(self, dev_accuracy: Callable[[Run], float | None]) -> Plan:
+        """Expand the groups, up to a choice that cannot be made yet.
+
+        Args:
+            dev_accuracy: of a finished run, on the source language; None of one that is not.
+
+        Raises:
+            ConfigError: a combination of settings cannot be used, or two runs of a group would make one cell.
+        """
+        members: list[Member] = []
+        selections: list[Selection] = []
+        for group in self.groups:
+            own = [Member(group, settings, self._run(group, settings, selections)) for settings in group.combinations()]
+            _check_cells(group, own)
+            members += own
+            if group.select:
+                selection = _select(group, own, dev_accuracy)
+                if selection is None:
+                    return Plan(members, selections, group)
+                selections.append(selection)
+        return Plan(members, selections, None)
+
+    def _run(self, group: Group, own: Settings, selections: list[Selection]) -> Run:
+        settings = {**self.base, **own}
+        chosen = {
+            name: value
+            for selection in selections
+            if all(settings.get(name) == value for name, value in selection.group.only_for.items())
+            for name, value in selection.chosen.items()
+        }
+        try:
+            return Run.of({**self.base, **chosen, **own})
+        except (ConfigError, TypeError) as error:
+            raise ConfigError(f"group {group.name!r}, {own}: {error}") from None
+
+
+def load_study(path: str | Path) -> Study:
+    """Read and check a study.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or says something unknown; the message names the place.
+    """
+    path = Path(path)
+    try:
+        text = _with_environment(path.read_text(encoding="utf-8"), path)
+        content = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such study") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected the keys base and groups, got {content!r}")
+    _check_keys(content, {"base", "groups"}, str(path))
+    base = _settings(content.get("base"), f"{path}: base")
+    entries = content.get("groups")
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f"{path}: groups: expected a list of groups, got {entries!r}")
+    groups = tuple(_group(entry, f"{path}: group {number}") for number, entry in enumerate(entries, start=1))
+    names = [group.name for group in groups]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"{path}: each group needs a name of its own, got {', '.join(repeated)} more than once")
+    return Study(base, groups, text)
+
+
+def _typed(name: str, value: Any) -> Any:
+    """YAML reads 1 as an integer and 2e-5 as a text where a setting is a float."""
+    if _TYPES.get(name) is not float or value is None or isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name}: expected a number, got {value!r}") from None
+
+
+def _with_environment(text: str, path: Path) -> str:
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise ConfigError(f"{path}: the environment variable {match[1]} is not set: set it to what the study needs")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
+_GROUP_KEYS = {"name", "table", "settings", "cases", "grid", "select", "for", "baseline", "keep_model"}
+
+
+def _group(entry: Any, where: str) -> Group:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise ConfigError(f"{where}: expected a mapping with a name, got {entry!r}")
+    where = f"{where} ({entry['name']})"
+    _check_keys(entry, _GROUP_KEYS, where)
+    table = entry.get("table")
+    if table is not None and table not in TABLES:
+        raise ConfigError(f"{where}: unknown table {table!r}; known: {', '.join(TABLES)} (in quotes)")
+    grid = _settings(entry.get("grid"), f"{where}: grid")
+    for name, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"{where}: grid: {name}: expected a list of values, got {values!r}")
+    cases = entry.get("cases", [{}])
+    if not isinstance(cases, list) or not cases:
+        raise ConfigError(f"{where}: cases: expected a list of settings, got {cases!r}")
+    group = Group(
+        name=entry["name"],
+        table=table,
+        settings=_settings(entry.get("settings"), f"{where}: settings"),
+        cases=tuple(_settings(case, f"{where}: cases") for case in cases),
+        grid=grid,
+        select=tuple(_settings(dict.fromkeys(entry.get("select", ())), f"{where}: select")),
+        only_for=_settings(entry.get("for"), f"{where}: for"),
+        baseline=_settings(entry.get("baseline"), f"{where}: baseline"),
+        keep_model=bool(entry.get("keep_model", False)),
+    )
+    if missing := [name for name in group.select if name not in group.axes]:
+        raise ConfigError(f"{where}: select: {', '.join(missing)} does not vary in this group, so there is no choice")
+    return group
+
+
+def _settings(value: Any, where: str) -> Settings:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: expected settings of `ear-ops train`, got {value!r}")
+    _check_keys(value, _DEFAULTS.keys() - {"output_dir"}, where)
+    return value
+
+
+def _check_keys(given: Mapping[str, Any], known: Any, where: str) -> None:
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{where}: unknown {name!r}; known: {', '.join(sorted(known))}")
+
+
+def _check_cells(group: Group, members: list[Member]) -> None:
+    """Raise where two runs would stand in one row with one seed."""
+    seen: dict[str, Member] = {}
+    for member in members:
+        cell = json.dumps([member.row(), member.run.settings["seed"]])
+        if cell in seen and seen[cell].run != member.run:
+            raise ConfigError(
+                f"group {group.name!r}: {seen[cell].own} and {member.own} would stand in one row, {member.row()}, of "
+                f"table {group.table}: put them into different groups"
+            )
+        seen[cell] = member
+
+
+def _select(group: Group, members: list[Member], dev_accuracy: Callable[[Run], float | None]) -> Selection | None:
+    sums: dict[str, list[float]] = {}
+    for member in members:
+        accuracy = dev_accuracy(member.run)
+        if accuracy is None:
+            return None
+        key = json.dumps({name: member.own[name] for name in group.select})
+        sums.setdefault(key, []).append(accuracy)
+    candidates = [(json.loads(key), sum(values) / len(values)) for key, values in sums.items()]
+    return Selection(group, candidates, max(candidates, key=lambda candidate: candidate[1])[0])

@@ -1,0 +1,245 @@
+"""From the runs of a study to the paper's tables: what `report.json` holds, from which `report.md` is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ear_ops.data import get_task, load_split
+from ear_ops.data.mini import mini_data_dir
+from ear_ops.study.definition import Group, Member, Plan, Run, Settings, load_study
+from ear_ops.study.rendering import figure_6, markdown, points
+from ear_ops.study.statistics import Correct, accuracy_differences, estimate
+from ear_ops.study.sweep import STUDY_FILE, StudyError, plan_of, results_of
+from ear_ops.study.tables import TABLES, paper_rows, same_row
+from ear_ops.training.checkpoints import write_atomically, write_json
+from ear_ops.training.config import MINI
+from ear_ops.training.folder import read_json
+from ear_ops.training.reports import Table
+
+
+@dataclass
+class Row:
+    """The runs of one row: those of the study, and of these the finished ones by seed."""
+
+    settings: Settings  # what tells the row apart
+    planned: list[Run]
+    results: dict[int, tuple[Run, dict[str, Any]]]
+
+
+def correct_items(folder: Path, results: dict[str, Any], data_dir: str | None = None) -> Correct:
+    """Whether each item of a finished run was right, by language.
+
+    Args:
+        folder: of the run, for its predictions.
+        data_dir: where the data are now; by default where they were.
+
+    Raises:
+        DataError: the data are missing or malformed.
+        StudyError: the data are not those that the run was scored on.
+    """
+    predictions = read_json(folder / "predictions.json")
+    found = data_dir or results["config"]["data_dir"]
+    if found is None:
+        raise StudyError(f"{folder}: its data came from the Hub: pass --data-dir with the same data as files")
+    correct = {}
+    for language, predicted in predictions.items():
+        labels = _labels(str(mini_data_dir()) if found == MINI else found, results["task"], results["split"], language)
+        if len(labels) != len(predicted):
+            raise StudyError(
+                f"{folder}: {len(predicted)} predictions in {language}, and {len(labels)} items in {found}: these are "
+                "not the data that the run was scored on"
+            )
+        correct[language] = np.array(predicted) == np.array(labels)
+    return correct
+
+
+@lru_cache(maxsize=64)
+def _labels(data_dir: str, task: str, split: str, language: str) -> tuple[int, ...]:
+    return tuple(example.label for example in load_split(data_dir, get_task(task), split, language))
+
+
+def differences_table(folders: Sequence[Path], baseline: Path, data_dir: str | None, table: Table) -> str:
+    """Differences in accuracy between finished runs and one of them, by a paired bootstrap over items.
+
+    Raises:
+        RunFolderError, DataError, StudyError: a run is not finished, or its data are not there.
+        ValueError: the runs were not scored on the same items.
+    """
+    sides = {
+        folder: correct_items(folder, read_json(folder / "results.json"), data_dir) for folder in (*folders, baseline)
+    }
+    rows = []
+    for folder in folders:
+        if folder != baseline:
+            differences = accuracy_differences([sides[folder]], [sides[baseline]])
+            rows.append([str(folder), *(points(differences[name]) for name in differences)])
+    return table([f"points over {baseline}", *sides[baseline], "avg"], rows)
+
+
+def report(folder: str | Path, data_dir: str | None = None) -> dict[str, Any]:
+    """Write `report.json`, `report.md` and, with matplotlib, `figure-6.png` into the folder of a study.
+
+    Args:
+        folder: of a study, finished or not: what was not run says so.
+        data_dir: where the data are now, for the paired differences; by default where they were.
+
+    Returns:
+        What `report.json` holds.
+
+    Raises:
+        StudyError: the folder holds no study.
+        DataError, ConfigError: data or study cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / STUDY_FILE).is_file():
+        raise StudyError(f"{folder} holds no study: run `ear-ops sweep STUDY.yaml --output-dir {folder}` first")
+    study = load_study(folder / STUDY_FILE)
+    plan = plan_of(study, folder)
+    content: dict[str, Any] = {
+        "selections": [
+            {
+                "group": selection.group.name,
+                "for": selection.group.only_for,
+                "candidates": [{"settings": each, "dev_accuracy": value} for each, value in selection.candidates],
+                "chosen": selection.chosen,
+            }
+            for selection in plan.selections
+        ],
+        "waits_for": plan.waits_for.name if plan.waits_for else None,
+        "sections": [_section(group, plan, folder, data_dir) for group in study.groups],
+        "not_in_the_study": [
+            {"table": table, "title": spec.title}
+            for table, spec in TABLES.items()
+            if not any(group.table == table for group in study.groups)
+        ],
+        **_provenance(plan, folder),
+        "study": study.text,
+    }
+    content["figure_6"] = figure_6(content, folder / "figure-6.png")
+    write_json(folder / "report.json", content)
+    write_atomically(folder / "report.md", markdown(content))
+    return content
+
+
+def _section(group: Group, plan: Plan, folder: Path, data_dir: str | None) -> dict[str, Any]:
+    """One group: its rows, the paper's beside them, and the differences from its baseline."""
+    spec = TABLES[group.table] if group.table else None
+    rows = _rows([member for member in plan.members if member.group == group], folder)
+    wanted = group.baseline or ({spec.axis: spec.baseline} if spec else {})
+    baseline = next((row for row in rows if wanted and wanted.items() <= row.settings.items()), None)
+    paper = paper_rows(group.table) if group.table else []
+    entries: list[dict[str, Any]] = []
+    for row in rows:
+        entry = _entry(row)
+        entry["paper"] = [
+            vars(each) for each in paper if spec and same_row(group.table or "", row.settings[spec.axis], each.name)
+        ]
+        if baseline is not None and row is not baseline:
+            entry["difference"] = _difference(row, baseline, folder, data_dir)
+        entries.append(entry)
+    shown = {each["name"] for entry in entries for each in entry["paper"]}
+    return {
+        "group": group.name,
+        "table": group.table,
+        "title": spec.title if spec else group.name,
+        "axes": [spec.axis] if spec else group.axes,
+        "baseline": baseline.settings if baseline else None,
+        "rows": entries,
+        "paper_only": [vars(each) for each in paper if each.name not in shown],
+    }
+
+
+def _rows(members: Iterable[Member], folder: Path) -> list[Row]:
+    rows: dict[str, Row] = {}
+    for member in members:
+        settings = member.row()
+        row = rows.setdefault(repr(settings), Row(settings, [], {}))
+        if member.run not in row.planned:
+            row.planned.append(member.run)
+        results = results_of(folder, member.run)
+        if results is not None:
+            row.results[member.run.settings["seed"]] = (member.run, results)
+    return list(rows.values())
+
+
+def _entry(row: Row) -> dict[str, Any]:
+    finished = [results for _, results in row.results.values()]
+    entry: dict[str, Any] = {
+        "settings": row.settings,
+        "runs": [run.name for run, _ in row.results.values()],
+        "seeds": sorted(row.results),
+        "not_run": sorted(run.settings["seed"] for run in row.planned if run.settings["seed"] not in row.results),
+        "collapsed": sorted(seed for seed, (_, results) in row.results.items() if results["collapsed"]),
+    }
+    if finished:
+        languages = [name for name in finished[0]["languages"] if all(name in each["languages"] for each in finished)]
+        entry["split"] = finished[0]["split"]
+        entry["items"] = {name: finished[0]["languages"][name]["total"] for name in languages}
+        entry["accuracies"] = {
+            name: estimate([each["languages"][name]["accuracy"] for each in finished]) for name in languages
+        }
+        for average in ("average", "average_other", "average_translated"):
+            values = [each[average] for each in finished if each.get(average) is not None]
+            if len(values) == len(finished):
+                entry[average] = estimate(values)
+        shared = set.intersection(*(set(each["terms"]) for each in finished))
+        entry["terms"] = {
+            name: estimate([each["terms"][name] for each in finished])
+            for name in finished[0]["terms"]
+            if name in shared
+        }
+        ratios = [each["gradient_ratios"] for each in finished if each.get("gradient_ratios")]
+        if len(ratios) == len(finished):
+            entry["gradient_ratios"] = {
+                when: {name: estimate([each[when][name] for each in ratios]) for name in ratios[0][when]}
+                for when in ratios[0]
+            }
+    return entry
+
+
+def _difference(row: Row, baseline: Row, folder: Path, data_dir: str | None) -> dict[str, Any] | None:
+    """By language and on average, over the seeds that both have."""
+    seeds = sorted(row.results.keys() & baseline.results.keys())
+    if not seeds:
+        return None
+    sides = [
+        [correct_items(folder / run.name, results, data_dir) for run, results in (side.results[seed] for seed in seeds)]
+        for side in (row, baseline)
+    ]
+    return {"seeds": seeds, **accuracy_differences(sides[0], sides[1])}
+
+
+def _provenance(plan: Plan, folder: Path) -> dict[str, Any]:
+    """What the numbers come from: settings that all runs share, versions, dates."""
+    finished = [(run, results) for run in plan.runs if (results := results_of(folder, run)) is not None]
+    configurations = [results["config"] for _, results in finished]
+    shared = {
+        name: value
+        for name, value in (configurations[0] if configurations else {}).items()
+        if all(each.get(name) == value for each in configurations)
+    }
+    versions = list({str(results["versions"]): results["versions"] for _, results in finished}.values())
+    runs = [
+        {
+            "name": run.name,
+            "date": results["date"],
+            "steps": results["steps"],
+            "best": results["best"],
+            "notices": results["notices"],
+            "settings": {name: value for name, value in results["config"].items() if name not in shared},
+        }
+        for run, results in finished
+    ]
+    return {
+        "planned": len(plan.runs),
+        "finished": len(finished),
+        "shared_settings": shared,
+        "versions": versions,
+        "runs": runs,
+    }

@@ -1,0 +1,119 @@
+"""Running a study: every run once, the first of the file first, by as many processes as there are, through any kill.
+
+A folder belongs to a study: `study.yaml`, as it was read, and a folder for each run. A process claims a run by the lock
+of the run's folder, which the system lifts when the process ends, however it ends; then the run goes on from its newest
+complete checkpoint, in whatever process comes next. Nothing else is shared.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ear_ops.data import DataError
+from ear_ops.models import OfflineModelError
+from ear_ops.study.definition import Plan, Run, Study, load_study
+from ear_ops.training import checkpoints, run
+from ear_ops.training.config import ConfigError
+from ear_ops.training.folder import FolderInUseError, RunFolderError, locked, read_json
+
+STUDY_FILE = "study.yaml"
+
+_OF_THE_RUN = (DataError, ConfigError, RunFolderError, OfflineModelError, OSError)  # the next run may be all right
+_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # the next run would fare no better
+
+
+class StudyError(RuntimeError):
+    """A study that could not be finished, or a folder that holds none. What is finished is kept."""
+
+
+@dataclass
+class Progress:
+    """What one process did: the runs that it trained, and why others failed, by name."""
+
+    finished: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def results_of(folder: Path, run: Run) -> dict[str, Any] | None:
+    """The results of a finished run, None of one that is not."""
+    path = folder / run.name / "results.json"
+    return read_json(path) if path.exists() else None
+
+
+def plan_of(study: Study, folder: Path) -> Plan:
+    """The runs of the study, with the choices that the finished ones allow."""
+
+    def dev_accuracy(run: Run) -> float | None:
+        results = results_of(folder, run)
+        return None if results is None else results["best"]["dev_accuracy"]
+
+    return study.plan(dev_accuracy)
+
+
+def sweep(
+    study_file: str | Path, folder: str | Path, *, wait: float = 10.0, say: Callable[[str], None] = print
+) -> Progress:
+    """Run what is not finished, and return when all of it is, by this process or by others.
+
+    A run that fails by a fault of its own (data, settings, model) is reported, and the others go on. A full disk, like
+    anything unforeseen, stops the process. Whatever happens, finished runs stay, and the same call goes on.
+
+    Args:
+        study_file: see `ear_ops.study.definition`.
+        folder: of the study; made if it is not there.
+        wait: seconds between two looks at the runs that other processes work on.
+        say: takes each line about the progress.
+
+    Raises:
+        ConfigError: the study cannot be read, or a run of it has settings that cannot be used. Nothing has run then.
+        StudyError: the disk is full or cannot be written.
+    """
+    study, folder = load_study(study_file), Path(folder)
+    plan_of(study, folder)  # a mistake in the file should show before anything runs
+    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(FolderInUseError), locked(folder):  # whoever is in there writes the same
+        checkpoints.write_atomically(folder / STUDY_FILE, study.text)
+    progress = Progress()
+    while True:
+        plan = plan_of(study, folder)
+        before, busy = len(progress.finished), False
+        for number, each in enumerate(plan.runs, start=1):
+            if each.name in progress.failed:
+                continue
+            try:
+                if results_of(folder, each) is None:
+                    with locked(folder / each.name):
+                        pass  # what other processes are at is not announced here
+                    say(f"[{number}/{len(plan.runs)}] {each.name}")
+                    results = run.train(each.config(folder))
+                    progress.finished.append(each.name)
+                    say(f"[{number}/{len(plan.runs)}] {each.name}: {100 * results['average']:.1f} on average")
+                if each.name not in plan.kept_models:
+                    _drop_model(folder / each.name)
+            except FolderInUseError:
+                busy = True
+            except _OF_THE_RUN as error:
+                if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+                    raise StudyError(
+                        f"{each.name}: {error}. Finished runs are kept; the same command goes on"
+                    ) from error
+                progress.failed[each.name] = str(error)
+                say(f"[{number}/{len(plan.runs)}] {each.name} FAILED: {error}")
+        if busy:
+            time.sleep(wait)
+        elif len(progress.finished) == before and (plan.waits_for is None or plan == plan_of(study, folder)):
+            return progress
+
+
+def _drop_model(folder: Path) -> None:
+    """Delete the model of a finished run: the predictions and results stay."""
+    if (folder / "model").exists():
+        with suppress(FolderInUseError), locked(folder):
+            if (folder / "model").exists():
+                checkpoints.remove(folder / "model")

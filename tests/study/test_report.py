@@ -1,0 +1,202 @@
+"""Reports of runs that were written by hand: each number can be worked out from the predictions."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ear_ops.study.definition import load_study
+from ear_ops.study.report import differences_table, report
+from ear_ops.study.sweep import StudyError, plan_of
+from ear_ops.study.tables import TABLES, paper_rows, same_row
+from ear_ops.training.checkpoints import write_json
+from ear_ops.training.reports import markdown_table
+
+LANGUAGES = ("en", "de", "sw")
+LABELS = [i % 3 for i in range(15)]  # of every file of the tiny task
+
+
+def finish(folder: Path, name: str, settings: dict[str, Any], wrong: dict[str, int]) -> None:
+    """A run that has the first `wrong[language]` items wrong."""
+    predictions = {
+        language: [(label + (i < wrong[language])) % 3 for i, label in enumerate(LABELS)] for language in LANGUAGES
+    }
+    scores = {
+        language: {"accuracy": 1 - wrong[language] / 15, "correct": 15 - wrong[language], "total": 15}
+        for language in LANGUAGES
+    }
+    results = {
+        "task": "xnli",
+        "split": "dev",
+        "collapsed": False,
+        "average": sum(score["accuracy"] for score in scores.values()) / 3,
+        "languages": scores,
+        "best": {"step": 8, "dev_accuracy": scores["en"]["accuracy"]},
+        "steps": 8,
+        "terms": {"cross_entropy": 1.25},
+        "notices": [],
+        "config": settings,
+        "versions": {"python": "3.11"},
+        "date": "2026-01-02",
+    }
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    write_json(folder / name / "predictions.json", predictions)
+    write_json(folder / name / "results.json", results)
+
+
+@pytest.fixture
+def make_report(write_study, tmp_path: Path):
+    """Writes a study, finishes those of its runs for which `wrong` gives a count, and reports."""
+
+    def make(*groups: dict[str, Any], wrong: Any) -> tuple[dict[str, Any], str]:
+        folder = tmp_path / "study"
+        folder.mkdir()
+        path = write_study(*groups)
+        (folder / "study.yaml").write_text(path.read_text())
+        study = load_study(path)
+        for _ in range(3):  # choices open further groups
+            for run in plan_of(study, folder).runs:
+                count = wrong(run.settings)
+                if count is not None:
+                    finish(folder, run.name, run.settings, count)
+        report(folder)
+        return json.loads((folder / "report.json").read_text()), (folder / "report.md").read_text()
+
+    return make
+
+
+def test_means_deviations_and_the_paper_stand_in_one_table(make_report) -> None:
+    def wrong(settings: dict[str, Any]) -> dict[str, int] | None:
+        if settings["method"] == "rs-da" and settings["seed"] == 3:
+            return None
+        base = {"finetune": 6, "rs-da": 3}.get(settings["method"])
+        return base and {"en": base, "de": base + settings["seed"], "sw": base + 3}
+
+    content, text = make_report(
+        {"name": "methods", "table": "1", "grid": {"method": ["finetune", "rs-da", "adv"], "seed": [1, 2, 3]}},
+        wrong=wrong,
+    )
+    finetune, rs_da, adv = content["sections"][0]["rows"]
+    assert finetune["accuracies"]["en"] == [pytest.approx(0.6), 0.0]
+    assert finetune["accuracies"]["de"] == [pytest.approx(7 / 15), pytest.approx(1 / 15)]
+    assert rs_da["seeds"] == [1, 2] and rs_da["not_run"] == [3]
+    assert "accuracies" not in adv and adv["not_run"] == [1, 2, 3]
+
+    # Items 4 to 6 in English, and as many in the other languages: 3 of 15, in every seed.
+    difference = rs_da["difference"]
+    assert difference["seeds"] == [1, 2]
+    assert all(difference[name][0] == pytest.approx(0.2) for name in (*LANGUAGES, "average"))
+    assert difference["en"][1] < 0.2 < difference["en"][2] and "difference" not in finetune
+
+    lines = text.splitlines()
+    row = next(i for i, line in enumerate(lines) if line.startswith("| **finetune**"))
+    assert (
+        lines[row].startswith("| **finetune** | here, dev, seeds 1, 2, 3 | 60.0 ± 0.0 |") and "46.7 ± 6.7" in lines[row]
+    )
+    assert lines[row + 1].startswith("| finetune | paper, mBERT | 80.8 | 64.3 |") and lines[row + 1].endswith("65.4 |")
+    assert lines[row + 2].startswith("| finetune | paper, XLM-R | 84 |")
+    assert "| **adv** | here: not run |" in text
+    assert "Not run: method rs-da (seeds 3); method adv (seeds 1, 2, 3)." in text
+    assert "| method rs-da | 1, 2 | en | +20.0 [" in text
+    assert any(line.startswith("| ear | paper, mBERT |") for line in lines), "rows of the paper that the study lacks"
+    for table in TABLES.keys() - {"1"}:
+        assert f"## Table {table}: {TABLES[table].title}\n\nNot run: no group of the study fills it." in text
+    assert "5 of 9 runs" in text and "2026-01-02" in text and "python 3.11" in text
+    assert "| max_length | 24 |" in text and "batch_size: 8" in text
+
+
+def test_choices_are_shown_with_their_candidates(make_report) -> None:
+    def wrong(settings: dict[str, Any]) -> dict[str, int]:
+        return dict.fromkeys(LANGUAGES, 2 if settings["learning_rate"] == 0.2 else 5)
+
+    content, text = make_report(
+        {"name": "rate", "grid": {"learning_rate": [0.1, 0.2]}, "select": ["learning_rate"]},
+        {"name": "weights", "grid": {"alpha": [0.5, 1.0]}, "baseline": {"alpha": 0.5}},
+        wrong=wrong,
+    )
+    assert content["selections"][0]["chosen"] == {"learning_rate": 0.2}
+    assert "## Chosen by `rate`: learning_rate 0.2" in text and "| learning_rate 0.2 | 86.67 |" in text
+    assert "| alpha 1.0 | 1 | en | +0.0 [+0.0, +0.0] |" in text
+    assert all(row["accuracies"]["en"][0] == pytest.approx(13 / 15) for row in content["sections"][1]["rows"])
+
+
+def test_figure_6_is_drawn_from_table_6(make_report, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need the extra `analysis`")
+
+    def wrong(settings: dict[str, Any]) -> dict[str, int]:
+        return dict.fromkeys(LANGUAGES, 5)
+
+    _, text = make_report(
+        {
+            "name": "scale",
+            "table": "6",
+            "settings": {"method": "ear"},
+            "grid": {"dictionary_scale": [1, 0.75, 0.5, 0.25]},
+        },
+        wrong=wrong,
+    )
+    assert "![Figure 6](figure-6.png)" in text
+    assert (tmp_path / "study" / "figure-6.png").read_bytes().startswith(b"\x89PNG")
+    assert "| 0.75 | paper, mBERT |" in text and "68.392" in text
+
+
+def test_other_data_than_the_run_was_scored_on_are_refused(make_report, data_dir: Path, tmp_path: Path) -> None:
+    make_report(
+        {"name": "methods", "table": "1", "grid": {"method": ["finetune", "ear"]}},
+        wrong=lambda settings: dict.fromkeys(LANGUAGES, 5),
+    )
+    other = tmp_path / "other"
+    other.mkdir()
+    for language in LANGUAGES:
+        (other / f"dev-{language}.tsv").write_text("a\tb\tneutral\n" * 14)
+    with pytest.raises(StudyError, match=r"15 predictions in en, and 14 items"):
+        report(tmp_path / "study", str(other))
+
+
+def test_two_runs_are_compared_by_themselves(tmp_path: Path, data_dir: Path) -> None:
+    for name, count in (("a", 3), ("b", 6)):
+        finish(tmp_path, name, {"data_dir": str(data_dir)}, dict.fromkeys(LANGUAGES, count))
+    text = differences_table([tmp_path / "a"], tmp_path / "b", None, markdown_table)
+    assert text.splitlines()[0].startswith("| points over") and "| +20.0 [" in text
+
+
+def test_the_papers_numbers_are_all_there() -> None:
+    assert {table: len(paper_rows(table)) for table in TABLES} == {
+        **{"1": 9, "2": 9, "3": 4, "4": 3, "A.4": 3, "5": 3, "6": 4},
+        **{"A.1": 4, "A.2": 6, "A.3": 7},
+    }
+    ear = next(row for row in paper_rows("1") if (row.model, row.name) == ("mBERT", "ear"))
+    assert ear.accuracies["en"] == 83.2 and ear.accuracies["avg"] == 68.4 and len(ear.accuracies) == 16
+    syntax = next(row for row in paper_rows("1") if row.name == "syntax")
+    assert "sw" not in syntax.accuracies, "not printed there"
+    assert paper_rows("6")[1].accuracies == {"avg": 68.392} and paper_rows("A.4")[0].model == "XLM-R"
+
+
+@pytest.mark.parametrize("table", ["1", "A.1", "5"])
+def test_a_full_row_of_the_paper_agrees_with_its_own_average(table: str) -> None:
+    for row in paper_rows(table):
+        if "avg" in row.accuracies:
+            values = [value for name, value in row.accuracies.items() if name != "avg"]
+            assert sum(values) / len(values) == pytest.approx(row.accuracies["avg"], abs=0.06), row
+
+
+def test_rows_are_matched_by_number_and_by_name() -> None:
+    assert same_row("A.3", 1.0, "1") and same_row("6", 1.0, "1.0") and not same_row("A.3", 1.2, "1")
+    assert same_row("4", "ear", "EPT+APT") and same_row("A.4", "nt+apt", "NT+APT") and not same_row("1", "ear", "rs-da")
+    assert same_row("5", "de", "de")
+    for table, spec in TABLES.items():
+        baseline = [row for row in paper_rows(table) if same_row(table, spec.baseline, row.name)]
+        assert baseline, table
+
+
+def test_the_data_of_the_package_hold_every_table() -> None:
+    import ear_ops.study
+
+    folder = Path(ear_ops.study.__file__).with_name("paper")
+    assert sorted(path.stem for path in folder.glob("*.csv")) == sorted(f"table-{table}" for table in TABLES)
+    for path in folder.glob("*.csv"):
+        assert len({len(line) for line in csv.reader(path.open())}) == 1, path

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ear_ops.study.statistics import accuracy_differences, estimate, paired_bootstrap
+
+
+def test_mean_and_sample_deviation() -> None:
+    assert estimate([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5))
+    assert estimate([2.0]) == (2.0, None)
+    with pytest.raises(ValueError, match="at least one"):
+        estimate([])
+
+
+def test_the_interval_is_that_of_the_normal_approximation_where_that_holds() -> None:
+    rng = np.random.default_rng(1)
+    differences = rng.choice([-1.0, 0.0, 1.0], size=4000, p=[0.1, 0.75, 0.15])
+    mean, low, high = paired_bootstrap(differences)
+    half = 1.96 * differences.std() / 4000**0.5
+    assert mean == differences.mean()
+    assert (low, high) == (pytest.approx(mean - half, rel=0.1), pytest.approx(mean + half, rel=0.1))
+    assert paired_bootstrap(differences) == (mean, low, high), "the same data give the same interval"
+
+
+def test_an_item_is_drawn_in_all_languages_at_once_and_seeds_are_averaged_first() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.random(500) < 0.5  # where the runs differ, they do so in both languages
+    run, baseline = {"en": ~hard, "de": ~hard}, {"en": hard | ~hard, "de": hard | ~hard}
+    result = accuracy_differences([run], [baseline])
+    assert result["average"] == result["en"] == result["de"], "drawn apart, the average would have a narrower interval"
+    assert result["average"].mean == pytest.approx(-hard.mean())
+
+    flipped = {"en": np.array([True, False, True]), "de": np.array([True, True, True])}
+    none = {"en": np.zeros(3, bool), "de": np.zeros(3, bool)}
+    both = accuracy_differences([flipped, none], [none, none])
+    assert both["en"].mean == pytest.approx(1 / 3) and both["average"].mean == pytest.approx(5 / 12)
+
+
+def test_runs_on_other_items_are_refused() -> None:
+    a, b = {"en": np.zeros(3, bool)}, {"en": np.zeros(4, bool)}
+    with pytest.raises(ValueError, match="as many items"):
+        accuracy_differences([a], [b])
+    with pytest.raises(ValueError, match="same languages"):
+        accuracy_differences([a], [{"de": np.zeros(3, bool)}])
+    with pytest.raises(ValueError, match="as many runs"):
+        accuracy_differences([a, a], [a])

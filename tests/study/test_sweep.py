@@ -1,0 +1,223 @@
+"""Sweeps of tiny models: each run once, through kills, shared folders, and faults of every kind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ear_ops.data import DataError
+from ear_ops.study import sweep as sweep_module
+from ear_ops.study.report import report
+from ear_ops.study.sweep import StudyError, sweep
+from ear_ops.training import checkpoints, run
+from ear_ops.training.config import ConfigError, TrainConfig
+from ear_ops.training.folder import locked
+
+METHODS = {"name": "methods", "table": "1", "grid": {"method": ["finetune", "ear"], "seed": [1, 2]}}
+
+# The command line, standing still in the sixth of eight steps, between two checkpoints.
+STUCK = """
+import time
+from ear_ops import cli
+from ear_ops.training.trainer import PairTrainer
+step = PairTrainer.training_step
+def stuck(self, *args, **kwargs):
+    time.sleep(600 * (self.state.global_step == 5))
+    return step(self, *args, **kwargs)
+PairTrainer.training_step = stuck
+cli.main()
+"""
+
+
+def outcome(folder: Path) -> tuple[str, list[Any]]:
+    """The report, but for its date, and the metrics of every run."""
+    report(folder)
+    text = re.sub(r"Date: .*", "", (folder / "report.md").read_text())
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*/results.json"))]
+    return text, [{k: v for k, v in each.items() if k not in ("date", "timing", "versions")} for each in results]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stands in for training: a run is its name in this list, and a `results.json`."""
+    names: list[str] = []
+
+    def train(config: TrainConfig) -> dict[str, Any]:
+        folder = Path(config.output_dir)
+        with locked(folder):
+            names.append(folder.name)
+            results = {"average": 0.5, "best": {"dev_accuracy": 0.5, "step": 1}}
+            checkpoints.write_json(folder / "results.json", results)
+            return results
+
+    monkeypatch.setattr(run, "train", train)
+    return names
+
+
+def test_killed_while_another_process_works_in_the_folder(write_study, tmp_path: Path) -> None:
+    """The other process takes over what the killed one began; nothing runs twice, nothing is lost."""
+    study = write_study(METHODS, epochs=1)
+    sweep(study, tmp_path / "undisturbed")
+    command = [sys.executable, "-c", STUCK, "sweep", str(study), "--output-dir", str(tmp_path / "shared")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 300
+    while not (begun := list((tmp_path / "shared").glob("*/checkpoints/*/complete.json"))):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+
+    def kill(line: str) -> None:
+        if "on average" in line and process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+
+    progress = sweep(study, tmp_path / "shared", wait=0.2, say=kill)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not progress.failed
+    every = [path.parent.name for path in (tmp_path / "undisturbed").glob("*/results.json")]
+    assert sorted(progress.finished) == sorted(every) and len(every) == 4
+    assert progress.finished[-1] == begun[0].parents[2].name, "it came last: another process was at it"
+    resumed = [json.loads(path.read_text())["timing"]["resumed"] for path in tmp_path.glob("shared/*/results.json")]
+    assert sum(resumed) == 1, "the run that was killed went on from its checkpoint"
+    assert outcome(tmp_path / "shared") == outcome(tmp_path / "undisturbed")
+    assert not list((tmp_path / "shared").glob("*/model")) and not list((tmp_path / "shared").glob("*/checkpoints"))
+
+    assert sweep(study, tmp_path / "shared").finished == [], "a finished sweep has nothing to do"
+
+
+def test_groups_share_runs_and_keep_the_models_that_are_wanted(write_study, tmp_path: Path, trained: list[str]) -> None:
+    study = write_study(
+        {"name": "a", "grid": {"method": ["ear"], "seed": [1, 2]}},
+        {"name": "b", "grid": {"method": ["ear"], "beta": [0.1, 0.2]}, "keep_model": True},
+    )
+    progress = sweep(study, tmp_path / "study", say=lambda line: None)
+    assert len(trained) == len(set(trained)) == 3 and progress.finished == trained
+    for name in trained:
+        (tmp_path / "study" / name / "model").mkdir()
+        checkpoints.mark_complete(tmp_path / "study" / name / "model")
+    sweep(study, tmp_path / "study")
+    kept = [name for name in trained if (tmp_path / "study" / name / "model").exists()]
+    assert kept == [trained[0], trained[2]], "seed 1 with beta 0.1 belongs to both groups"
+
+
+def test_a_choice_opens_the_groups_that_wait_for_it(write_study, tmp_path: Path, trained: list[str]) -> None:
+    study = write_study(
+        {"name": "rate", "grid": {"learning_rate": [0.1, 0.2]}, "select": ["learning_rate"]},
+        {"name": "rest", "grid": {"method": ["finetune", "rs-da"]}},
+        method="ear",
+    )
+    sweep(study, tmp_path / "study")
+    assert [name.split("-seed")[0] for name in trained] == ["xnli-ear", "xnli-ear", "xnli-finetune", "xnli-rs-da"]
+
+
+def test_a_run_in_other_hands_is_waited_for(
+    write_study, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = write_study(METHODS)
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(run, "train", lambda config: next(iter(())))
+        sweep(study, tmp_path / "study")
+    first = sweep_module.plan_of(sweep_module.load_study(study), tmp_path / "study").runs[0].name
+    held = locked(tmp_path / "study" / first)
+    held.__enter__()
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        assert len(trained) == 3 and first not in trained
+        held.__exit__(None, None, None)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    said: list[str] = []
+    sweep(study, tmp_path / "study", wait=7.0, say=said.append)
+    assert waited == [7.0] and trained[3] == first
+    assert [first in line for line in said] == [False] * 6 + [True] * 2, "announced when it is begun, and not before"
+
+
+def test_a_full_disk_stops_the_sweep_and_loses_nothing(write_study, tmp_path: Path, trained, monkeypatch) -> None:
+    study, train = write_study(METHODS), run.train
+
+    def full(config: TrainConfig) -> dict[str, Any]:
+        if len(trained) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return train(config)
+
+    with monkeypatch.context() as patch, pytest.raises(StudyError, match=r"No space left on device.*same command"):
+        patch.setattr(run, "train", full)
+        sweep(study, tmp_path / "study")
+    assert len(trained) == 2
+    sweep(study, tmp_path / "study")
+    assert len(trained) == len(set(trained)) == 4
+
+
+def test_a_fault_of_one_run_leaves_the_others(write_study, data_dir: Path, tmp_path: Path) -> None:
+    """A wrong label, a language that is missing, a file that cannot be read: named, and the rest is run."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("train-en", "dev-en"):
+        (broken / f"{name}.tsv").write_bytes((data_dir / "xnli" / f"{name}.tsv").read_bytes())
+    with open(broken / "train-en.tsv", "a") as file:
+        file.write("a\tb\tperhaps\n")
+    (tmp_path / "unreadable.json").write_bytes(b"\xff\xfe{}")
+    study = write_study(
+        {"name": "label", "settings": {"data_dir": str(broken)}},
+        {"name": "language", "settings": {"languages": "en,fr"}},
+        {"name": "file", "settings": {"method": "rs-da", "synonyms": str(tmp_path / "unreadable.json")}},
+        {"name": "source", "settings": {"source_language": "de"}},
+        {"name": "sound", "grid": {"seed": [2]}},
+        method="finetune",
+        epochs=1,
+    )
+    said: list[str] = []
+    progress = sweep(study, tmp_path / "study", say=said.append)
+    reasons = list(progress.failed.values())
+    assert "train-en.tsv:61: unknown label 'perhaps'" in reasons[0]
+    assert "in language 'fr'" in reasons[1] and "en, de, sw" in reasons[1]
+    assert "unreadable.json: not UTF-8" in reasons[2]
+    assert "train-de.tsv" in reasons[3]
+    assert len(reasons) == 4 and len(progress.finished) == 1
+    assert sum("FAILED" in line for line in said) == 4
+
+    report(tmp_path / "study")
+    text = (tmp_path / "study" / "report.md").read_text()
+    assert "1 of 5 runs are finished" in text and "(seeds 1)" in text
+
+    lines = (broken / "train-en.tsv").read_text().splitlines(keepends=True)
+    (broken / "train-en.tsv").write_text("".join(lines[:60]))
+    again = sweep(study, tmp_path / "study")
+    assert len(again.finished) == 1 and len(again.failed) == 3
+
+
+def test_a_mistake_in_the_study_shows_before_anything_runs(write_study, tmp_path: Path, trained: list[str]) -> None:
+    study = write_study({"name": "a"}, {"name": "b", "grid": {"method": ["eer"]}})
+    with pytest.raises(ConfigError, match="group 'b'"):
+        sweep(study, tmp_path / "study")
+    assert not trained and not (tmp_path / "study").exists()
+
+
+def test_a_choice_that_cannot_be_made_ends_with_the_reason(write_study, tmp_path: Path, monkeypatch) -> None:
+    def broken(config: TrainConfig) -> None:
+        raise DataError("no such file")
+
+    monkeypatch.setattr(run, "train", broken)
+    study = write_study({"name": "a", "grid": {"beta": [0.1, 0.2]}, "select": ["beta"]}, {"name": "b"})
+    progress = sweep(study, tmp_path / "study")
+    assert list(progress.failed.values()) == ["no such file"] * 2
+    report(tmp_path / "study")
+    text = (tmp_path / "study" / "report.md").read_text()
+    assert "Not run: it waits for the choice of `a`." in text
+
+
+def test_a_folder_without_a_study_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="holds no study"):
+        report(tmp_path)
