@@ -17,6 +17,7 @@ from .teacher import as_constant
 
 if TYPE_CHECKING:
     from .regularizers import Regularizer
+    from .words import WordIds
 
 
 class Attachment:
@@ -37,7 +38,7 @@ class Attachment:
         self._components: dict[str, Tensor] = {}
         self._warned: set[str] = set()
 
-    def loss(self, step: int | None = None) -> Tensor:
+    def loss(self, step: int | None = None, *, word_ids: WordIds | None = None) -> Tensor:
         """Sum of weight times term over the regularisers, of the last forward (of the last two views; of the last
         forwards of model and teacher).
 
@@ -45,6 +46,7 @@ class Attachment:
 
         Args:
             step: optimiser step, for weights that are functions of it.
+            word_ids: the word of each token, for ``alignment="word"``; see :data:`ear_ops.words.WordIds`.
 
         Returns:
             A scalar, float32 (float64 for a float64 model).
@@ -54,6 +56,9 @@ class Attachment:
             ValueError: an odd batch, or masks or shapes that do not fit.
         """
         weights = [regularizer.weight_at(step) for regularizer in self.regularizers]
+        for regularizer in self.regularizers:
+            if regularizer.uses_word_ids and word_ids is None:
+                raise TypeError(f"{regularizer.name}: it compares words, so it needs ear.loss(word_ids=...)")
         try:
             taken = self._take()
         except RuntimeError as error:
@@ -66,7 +71,8 @@ class Attachment:
             if self._teacher is not None:
                 views[1] = as_constant(views[1], views[0][0].device)
             with torch.autocast(views[0][0].device.type, enabled=False):
-                term = regularizer.term(views[0], views[1] if len(views) == 2 else None)
+                words = {"word_ids": word_ids} if regularizer.uses_word_ids else {}
+                term = regularizer.term(views[0], views[1] if len(views) == 2 else None, **words)
             self._warn_if_constant(regularizer.name, term)
             components[regularizer.name] = term.detach()
             total = weight * term if total is None else total + (weight * term).to(total.device)

@@ -32,6 +32,7 @@ from .capture import (
 )
 from .reductions import REDUCTIONS
 from .teacher import LayerMap, TeacherLayout, check_teacher
+from .words import WordIds, word_attention_mse
 
 Weight = float | Callable[[int], float]
 """A number, or a function of the optimiser step, which is then given by ``ear.loss(step=...)``."""
@@ -45,6 +46,8 @@ class Regularizer:
         weight: see :data:`Weight`.
         reduction: one of :data:`ear_ops.reductions.REDUCTIONS` except ``"none"``.
     """
+
+    uses_word_ids = False  # whether term() takes word_ids
 
     def __init__(self, name: str, weight: Weight, reduction: str) -> None:
         if not callable(weight) and not _is_finite_number(weight):
@@ -96,6 +99,9 @@ class AttentionPull(Regularizer):
             default.
         head_weights: a number for each head, which multiplies its part of the term, as in
             :func:`ear_ops.qk_attention_mse`; for weights of layers use one regulariser for each.
+        alignment: ``"token"`` compares position with position; ``"word"`` word with word, for views whose words split
+            into different numbers of pieces: ``ear.loss(word_ids=...)``, see :mod:`ear_ops.words`. That materialises
+            the maps.
         reduction: see :mod:`ear_ops.reductions`, except ``"none"``.
     """
 
@@ -109,8 +115,13 @@ class AttentionPull(Regularizer):
         num_heads: int | None = None,
         num_key_value_heads: int | None = None,
         head_weights: Sequence[float] | None = None,
+        alignment: str = "token",
         reduction: str = "mean",
     ) -> None:
+        if alignment not in ("token", "word"):
+            raise ValueError(f"alignment: expected 'token' or 'word', got {alignment!r}")
+        if alignment == "word" and reduction == "padded_mean":
+            raise ValueError("reduction: 'padded_mean' counts padded tokens, which words do not have; use 'mean'")
         by_path = (query, key, num_heads)
         if layer is None:
             if any(given is None for given in by_path):
@@ -133,6 +144,7 @@ class AttentionPull(Regularizer):
         self.layer = layer
         self.query, self.key = query, key
         self.num_heads, self.num_key_value_heads = num_heads, num_key_value_heads
+        self.uses_word_ids = alignment == "word"
         self._head_weights = None if head_weights is None else torch.tensor(head_weights)  # [H]
 
     def site(self, layout: Layout) -> Site:
@@ -141,13 +153,18 @@ class AttentionPull(Regularizer):
         assert self.query is not None and self.key is not None and self.num_heads is not None
         return layout.projections(self.query, self.key, self.num_heads, self.num_key_value_heads)
 
-    def term(self, view: AttentionInputs, view_aug: AttentionInputs | None) -> Tensor:
+    def term(self, view: AttentionInputs, view_aug: AttentionInputs | None, word_ids: WordIds | None = None) -> Tensor:
+        if self._head_weights is not None:  # kept there: a copy to the device in every step would wait for it
+            self._head_weights = self._head_weights.to(view.query.device)
+        if word_ids is not None:
+            weights, reduction = self._head_weights, self.reduction
+            return word_attention_mse(
+                view, view_aug, word_ids, head_weights=weights, reduction=reduction, what=self.name
+            )
         query_aug = key_aug = mask_aug = query_mask_aug = bias_aug = None
         if view_aug is not None:
             view, view_aug = align_attention(view, view_aug, self.name)
             query_aug, key_aug, mask_aug, query_mask_aug, bias_aug = view_aug[:5]
-        if self._head_weights is not None:  # kept there: a copy to the device in every step would wait for it
-            self._head_weights = self._head_weights.to(view.query.device)
         return functional.qk_attention_mse(
             view.query,
             view.key,

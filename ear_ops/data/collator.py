@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ear_ops.data.views import PairItem
+from ear_ops.data.words import pair_word_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,9 +26,17 @@ class PairCollator:
         tokenizer: encodes a pair of texts, as the model expects it.
         max_length: pieces of a pair, special ones included; longer pairs lose pieces of their longer text first.
         padding: `"longest"` makes L the longest row of the batch, `"max_length"` makes it `max_length`.
+        word_ids: add the word of each piece, for `AttentionPull(alignment="word")`; needs a fast tokenizer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 128, padding: str = "longest") -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int = 128,
+        padding: str = "longest",
+        *,
+        word_ids: bool = False,
+    ) -> None:
         if padding not in PADDINGS:
             raise ValueError(f"unknown padding {padding!r}: expected one of {', '.join(PADDINGS)}")
         special = tokenizer.num_special_tokens_to_add(pair=True)
@@ -36,7 +45,10 @@ class PairCollator:
                 f"max_length: expected more than the {special} special pieces of a pair and at most the tokenizer's "
                 f"model_max_length of {tokenizer.model_max_length}, got {max_length}"
             )
+        if word_ids and not tokenizer.is_fast:
+            raise ValueError("word_ids: expected a fast tokenizer, which knows where in the text its pieces are")
         self.tokenizer = tokenizer
+        self.word_ids = word_ids
         self.max_length = max_length
         self.padding = padding
 
@@ -48,7 +60,8 @@ class PairCollator:
 
         Returns:
             `input_ids` [2B, L] and `attention_mask` [2B, L] (1 = real), `token_type_ids` [2B, L] where the tokenizer
-            has them, and `labels` [B], all int64; [B, L] instead of [2B, L] without augmented views.
+            has them, `word_ids` [2B, L] if asked for, and `labels` [B], all int64; [B, L] instead of [2B, L] without
+            augmented views.
 
         Raises:
             ValueError: no items, or only some of them with an `augmented` view.
@@ -69,8 +82,12 @@ class PairCollator:
             truncation="longest_first",
             max_length=self.max_length,
             return_attention_mask=True,
+            return_offsets_mapping=self.word_ids,
             return_tensors="pt",
         )
         batch: dict[str, torch.Tensor] = dict(encoded)
+        if self.word_ids:
+            del batch["offset_mapping"]
+            batch["word_ids"] = pair_word_ids(encoded, texts)
         batch["labels"] = torch.tensor([item["label"] for item in items], dtype=torch.int64)
         return batch
