@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,21 +14,13 @@ from torch import Tensor
 from ear_ops.capture import unwrap
 from ear_ops.functional import robust_cross_entropy
 from ear_ops.regularizers import AttentionPull, EmbeddingPush, SentencePull
+from ear_ops.trainer import StepLoss
 from ear_ops.training.perturbation import mean_norm, shifted, uniform_in_ball, word_embeddings, worst_in_ball
 
 if TYPE_CHECKING:
     from ear_ops.training.config import TrainConfig
 
 TWO_VIEWS = frozenset({"synonyms", "match", "dictionary_scale"})  # settings that make x^a
-
-
-@dataclass
-class StepLoss:
-    """The loss of one step, the model's output, and the terms to log (detached scalars, unweighted)."""
-
-    loss: Tensor  # []
-    outputs: Any  # the model's output; its logits are [B, K] or [2B, K]
-    terms: dict[str, Tensor]
 
 
 class Method(ABC):

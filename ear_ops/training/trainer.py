@@ -12,13 +12,11 @@ try:
 except ModuleNotFoundError:
     raise ModuleNotFoundError("training needs accelerate: pip install 'ear-ops[train]'", name="accelerate") from None
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ear_ops.regularizers import attach
+from ear_ops.trainer import RegularizedTrainerMixin, StepLoss
 from ear_ops.training import checkpoints
 from ear_ops.training.methods import Method
 
@@ -99,7 +97,7 @@ class Schedule(TrainerCallback):
         control.should_log = control.should_log or due
 
 
-class PairTrainer(Trainer):
+class PairTrainer(RegularizedTrainerMixin, Trainer):
     """Trains with a `Method` on batches of pairs as `PairCollator` makes them.
 
     Args:
@@ -110,9 +108,8 @@ class PairTrainer(Trainer):
         group_by_length: make steps of pairs of like length.
 
     Raises:
-        ValueError: `args` would drop the augmented view (`remove_unused_columns`), split the pairs between processes
-            (`dispatch_batches`), use DataParallel, or delete checkpoints before the next one is complete
-            (`save_total_limit`).
+        ValueError: `args` would delete checkpoints before the next one is complete (`save_total_limit`), or what
+            `RegularizedTrainerMixin` refuses.
     """
 
     def __init__(
@@ -127,12 +124,6 @@ class PairTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
-        if args.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True drops the augmented view before the collator: pass False")
-        if getattr(args.accelerator_config, "dispatch_batches", None):
-            raise ValueError("dispatch_batches=True splits the pairs of a batch between processes: pass False")
-        if args.n_gpu > 1:
-            raise ValueError("the regularisers do not run under DataParallel: show one GPU, or start with torchrun")
         if args.save_total_limit is not None:
             raise ValueError("save_total_limit deletes a checkpoint before the next one is complete: pass None")
         per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -141,53 +132,33 @@ class PairTrainer(Trainer):
         own: list[TrainerCallback] = [SetEpoch(order, steps_per_epoch)]
         if evaluations_per_epoch is not None:
             own.append(Schedule(steps_per_epoch, evaluations_per_epoch))
-        super().__init__(model, args, train_dataset=train_dataset, callbacks=[*own, *callbacks], **kwargs)
-        # The loss is a mean over the batch: the Trainer has to divide it by the accumulation steps itself, and must
-        # not take the model's **kwargs for a sign that it does so.
-        self.loss_is_scaled_for_ga = False
-        self.model_accepts_loss_kwargs = False
+        super().__init__(
+            model,
+            args,
+            regularizers=method.regularizers(),
+            train_dataset=train_dataset,
+            callbacks=[*own, *callbacks],
+            **kwargs,
+        )
         self.method = method
         self.order = order
-        regularizers = method.regularizers()
-        self.attached = attach(model, regularizers) if regularizers else None
-        self._sums: dict[str, Tensor] = {}
-        self._steps_summed = 0
 
-    def detach(self) -> None:
-        """Take the regularisers off the model."""
-        if self.attached is not None:
-            self.attached.detach()
-            self.attached = None
+    def training_loss(self, model: Any, inputs: dict[str, Any]) -> StepLoss:
+        """The method's loss; labels are [B], while the inputs may have 2B rows."""
+        labels = inputs.pop("labels")
+        return self.method.step(model, inputs, labels, self.attached)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The method's loss in training mode, the cross-entropy alone in evaluation mode."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")  # [B], while the inputs may have 2B rows
         if model.training:
-            step = self.method.step(model, inputs, labels, self.attached)
-            loss, outputs = step.loss, step.outputs
-            self._add(step.terms)
-        else:
-            outputs = model(**inputs)
-            loss = F.cross_entropy(outputs.logits, labels)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs.logits, labels)
         return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of the loss terms since the last line of the training log."""
-        if "loss" in logs and self._steps_summed:
-            means = torch.stack(list(self._sums.values())) / self._steps_summed
-            means = self.accelerator.reduce(means, reduction="mean")
-            logs.update(zip(self._sums, means.tolist(), strict=True))  # the only transfer from the device
-            self._sums, self._steps_summed = {}, 0
-        super().log(logs, start_time)
-
-    def _add(self, terms: dict[str, Tensor]) -> None:
-        for name, value in terms.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._steps_summed += 1
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> EpochOrder:
         return self.order

@@ -125,13 +125,13 @@ def test_evaluations_are_spread_over_the_epoch_and_close_it(steps: int, times: i
 def test_logged_terms_are_means_over_the_steps_since_the_last_line(make_config, tmp_path: Path) -> None:
     trainer = make_trainer(make_config(method="ear", logging_steps=3), tmp_path)
     per_step: list[dict[str, float]] = []
-    add = trainer._add
+    add = trainer.means.add
 
     def spy(terms: dict[str, torch.Tensor]) -> None:
         per_step.append({name: value.item() for name, value in terms.items()})
         add(terms)
 
-    trainer._add = spy  # type: ignore[method-assign]
+    trainer.means.add = spy  # type: ignore[method-assign]
     trainer.train()
     lines = [line for line in trainer.state.log_history if "cross_entropy" in line]
     assert [line["step"] for line in lines] == [3, 6, 9, 12, 15]
@@ -172,7 +172,7 @@ def test_regularisers_are_silent_in_evaluation(make_config, tmp_path: Path) -> N
     with torch.no_grad():
         loss, outputs = trainer.compute_loss(trainer.model, dict(single), return_outputs=True)
     assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(outputs.logits, single["labels"]).item())
-    assert "labels" in single and not trainer._sums
+    assert "labels" in single and trainer.means.pop() == {}
 
 
 @pytest.mark.parametrize(
