@@ -82,14 +82,15 @@ def _settings_as_options(names: Sequence[str] | None = None) -> Callable[..., Ca
 @_settings_as_options()
 def train(**settings: Any) -> None:
     """Train on English and print the accuracy in every language; an interrupted run goes on where it stopped."""
+    from ear_ops.training.processes import say
     from ear_ops.training.reports import results_text, text_table
 
     config = TrainConfig(**settings)
     shown = {"output_dir": config.output_dir, **config.to_dict()}
-    print(text_table(["setting", "value"], [[k, str(v)] for k, v in shown.items() if v is not None]), flush=True)
+    say(text_table(["setting", "value"], [[k, str(v)] for k, v in shown.items() if v is not None]))
 
-    print("\n" + results_text(_run_module().train(config)), end="")
-    print(f"\nTables, configuration and model are in {config.output_dir}.")
+    results = _run_module().train(config)
+    say(f"\n{results_text(results)}\nTables, configuration and model are in {config.output_dir}.")
 
 
 @app.command()
@@ -99,9 +100,10 @@ def evaluate(
     data_dir: Annotated[str | None, typer.Option(help="Where the data are now.  [default: where they were]")] = None,
 ) -> None:
     """Score a finished run once more, also on another split."""
+    from ear_ops.training.processes import say
     from ear_ops.training.reports import results_text
 
-    print(results_text(_run_module().evaluate(folder, eval_split, data_dir)), end="")
+    say(results_text(_run_module().evaluate(folder, eval_split, data_dir)).rstrip("\n"))
 
 
 @app.command()

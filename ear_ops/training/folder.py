@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ear_ops.training import processes
 from ear_ops.training.checkpoints import write_json
 from ear_ops.training.config import TrainConfig
 
@@ -92,7 +93,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on, and the number of threads, which decides the order of sums."""
+    """Versions of what the numbers depend on, and the numbers of threads and processes, which decide the order of
+    sums."""
     import torch
 
     found = {"python": platform.python_version()}
@@ -104,7 +106,7 @@ def versions() -> dict[str, str]:
 
             found[package] = f"{__version__} (not installed)" if package == "ear-ops" else "not installed"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    return {**found, "device": device}
+    return {**found, "device": device, "processes": str(processes.count())}
 
 
 def read_json(path: Path) -> Any:

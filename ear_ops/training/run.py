@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -11,11 +11,11 @@ from typing import Any, Literal, cast
 import torch
 from transformers import TrainingArguments, set_seed
 
-from ear_ops.data import PairCollator, PairViews, get_task
+from ear_ops.data import PairCollator, PairExample, PairViews, get_task
 from ear_ops.models.classifier import load_classifier
 from ear_ops.models.vocabulary import prune_vocabulary
 from ear_ops.regularizers import AttentionPull, EmbeddingPush
-from ear_ops.training import checkpoints
+from ear_ops.training import checkpoints, processes
 from ear_ops.training.config import ConfigError, TrainConfig
 from ear_ops.training.diagnosis import chance_level, collapse_notice, last_quarter
 from ear_ops.training.evaluation import predict, score
@@ -44,18 +44,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
         DataError: data are missing or malformed.
         ConfigError: a setting cannot be used.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("ear-ops train runs in one process; for several, use ear_ops.training.trainer.PairTrainer")
+    processes.start()
     folder = Path(config.output_dir)
-    with locked(folder):
-        claim(folder, config)
-        if (folder / "results.json").exists():
-            print(f"{folder} holds the finished run of this configuration: nothing to train.")
-            return read_json(folder / "results.json")
-        if not checkpoints.is_complete(folder / "model"):
+    with ExitStack() as held:
+        finished = processes.on_main(lambda: _open(config, folder, held))
+        if finished is not None:
+            processes.say(f"{folder} holds the finished run of this configuration: nothing to train.")
+            return finished
+        if not processes.on_main(lambda: checkpoints.is_complete(folder / "model")):
             _fit(config, folder)
-        if (folder / "checkpoints").exists():
-            checkpoints.remove(folder / "checkpoints")
+        if processes.on_main(lambda: (folder / "checkpoints").exists()):
+            processes.on_main(lambda: checkpoints.remove(folder / "checkpoints"))
         return _evaluate(config, folder, config.eval_split)
 
 
@@ -76,8 +75,17 @@ def evaluate(folder: str | Path, split: str | None = None, data_dir: str | None 
         raise RunFolderError(f"{folder} holds no complete model: finish the run with `ear-ops train` first")
     if data_dir is not None:
         config.data_dir, config.hub = data_dir, False
-    with locked(folder):
+    processes.start()
+    with ExitStack() as held:
+        processes.on_main(lambda: held.enter_context(locked(folder)))
         return _evaluate(config, folder, split or config.eval_split)
+
+
+def _open(config: TrainConfig, folder: Path, held: ExitStack) -> dict[str, Any] | None:
+    """Lock and claim the folder; the results, where the run is finished, else None."""
+    held.enter_context(locked(folder))
+    claim(folder, config)
+    return read_json(folder / "results.json") if (folder / "results.json").exists() else None
 
 
 def _fit(config: TrainConfig, folder: Path) -> None:
@@ -86,9 +94,9 @@ def _fit(config: TrainConfig, folder: Path) -> None:
     data = load_training_data(config, method.two_views)
     dev = load_split_of(config, "dev", [config.source_language])[config.source_language]
     load_split_of(config, config.eval_split, config.language_list)  # a missing file should stop the run now
-    print(f"{len(data.views):,} training pairs, {len(dev):,} for choosing the checkpoint.")
+    processes.say(f"{len(data.views):,} training pairs, {len(dev):,} for choosing the checkpoint.")
     if data.replaced:
-        print(f"Augmented view, first epoch: {data.replaced['summary']}.")
+        processes.say(f"Augmented view, first epoch: {data.replaced['summary']}.")
 
     try:
         model, tokenizer = initial_model(config, data)
@@ -96,13 +104,9 @@ def _fit(config: TrainConfig, folder: Path) -> None:
         before = _gradient_ratios(config, method, trainer, data)
     except (ValueError, TypeError) as error:  # a layer, length, pooling or set of labels that this model does not have
         raise ConfigError(str(error)) from error
-    for unfinished in checkpoints.remove_incomplete(folder / "checkpoints"):
-        print(f"{unfinished.name} was not finished and is not used.")
-    complete = checkpoints.complete_checkpoints(folder / "checkpoints")
-    if complete:
-        print(f"Resuming from {complete[-1].name}.")
+    newest = processes.on_main(lambda: _newest_checkpoint(folder / "checkpoints"))
     try:
-        output = trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None)
+        output = trainer.train(resume_from_checkpoint=newest)
     finally:
         trainer.detach()
 
@@ -110,8 +114,6 @@ def _fit(config: TrainConfig, folder: Path) -> None:
     terms = last_quarter(state.log_history, state.max_steps)
     regularised = bool(method.regularizers())
     notice = collapse_notice(terms, chance_level(data.labels), state.max_steps, regularised=regularised)
-    if notice:
-        logger.warning("%s", notice)
     after = _gradient_ratios(config, method, trainer, data)
     ratios = None if before is None else {"before": before, "after": after}
     training = {
@@ -122,13 +124,30 @@ def _fit(config: TrainConfig, folder: Path) -> None:
         "notices": [notice] if notice else [],
         "replaced": data.replaced,
         "gradient_ratios": ratios,
-        "timing": {"seconds": output.metrics["train_runtime"], "resumed": bool(complete)},
+        "timing": {"seconds": output.metrics["train_runtime"], "resumed": newest is not None},
         "log": state.log_history,
     }
-    checkpoints.write_json(folder / "training.json", training)
-    model.save_pretrained(folder / "model")  # the best one: the Trainer has loaded it
-    tokenizer.save_pretrained(folder / "model")
-    checkpoints.mark_complete(folder / "model")
+
+    def write() -> None:
+        if notice:
+            logger.warning("%s", notice)
+        checkpoints.write_json(folder / "training.json", training)
+        model.save_pretrained(folder / "model")  # the best one: the Trainer has loaded it
+        tokenizer.save_pretrained(folder / "model")
+        checkpoints.mark_complete(folder / "model")
+
+    processes.on_main(write)
+
+
+def _newest_checkpoint(folder: Path) -> str | None:
+    """Remove what is unfinished, and return the newest checkpoint that is not."""
+    for unfinished in checkpoints.remove_incomplete(folder):
+        processes.say(f"{unfinished.name} was not finished and is not used.")
+    complete = checkpoints.complete_checkpoints(folder)
+    if not complete:
+        return None
+    processes.say(f"Resuming from {complete[-1].name}.")
+    return str(complete[-1])
 
 
 def initial_model(config: TrainConfig, data: TrainingData) -> tuple[Any, Any]:
@@ -143,7 +162,7 @@ def initial_model(config: TrainConfig, data: TrainingData) -> tuple[Any, Any]:
         before = len(tokenizer)
         texts = {*data.texts(config.epochs), *evaluation_texts(config)}
         model, tokenizer = prune_vocabulary(model, tokenizer, sorted(texts))
-        print(f"Vocabulary: {len(tokenizer):,} of {before:,} pieces kept.")
+        processes.say(f"Vocabulary: {len(tokenizer):,} of {before:,} pieces kept.")
     return model, tokenizer
 
 
@@ -151,9 +170,14 @@ def _make_trainer(
     config: TrainConfig, folder: Path, method: Method, model: Any, tokenizer: Any, views: PairViews, dev: list[Any]
 ) -> PairTrainer:
     on_cuda = torch.cuda.is_available()
+    if config.batch_size % processes.count():
+        raise ConfigError(
+            f"batch_size is the number of originals a step over all processes: expected a multiple of "
+            f"{processes.count()}, got {config.batch_size}"
+        )
     args = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=config.batch_size // processes.count(),
         per_device_eval_batch_size=config.eval_batch_size,
         num_train_epochs=config.epochs,
         learning_rate=config.learning_rate,
@@ -163,7 +187,7 @@ def _make_trainer(
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch_fused",
         bf16=config.bf16,
-        use_cpu=config.bf16 and not on_cuda,
+        use_cpu=(config.bf16 or processes.count() > 1) and not on_cuda,
         seed=config.seed,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,  # a loss that is not a number should be seen
@@ -217,24 +241,38 @@ def _gradient_ratios(
 
 
 def _evaluate(config: TrainConfig, folder: Path, split: str) -> dict[str, Any]:
+    """Score every language, each in one of the processes, and write the tables."""
     examples = load_split_of(config, split, config.language_list)
-    training = read_json(folder / "training.json")
-    task = get_task(config.task)
     model: Any
-    model, tokenizer = load_classifier(str(folder / "model"), len(task.labels))
+    model, tokenizer = load_classifier(str(folder / "model"), len(get_task(config.task).labels))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    own = list(examples)[processes.rank() :: processes.count()]
     predictions = {
         language: predict(
             model,
             tokenizer,
-            pairs,
+            examples[language],
             max_length=config.max_length,
             batch_size=config.eval_batch_size,
             bf16=config.bf16,
-            progress=f"{split} {language}",
+            progress=f"{split} {language}" if processes.rank() == 0 else None,
         )
-        for language, pairs in examples.items()
+        for language in own
     }
+    gathered = processes.gather(predictions)
+    predictions = {language: gathered[language] for language in examples}
+    return processes.on_main(lambda: _write_results(config, folder, split, examples, predictions))
+
+
+def _write_results(
+    config: TrainConfig,
+    folder: Path,
+    split: str,
+    examples: dict[str, list[PairExample]],
+    predictions: dict[str, list[int]],
+) -> dict[str, Any]:
+    training = read_json(folder / "training.json")
+    task = get_task(config.task)
     scores = [score(name, pairs, predictions[name], task=config.task) for name, pairs in examples.items()]
     missing = [language for language in task.languages if language not in examples] if config.languages is None else []
     results = {
