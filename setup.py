@@ -1,7 +1,9 @@
 """Builds the extension modules; everything else about the package is in pyproject.toml.
 
-``EAR_OPS_BUILD``: ``auto`` (default: CPU kernels where a C++ compiler works, else none), ``cpu`` (fail without them) or
-``none``. ``cuda`` is reserved for the CUDA kernels.
+``EAR_OPS_BUILD``: ``auto`` (default: CPU kernels where a C++ compiler works, CUDA kernels where torch has CUDA and
+there is an nvcc; what cannot be built is left out), ``cpu`` (these or fail), ``cuda`` (both or fail; neither a GPU nor
+a torch with CUDA is needed to compile) or ``none``. ``EAR_OPS_CUDA_ARCHITECTURES``: what to compile for, ``80 90``
+unless told; the last of them also as PTX, for whatever comes after it.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -18,8 +22,7 @@ BUILD = os.environ.get("EAR_OPS_BUILD", "auto")
 CHOICES = ("auto", "cpu", "cuda", "none")
 if BUILD not in CHOICES:
     raise SystemExit(f"EAR_OPS_BUILD: expected one of {', '.join(CHOICES)}, got {BUILD!r}")
-if BUILD == "cuda":
-    raise SystemExit("EAR_OPS_BUILD=cuda: this version has no CUDA kernels yet; use auto, cpu or none")
+CUDA_ARCHITECTURES = os.environ.get("EAR_OPS_CUDA_ARCHITECTURES", "80 90").split()
 
 
 def version() -> str:
@@ -40,25 +43,46 @@ def why_not() -> str | None:
     return None
 
 
+def cuda_home() -> Path | None:
+    """Where the CUDA toolkit lies, None without one."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    return next((Path(home) for home in homes if home and (Path(home) / "bin" / "nvcc").exists()), None)
+
+
+def builds_cuda() -> bool:
+    import torch
+
+    if BUILD == "cuda" and cuda_home() is None:
+        raise SystemExit("EAR_OPS_BUILD=cuda: there is no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
+    return BUILD == "cuda" or (BUILD == "auto" and torch.version.cuda is not None and cuda_home() is not None)
+
+
+def relative(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").glob(pattern))
+
+
 def extensions() -> list:
     import pybind11
     import torch
     from torch.utils.cpp_extension import CppExtension
 
+    cuda = builds_cuda()
     isas = "portable avx2 avx512" if platform.machine() in ("x86_64", "AMD64") else "portable"
     facts = {
         "EAR_OPS_VERSION": version(),
         "EAR_OPS_TORCH_VERSION": torch.__version__,
-        "EAR_OPS_KERNELS": "cpu",
+        "EAR_OPS_KERNELS": "cpu cuda" if cuda else "cpu",
         "EAR_OPS_CPU_ISAS": isas,
-        "EAR_OPS_CUDA_ARCHITECTURES": "",
+        "EAR_OPS_CUDA_ARCHITECTURES": " ".join(f"sm_{a}" for a in CUDA_ARCHITECTURES) if cuda else "",
     }
     flags = ["-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-attributes"]
     if "-O" not in os.environ.get("CFLAGS", ""):  # which comes first on the command line, so would lose
         flags.append("-O3")
     if torch.backends.openmp.is_available():
         flags.append("-fopenmp")  # at::parallel_for runs through it
-    return [
+    headers = relative("**/*.h") + relative("**/*.cuh")
+    found = [
         CppExtension(
             "ear_ops._build_info",
             ["csrc/module.cpp"],
@@ -66,23 +90,53 @@ def extensions() -> list:
             define_macros=[(name, f'"{value}"') for name, value in facts.items()],
             extra_compile_args=flags,
         ),
-        CppExtension(
-            "ear_ops._C_cpu",
-            sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / "cpu").glob("*.cpp")),
-            depends=sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").rglob("*.h")),
-            extra_compile_args=flags,
-        ),
+        CppExtension("ear_ops._C_cpu", relative("cpu/*.cpp"), depends=headers, extra_compile_args=flags),
     ]
+    if cuda:
+        # The CUDA runtime is linked in, so that the module loads where there is no driver.
+        extension = CppExtension(
+            "ear_ops._C_cuda",
+            relative("cuda/*.cpp"),
+            depends=headers + relative("cuda/**/*.cu"),
+            extra_compile_args=flags,
+            library_dirs=[str(cuda_home() / "lib64")],
+            extra_link_args=["-lcudart_static", "-ldl", "-lrt", "-lpthread"],
+        )
+        extension.cuda_sources = relative("cuda/**/*.cu")
+        found.append(extension)
+    return found
+
+
+def compile_cuda(sources: list[str], build_temp: Path) -> list[str]:
+    """The object files of ``.cu`` files, those that are older than any source compiled anew."""
+    newest = max((HERE / name).stat().st_mtime for name in [*relative("cuda/**/*.cu*"), *relative("cuda/*.h")])
+    last = CUDA_ARCHITECTURES[-1]
+    targets = [*((a, f"sm_{a}") for a in CUDA_ARCHITECTURES), (last, f"compute_{last}")]
+    code = [f"-gencode=arch=compute_{virtual},code={real}" for virtual, real in targets]
+    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *code]
+
+    def compile_one(source: str) -> str:
+        target = build_temp / Path(source).with_suffix(".o").name
+        if not target.exists() or target.stat().st_mtime < newest:
+            subprocess.run([cuda_home() / "bin" / "nvcc", *flags, "-c", HERE / source, "-o", target], check=True)
+        return str(target)
+
+    build_temp.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        return list(pool.map(compile_one, sources))
 
 
 def build_commands() -> dict:
     from torch.utils.cpp_extension import BuildExtension
 
     class OptionalBuildExtension(BuildExtension):
-        """A build that may fail: without kernels the package installs all the same and runs the reference."""
+        """CUDA sources, then the rest. May fail: without kernels the package still installs and runs the reference."""
 
         def build_extensions(self) -> None:
             try:
+                for extension in self.extensions:
+                    if sources := getattr(extension, "cuda_sources", []):
+                        extension.extra_objects = compile_cuda(sources, Path(self.build_temp) / "cuda")
                 super().build_extensions()
             except Exception as error:
                 if BUILD != "auto":

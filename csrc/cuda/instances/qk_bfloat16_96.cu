@@ -1,0 +1,3 @@
+#include "../qk_launch.cuh"
+
+template struct ear_ops::cuda::QKKernels<ear_ops::cuda::bfloat16, 96>;

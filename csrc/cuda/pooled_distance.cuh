@@ -1,0 +1,151 @@
+// Squared distance between the masked means of two views: a block of threads pools a slice of the features over all
+// tokens, 32 tokens by eight accesses at a time. Sums are compensated: what rounding takes away is kept beside them.
+#pragma once
+
+#include "block.cuh"
+#include "elementwise_args.h"
+
+namespace ear_ops::cuda {
+
+constexpr int kPooledThreads = 256;
+constexpr int kPooledLanes = 8;                             // accesses side by side
+constexpr int kPooledRows = kPooledThreads / kPooledLanes;  // tokens at a time
+
+struct Compensated {
+  float sum = 0, rest = 0;
+
+  EAR_OPS_DEVICE void add(float x) {  // Neumaier
+    const float next = sum + x;
+    rest += fabsf(sum) >= fabsf(x) ? (sum - next) + x : (x - next) + sum;
+    sum = next;
+  }
+  EAR_OPS_DEVICE double value() const { return static_cast<double>(sum) + (sum - sum == 0 ? rest : 0.0f); }
+};
+
+// Where a block works: a pair and the first feature of its slice, and of this thread.
+template <typename T>
+struct PooledPlace {
+  static constexpr int kCount = pack_size<T>();
+  static constexpr int kSlice = kPooledLanes * kCount;
+  int slices, slice;
+  int64_t pair;
+
+  EAR_OPS_DEVICE explicit PooledPlace(const PooledArgs& a)
+      : slices((a.features + kSlice - 1) / kSlice), slice(block_index() % slices), pair(block_index() / slices) {}
+  EAR_OPS_DEVICE int feature() const { return slice * kSlice + thread_index() % kPooledLanes * kCount; }
+  EAR_OPS_DEVICE int row() const { return thread_index() / kPooledLanes; }
+};
+
+EAR_OPS_DEVICE bool is_real(const PooledArgs& a, int v, int64_t pair, int row) {
+  return row < a.length && (!a.mask || load_global(a.mask + (v * a.pairs + pair) * a.length + row));
+}
+
+// Real tokens of a sequence, at least 1; every thread gets it.
+EAR_OPS_DEVICE float token_count(const PooledArgs& a, int v, int64_t pair) {
+  if (!a.mask) return static_cast<float>(a.length > 0 ? a.length : 1);
+  float count = 0;
+  for (int row = thread_index(); row < a.length; row += kPooledThreads) count += is_real(a, v, pair, row);
+  count = block_sum<kPooledThreads>(count);
+  if (thread_index() == 0) store_shared(shared_memory(), count);
+  sync_block();
+  count = load_shared<float>(shared_memory());
+  sync_block();
+  return count > 0 ? count : 1.0f;
+}
+
+template <typename T>
+EAR_OPS_CONSTANT int pooled_shared_bytes() {  // the sums of both views, and at least what block_sum takes
+  return 2 * kPooledThreads * pack_size<T>() * static_cast<int>(sizeof(Compensated));
+}
+
+template <typename T, bool kPieces>
+EAR_OPS_KERNEL(kPooledThreads)
+pooled_forward(EAR_OPS_ARGUMENT const PooledArgs a) {
+  using Place = PooledPlace<T>;
+  constexpr int kCount = Place::kCount, kAhead = 4;
+  const Place place(a);
+  float count[2];
+#pragma unroll
+  for (int v = 0; v < 2; ++v) count[v] = token_count(a, v, place.pair);
+#pragma unroll
+  for (int v = 0; v < 2; ++v) {
+    Compensated sums[kCount];
+    const HiddenView& view = a.hidden[v];
+    const T* from =
+        static_cast<const T*>(view.data) + place.pair * view.batch_stride + place.feature() * view.column_stride;
+    if (place.feature() < a.features)
+      for (int row = place.row(); row < a.length; row += kAhead * kPooledRows) {
+        Pack<T> packs[kAhead];
+        bool real[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          real[i] = is_real(a, v, place.pair, row + i * kPooledRows);
+          if (real[i])
+            load_pack<kPieces>(from + (row + i * kPooledRows) * view.row_stride, view.column_stride,
+                               a.features - place.feature(), &packs[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i)
+          if (real[i])
+#pragma unroll
+            for (int e = 0; e < kCount; ++e) sums[e].add(to_float(packs[i].elements[e]));
+      }
+#pragma unroll
+    for (int e = 0; e < kCount; ++e)
+      store_shared(shared_memory() + ((v * kPooledThreads + thread_index()) * kCount + e) * sizeof(Compensated),
+                   sums[e]);
+  }
+  sync_block();
+  float squared = 0;
+  const int feature = place.slice * Place::kSlice + thread_index();
+  if (thread_index() < Place::kSlice && feature < a.features) {
+    double mean[2];
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      double total = 0;
+      for (int row = 0; row < kPooledRows; ++row)
+        total += load_shared<Compensated>(shared_memory() +
+                                          (v * kPooledThreads * kCount + row * Place::kSlice + thread_index()) *
+                                              sizeof(Compensated))
+                     .value();
+      mean[v] = total / count[v];
+    }
+    const float difference = static_cast<float>(mean[0] - mean[1]);
+    store_global(a.difference + place.pair * a.features + feature, difference);
+    squared = difference * difference;
+  }
+  squared = block_sum<kPooledThreads>(squared);
+  if (thread_index() == 0) store_global(a.block_sums + block_index(), squared);
+}
+
+// Every real token of a sequence has the same gradient.
+template <typename T, bool kPieces>
+EAR_OPS_KERNEL(kPooledThreads)
+pooled_backward(EAR_OPS_ARGUMENT const PooledArgs a) {
+  using Place = PooledPlace<T>;
+  constexpr int kCount = Place::kCount;
+  const Place place(a);
+  const float upstream = 2 * load_global(a.grad_sums + place.pair);
+  for (int v = 0; v < 2; ++v) {
+    if (!a.hidden[v].gradient) continue;
+    const float factor = (v == 0 ? upstream : -upstream) / token_count(a, v, place.pair);
+    if (place.feature() >= a.features) continue;
+    Pack<T> gradient{};
+    const int left = a.features - place.feature();
+#pragma unroll
+    for (int e = 0; e < kCount; ++e)
+      if (e < left)
+        round_to(factor * load_global(a.difference + place.pair * a.features + place.feature() + e),
+                 &gradient.elements[e]);
+    T* to = static_cast<T*>(a.hidden[v].gradient) + place.pair * a.length * a.features + place.feature();
+    for (int row = place.row(); row < a.length; row += kPooledRows) {
+      const bool real = is_real(a, v, place.pair, row);
+      Pack<T> out;
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) out.elements[e] = real ? gradient.elements[e] : T{};
+      store_pack<kPieces>(to + static_cast<int64_t>(row) * a.features, left, out);
+    }
+  }
+}
+
+}  // namespace ear_ops::cuda

@@ -1,0 +1,126 @@
+// Matrix products of one warp over tiles in shared memory, in the fragments of m16n8: lane l = 4 g + t holds of a
+// 16 x 8 product the elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+#pragma once
+
+#include "primitives.cuh"
+
+namespace ear_ops::cuda {
+
+// How a tile of kD columns lies in shared memory: the padding spreads the rows that are read together over all banks.
+template <typename T, int kD>
+struct Tile {
+  static constexpr int kPadding = sizeof(T) == 4 ? 32 : 16;
+  static constexpr int kRowBytes = kD * sizeof(T) + kPadding;
+  static EAR_OPS_CONSTANT int bytes(int rows) { return rows * kRowBytes; }
+  static EAR_OPS_DEVICE const char* at(const char* tile, int row, int column) {
+    return tile + row * kRowBytes + column * static_cast<int>(sizeof(T));
+  }
+};
+
+template <typename T>
+struct Products {  // 16-bit elements
+  // scores [16, kN] += rows [16, kD] columns [kN, kD]^T
+  template <int kD, int kN>
+  static EAR_OPS_DEVICE void add_scores(const char* rows, const char* columns, float (&scores)[kN / 8][4]) {
+    using Layout = Tile<T, kD>;
+    const int lane = thread_index() % kWarp;
+#pragma unroll
+    for (int k = 0; k < kD; k += 16) {
+      uint32_t a[4];
+      load_matrices<false>(a, Layout::at(rows, lane % 16, k + lane / 16 * 8));
+#pragma unroll
+      for (int n = 0; n < kN; n += 16) {
+        uint32_t b[4];
+        load_matrices<false>(b, Layout::at(columns, n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
+        multiply_add(T{}, scores[n / 8], a, b[0], b[1]);
+        multiply_add(T{}, scores[n / 8 + 1], a, b[2], b[3]);
+      }
+    }
+  }
+
+  // out [16, kD] += weights [16, kN] values [kN, kD]
+  template <int kD, int kN>
+  static EAR_OPS_DEVICE void add_weighted(const float (&weights)[kN / 8][4], const char* values,
+                                          float (&out)[kD / 8][4]) {
+    using Layout = Tile<T, kD>;
+    const int lane = thread_index() % kWarp;
+#pragma unroll
+    for (int k = 0; k < kN; k += 16) {
+      const float (&low)[4] = weights[k / 8];
+      const float (&high)[4] = weights[k / 8 + 1];
+      const uint32_t a[4] = {pack_two(T{}, low[0], low[1]), pack_two(T{}, low[2], low[3]),
+                             pack_two(T{}, high[0], high[1]), pack_two(T{}, high[2], high[3])};
+#pragma unroll
+      for (int n = 0; n < kD; n += 16) {
+        uint32_t b[4];
+        load_matrices<true>(b, Layout::at(values, k + lane % 16, n + lane / 16 * 8));
+        multiply_add(T{}, out[n / 8], a, b[0], b[1]);
+        multiply_add(T{}, out[n / 8 + 1], a, b[2], b[3]);
+      }
+    }
+  }
+};
+
+// float: each number is the sum of two that the matrix unit takes (11 + 11 bits of significand); the product of the two
+// small ones is below the rounding of the sum and left out. The unit rounds its sums towards zero, which adds up over
+// many steps: each step starts from nothing, and its result is added with proper rounding. The summation index is
+// permuted to suit the loads.
+template <>
+struct Products<float> {
+  struct Split {
+    uint32_t large, small;
+    EAR_OPS_DEVICE explicit Split(float x) : large(round_to_tf32(x)), small(round_to_tf32(x - bits_as_float(large))) {}
+  };
+
+  static EAR_OPS_DEVICE void multiply(float (&c)[4], const Split (&a)[4], const Split& b0, const Split& b1) {
+    const uint32_t large[4] = {a[0].large, a[1].large, a[2].large, a[3].large};
+    const uint32_t small[4] = {a[0].small, a[1].small, a[2].small, a[3].small};
+    float step[4] = {0, 0, 0, 0};
+    multiply_add(float{}, step, small, b0.large, b1.large);
+    multiply_add(float{}, step, large, b0.small, b1.small);
+    multiply_add(float{}, step, large, b0.large, b1.large);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += step[i];
+  }
+
+  struct Two {
+    float first, second;
+  };
+
+  template <int kD, int kN>
+  static EAR_OPS_DEVICE void add_scores(const char* rows, const char* columns, float (&scores)[kN / 8][4]) {
+    using Layout = Tile<float, kD>;
+    const int g = thread_index() % kWarp / 4, t = thread_index() % 4;
+#pragma unroll
+    for (int k = 0; k < kD; k += 8) {
+      const Two top = load_shared<Two>(Layout::at(rows, g, k + 2 * t));
+      const Two bottom = load_shared<Two>(Layout::at(rows, g + 8, k + 2 * t));
+      const Split a[4] = {Split(top.first), Split(bottom.first), Split(top.second), Split(bottom.second)};
+#pragma unroll
+      for (int n = 0; n < kN; n += 8) {
+        const Two b = load_shared<Two>(Layout::at(columns, n + g, k + 2 * t));
+        multiply(scores[n / 8], a, Split(b.first), Split(b.second));
+      }
+    }
+  }
+
+  template <int kD, int kN>
+  static EAR_OPS_DEVICE void add_weighted(const float (&weights)[kN / 8][4], const char* values,
+                                          float (&out)[kD / 8][4]) {
+    using Layout = Tile<float, kD>;
+    const int g = thread_index() % kWarp / 4, t = thread_index() % 4;
+#pragma unroll
+    for (int k = 0; k < kN; k += 8) {
+      const float (&w)[4] = weights[k / 8];  // a lane's columns 2t, 2t + 1 stand for the unit's t, t + 4
+      const Split a[4] = {Split(w[0]), Split(w[2]), Split(w[1]), Split(w[3])};
+#pragma unroll
+      for (int n = 0; n < kD; n += 8) {
+        const Split b0(load_shared<float>(Layout::at(values, k + 2 * t, n + g)));
+        const Split b1(load_shared<float>(Layout::at(values, k + 2 * t + 1, n + g)));
+        multiply(out[n / 8], a, b0, b1);
+      }
+    }
+  }
+};
+
+}  // namespace ear_ops::cuda

@@ -1,0 +1,56 @@
+// Picks the instance of the qk_attention_mse kernels: the narrowest tile that holds the head dimension, or the widest
+// that the device's shared memory holds.
+#include "qk_launch.cuh"
+
+namespace ear_ops::cuda {
+
+#define EAR_OPS_EXTERN(T)                  \
+  extern template struct QKKernels<T, 32>; \
+  extern template struct QKKernels<T, 64>; \
+  extern template struct QKKernels<T, 96>; \
+  extern template struct QKKernels<T, 128>;
+EAR_OPS_EXTERN(float)
+EAR_OPS_EXTERN(bfloat16)
+EAR_OPS_EXTERN(float16)
+
+namespace {
+
+template <typename T, int kD, int... kNarrower>
+const char* run_widest(bool backward, const QKArgs& a, void* stream, int64_t limit) {
+  using Kernels = QKKernels<T, kD>;
+  if constexpr (sizeof...(kNarrower) > 0)
+    if (Kernels::shared_bytes(a) > limit) return run_widest<T, kNarrower...>(backward, a, stream, limit);
+  return backward ? Kernels::run_backward(a, stream) : Kernels::run_forward(a, stream);
+}
+
+template <typename T>
+const char* run_as(bool backward, const QKArgs& a, void* stream) {
+  const int64_t limit = shared_memory_limit();
+  if (a.dim <= 32) return run_widest<T, 32>(backward, a, stream, limit);
+  if (a.dim <= 64) return run_widest<T, 64, 32>(backward, a, stream, limit);
+  if (a.dim <= 96) return run_widest<T, 96, 64, 32>(backward, a, stream, limit);
+  return run_widest<T, 128, 64, 32>(backward, a, stream, limit);
+}
+
+const char* run(Element element, bool backward, const QKArgs& a, void* stream) {
+  switch (element) {
+    case Element::kFloat32:
+      return run_as<float>(backward, a, stream);
+    case Element::kBFloat16:
+      return run_as<bfloat16>(backward, a, stream);
+    default:
+      return run_as<float16>(backward, a, stream);
+  }
+}
+
+}  // namespace
+
+const char* qk_attention_mse_forward(Element element, const QKArgs& args, void* stream) {
+  return run(element, false, args, stream);
+}
+
+const char* qk_attention_mse_backward(Element element, const QKArgs& args, void* stream) {
+  return run(element, true, args, stream);
+}
+
+}  // namespace ear_ops::cuda

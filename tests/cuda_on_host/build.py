@@ -1,0 +1,38 @@
+"""Compiles the CUDA kernels for the host, over the fibers of ``host.cpp``, into ``build/cuda_on_host`` (tests only).
+
+python tests/cuda_on_host/build.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.utils.cpp_extension import load
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "cuda_on_host"
+LIBRARY = BUILD / "ear_ops_cuda_on_host.so"
+
+
+def build() -> None:
+    BUILD.mkdir(parents=True, exist_ok=True)
+    load(
+        name=LIBRARY.stem,
+        sources=[
+            *map(str, sorted(HERE.glob("*.cpp"))),
+            *(str(ROOT / "csrc" / "cuda" / name) for name in ("ops.cpp", "register.cpp")),
+        ],
+        extra_include_paths=[str(HERE)],
+        extra_cflags=[
+            *("-O2", "-g1", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"),
+            *("-DEAR_OPS_CUDA_ON_HOST", "-DEAR_OPS_LIBRARY=ear_ops_cuda_on_host", "-DEAR_OPS_DISPATCH_KEY=CPU"),
+        ],
+        build_directory=str(BUILD),
+        is_python_module=False,
+        verbose=False,
+    )
+
+
+if __name__ == "__main__":
+    build()

@@ -1,0 +1,3 @@
+// What does not depend on the element type; nvcc's files are C++ to the host compiler.
+#include "../../csrc/cuda/elementwise.cu"
+#include "../../csrc/cuda/qk_dispatch.cu"

@@ -1,0 +1,42 @@
+"""The CUDA kernels on the host: ``tests/cuda_on_host`` compiled, and put in the place of the CPU kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ear_ops import _library
+
+LIBRARY = Path(__file__).parents[2] / "build" / "cuda_on_host" / "ear_ops_cuda_on_host.so"
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}  # bytes that a block may ask for
+
+
+def load() -> None:
+    """Load the library; its operators take CPU tensors."""
+    if not hasattr(torch.ops.ear_ops_cuda_on_host, "configure"):
+        for name, schema in _library.SCHEMAS.items():
+            torch.library.define(f"ear_ops_cuda_on_host::{name}", schema)
+        torch.ops.load_library(LIBRARY)
+
+
+def configure(seed: int = 0, architecture: str = "sm_90") -> None:
+    """The order in which threads and blocks run, and the device whose shared memory the kernels must do with."""
+    torch.ops.ear_ops_cuda_on_host.configure(seed, SHARED_MEMORY[architecture])
+
+
+@contextlib.contextmanager
+def in_place_of_cpu_kernels() -> Iterator[None]:
+    load()
+    library = torch.library.Library("ear_ops", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Overriding a previously registered kernel")
+        for name in _library.SCHEMAS:
+            library.impl(name, getattr(torch.ops.ear_ops_cuda_on_host, name).default, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
