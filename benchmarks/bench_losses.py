@@ -1,6 +1,7 @@
 """Speed, memory and error of the three losses: fused, eager PyTorch, torch.compile of it, and the speed of light.
 
     ear-ops bench losses --presets paper,xnli --out benchmarks/results/NAME.json
+    ear-ops bench losses --device cuda --out benchmarks/results/NAME.json
 
 A row is "ok" when the loss and its gradients are within twice (three times) eager's error against float64, plus 8 eps;
 where float64 would not fit, one key head and 512 queries are compared.
@@ -12,9 +13,10 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import measuring
 import torch
-from measuring import facts, interleaved, keep_freed_memory, limit, max_error, peak_memory
 from operations import EAGER_BYTES, OPERATIONS, Inputs, Loss, Operation
 from presets import PRESETS, Preset
 from torch import Tensor
@@ -47,7 +49,10 @@ def check(operation: Operation, losses: dict[str, Loss], inputs: Inputs, mode: s
     part = operation.part(inputs)
     exact = run(operation.eager, part.to(torch.float64), mode)
     found = {name: run(loss, part, mode) for name, loss in {**losses, "eager": operation.eager}.items()}
-    errors = {name: [max_error(f, e) for f, e in zip(results, exact, strict=True)] for name, results in found.items()}
+    errors = {
+        name: [measuring.max_error(f, e) for f, e in zip(results, exact, strict=True)]
+        for name, results in found.items()
+    }
     eps = torch.finfo(inputs.tensors[0].dtype).eps
     allowed = [(2 if i == 0 else 3) * e + 8 * eps for i, e in enumerate(errors["eager"])]
     return {
@@ -56,22 +61,42 @@ def check(operation: Operation, losses: dict[str, Loss], inputs: Inputs, mode: s
     }
 
 
-def measure(op: str, preset_name: str, dtype_name: str, mode: str, repeats: int, compiled: bool) -> list[dict]:
+def measurer(device: str) -> ModuleType:
+    """How time, memory and limits are measured on a device."""
+    if device == "cpu":
+        return measuring
+    if not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch.cuda.is_available() is false")
+    import measuring_cuda
+
+    return measuring_cuda
+
+
+def measure(
+    op: str, preset_name: str, dtype_name: str, mode: str, repeats: int, compiled: bool, device: str = "cpu"
+) -> list[dict]:
+    using = measurer(device)
     operation, preset, dtype = OPERATIONS[op], PRESETS[preset_name], DTYPES[dtype_name]
-    inputs = operation.make(preset, dtype)
+    inputs = operation.make(preset, dtype).to(device)
     losses = losses_of(operation, preset, compiled)
     checked = check(operation, losses, inputs, mode)
     calls: dict[str, Callable[[], object]] = {
         name: lambda loss=loss: run(loss, inputs, mode) for name, loss in losses.items()
     }
-    times = interleaved(calls, repeats)
+    times = using.interleaved(calls, repeats)
     gradients = sum(t.nbytes for t in inputs.tensors) if mode != "forward" else 0
     work = operation.work(preset, inputs.tensors[0].element_size(), mode != "forward")
-    light = limit(work, preset.length, preset.dim, dtype)
+    light = using.limit(work, preset.length, preset.dim, dtype)
     rows = []
     for name, call in calls.items():
         row = {"op": op, "preset": preset_name, "length": preset.length, "dtype": dtype_name, "mode": mode}
-        row |= {"provider": name, **times[name], "extra_bytes": peak_memory(call) - gradients, **checked[name], **light}
+        row |= {
+            "provider": name,
+            **times[name],
+            "extra_bytes": using.peak_memory(call) - gradients,
+            **checked[name],
+            **light,
+        }
         row["fraction_of_limit"] = light["limit_ms"] / times[name]["median_ms"]
         if "eager" in times:
             row["eager_over_this"] = times["eager"]["median_ms"] / times[name]["median_ms"]
@@ -104,20 +129,23 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile of eager")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
-    keep_freed_memory()
+    using = measurer(options.device)
+    if options.device == "cpu":
+        measuring.keep_freed_memory()
     rows = []
     for op in chosen(options.ops, OPERATIONS, "ops"):
         for preset in chosen(options.presets, PRESETS, "presets"):
             for dtype in chosen(options.dtypes, DTYPES, "dtypes"):
                 for mode in chosen(options.modes, dict.fromkeys(MODES), "modes"):
-                    new = measure(op, preset, dtype, mode, options.repeats, options.compile)
+                    new = measure(op, preset, dtype, mode, options.repeats, options.compile, options.device)
                     rows += new
                     print("\n".join(map(line, new)), flush=True)
                     if options.out:  # after every case: nothing measured is lost
-                        options.out.write_text(json.dumps({"facts": facts(), "rows": rows}, indent=1) + "\n")
+                        options.out.write_text(json.dumps({"facts": using.facts(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

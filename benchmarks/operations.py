@@ -28,8 +28,10 @@ class Inputs:
     mask: Tensor | None = None  # [2B, L] bool
     options: dict[str, bool] = field(default_factory=dict)
 
-    def to(self, dtype: torch.dtype) -> Inputs:
-        return Inputs(tuple(t.detach().to(dtype).requires_grad_() for t in self.tensors), self.mask, self.options)
+    def to(self, target: torch.dtype | str) -> Inputs:
+        """In another dtype, or on another device."""
+        mask = self.mask.to(target) if isinstance(target, str) and self.mask is not None else self.mask
+        return Inputs(tuple(t.detach().to(target).requires_grad_() for t in self.tensors), mask, self.options)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def _qk_eager(inputs: Inputs) -> Tensor:
     if inputs.mask is not None:
         scores = scores.masked_fill(~inputs.mask[:, None, None, :], -math.inf)
     if inputs.options.get("is_causal"):
-        allowed = reference.structure_mask(query.shape[2], key.shape[2], True, None)
+        allowed = reference.structure_mask(query.shape[2], key.shape[2], True, None, query.device)
         scores = scores.masked_fill(~allowed, -math.inf)
     first, second = torch.softmax(scores, dim=-1).chunk(2)
     return F.mse_loss(first, second) if inputs.mask is None else _counted_mean((first - second) ** 2, inputs.mask)
