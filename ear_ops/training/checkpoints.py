@@ -6,10 +6,13 @@ thrown away by the next start; what has one can be trusted.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,23 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def naming_a_full_disk(folder: Path) -> Iterator[None]:
+    """Torch and safetensors say of a full disk only that a file came out too short: inside, it is named.
+
+    Raises:
+        OSError: ENOSPC, in place of another error on a disk with less than a megabyte left.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if folder.exists() and shutil.disk_usage(folder).free < 2**20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
 
 
 def mark_complete(folder: Path) -> None:

@@ -43,10 +43,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
         RunFolderError: the output folder belongs to another configuration or another process.
         DataError: data are missing or malformed.
         ConfigError: a setting cannot be used.
+        OSError: a file cannot be read or written, or the disk is full; the same call goes on from the last checkpoint.
     """
     processes.start()
     folder = Path(config.output_dir)
-    with ExitStack() as held:
+    with ExitStack() as held, checkpoints.naming_a_full_disk(folder):
         finished = processes.on_main(lambda: _open(config, folder, held))
         if finished is not None:
             processes.say(f"{folder} holds the finished run of this configuration: nothing to train.")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,18 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="No space"):
         checkpoints.write_json(path, {"accuracy": 1})
     assert "0.30000000000000004" in path.read_text()
+
+
+def test_a_full_disk_is_named_where_a_library_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save() -> None:
+        with checkpoints.naming_a_full_disk(tmp_path):
+            raise RuntimeError("enforce fail at inline_container: unexpected pos 20544 vs 20432")
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=2**30))
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        save()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=4096))
+    with pytest.raises(OSError, match="No space left on device") as full:
+        save()
+    assert full.value.errno == errno.ENOSPC and full.value.filename == str(tmp_path)
