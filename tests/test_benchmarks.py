@@ -78,3 +78,15 @@ def test_the_step_is_measured_on_the_embedded_pairs_where_there_are_no_others(mo
     monkeypatch.delenv("XTREME_DATA", raising=False)
     views, data = bench_step.load_views()
     assert data == "mini" and len(views) >= bench_step.PAIRS and "augmented" in views[0]
+
+
+def test_a_step_of_every_way_runs_and_trains() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2}
+    model, collate, _ = bench_step.bert_base(vocab_size=100, **sizes)
+    before = model.state_dict()["bert.encoder.layer.0.attention.self.query.weight"].clone()
+    calls = bench_step.steps(model, collate, "float32")
+    assert list(calls) == ["ear", "cross-entropy alone", "authors", "authors, longest"]
+    for call in calls.values():
+        call()
+    after = model.state_dict()["bert.encoder.layer.0.attention.self.query.weight"]
+    assert torch.equal(before, after)  # each way trains a copy of its own

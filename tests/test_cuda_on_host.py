@@ -172,6 +172,16 @@ def test_bad_numbers_show_where_they_are_real_and_only_there(bad: float, keys: i
             assert gradients[0][0, 0].isnan().any() and gradients[0][0, 1:].isfinite().all()
 
 
+@pytest.mark.parametrize("keys", [1, 9, 140])
+def test_a_row_of_nothing_but_minus_infinity_shows(keys: int, dtype: torch.dtype) -> None:
+    case = qk_case(3, keys, 8, pairs=1, reduction="none").to(dtype)
+    query, key = torch.ones_like(case.x[0]), case.x[1].clone()
+    key[0, 0] = -torch.inf
+    for backend in ("cpu", "reference"):
+        value, _ = replace(case, x=(query, key)).run(backend)
+        assert value[0, 0].isnan() and value[0, 1].isfinite()
+
+
 # --- the other losses ---------------------------------------------------------------------------------------------
 
 

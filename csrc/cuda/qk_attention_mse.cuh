@@ -93,14 +93,8 @@ struct ForwardRows {  // the statistics of this lane's two rows
   }
 
   // From this lane's maximum and sum of exponentials to the row's, and its reciprocal: 0 in a row that compares
-  // nothing.
+  // nothing. A row of nothing but -infinity has no softmax either, which must show: in the lanes that hold such scores.
   EAR_OPS_DEVICE void finish() {
-    uint32_t any = alive;
-#pragma unroll
-    for (int bit = 0; bit < 4; ++bit) {
-      const uint32_t votes = ballot(alive >> bit & 1);
-      if (votes >> (thread_index() % kWarp / 4 * 4) & 0xf) any |= 1u << bit;
-    }
 #pragma unroll
     for (int v = 0; v < 2; ++v)
 #pragma unroll
@@ -108,7 +102,7 @@ struct ForwardRows {  // the statistics of this lane's two rows
         const float own = maximum[v][half], shift = shift_of(quad_max(own));
         const float sum = quad_sum(inverse[v][half] * exponential(own, shift));
         maximum[v][half] = shift;
-        inverse[v][half] = sum == 0 ? (any >> (half + 2 * v) & 1 ? not_a_number() : 0.0f) : 1 / sum;
+        inverse[v][half] = sum == 0 ? (alive >> (half + 2 * v) & 1 ? not_a_number() : 0.0f) : 1 / sum;
       }
   }
 };

@@ -1,17 +1,9 @@
 // Picks the instance of the qk_attention_mse kernels: the narrowest tile that holds the head dimension, or the widest
 // that the device's shared memory holds.
-#include "qk_launch.cuh"
+#include "primitives.cuh"
+#include "qk_kernels.h"
 
 namespace ear_ops::cuda {
-
-#define EAR_OPS_EXTERN(T)                  \
-  extern template struct QKKernels<T, 32>; \
-  extern template struct QKKernels<T, 64>; \
-  extern template struct QKKernels<T, 96>; \
-  extern template struct QKKernels<T, 128>;
-EAR_OPS_EXTERN(float)
-EAR_OPS_EXTERN(bfloat16)
-EAR_OPS_EXTERN(float16)
 
 namespace {
 
@@ -20,7 +12,7 @@ const char* run_widest(bool backward, const QKArgs& a, void* stream, int64_t lim
   using Kernels = QKKernels<T, kD>;
   if constexpr (sizeof...(kNarrower) > 0)
     if (Kernels::shared_bytes(a) > limit) return run_widest<T, kNarrower...>(backward, a, stream, limit);
-  return backward ? Kernels::run_backward(a, stream) : Kernels::run_forward(a, stream);
+  return backward ? Kernels::backward(a, stream) : Kernels::forward(a, stream);
 }
 
 template <typename T>

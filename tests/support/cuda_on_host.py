@@ -33,7 +33,7 @@ def in_place_of_cpu_kernels() -> Iterator[None]:
     load()
     library = torch.library.Library("ear_ops", "IMPL")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*Overriding a previously registered kernel")
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
         for name in _library.SCHEMAS:
             library.impl(name, getattr(torch.ops.ear_ops_cuda_on_host, name).default, "CPU", allow_override=True)
     try:

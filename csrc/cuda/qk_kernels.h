@@ -1,0 +1,16 @@
+// The qk_attention_mse kernels of one element type and tile width: declared for qk_dispatch.cu, defined in
+// qk_launch.cuh for the file in instances/ that compiles them.
+#pragma once
+
+#include "qk_args.h"
+
+namespace ear_ops::cuda {
+
+template <typename T, int kD>
+struct QKKernels {
+  static int64_t shared_bytes(const QKArgs& args);  // that the largest kernel asks of a block
+  static const char* forward(const QKArgs& args, void* stream);
+  static const char* backward(const QKArgs& args, void* stream);
+};
+
+}  // namespace ear_ops::cuda
