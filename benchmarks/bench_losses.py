@@ -13,10 +13,9 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
-import measuring
 import torch
+from measuring import keep_freed_memory, max_error, measurer
 from operations import EAGER_BYTES, OPERATIONS, Inputs, Loss, Operation
 from presets import PRESETS, Preset
 from torch import Tensor
@@ -49,27 +48,13 @@ def check(operation: Operation, losses: dict[str, Loss], inputs: Inputs, mode: s
     part = operation.part(inputs)
     exact = run(operation.eager, part.to(torch.float64), mode)
     found = {name: run(loss, part, mode) for name, loss in {**losses, "eager": operation.eager}.items()}
-    errors = {
-        name: [measuring.max_error(f, e) for f, e in zip(results, exact, strict=True)]
-        for name, results in found.items()
-    }
+    errors = {name: [max_error(f, e) for f, e in zip(results, exact, strict=True)] for name, results in found.items()}
     eps = torch.finfo(inputs.tensors[0].dtype).eps
     allowed = [(2 if i == 0 else 3) * e + 8 * eps for i, e in enumerate(errors["eager"])]
     return {
         name: {"max_errors": errors[name], "correct": all(e <= a for e, a in zip(errors[name], allowed, strict=True))}
         for name in losses
     }
-
-
-def measurer(device: str) -> ModuleType:
-    """How time, memory and limits are measured on a device."""
-    if device == "cpu":
-        return measuring
-    if not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch.cuda.is_available() is false")
-    import measuring_cuda
-
-    return measuring_cuda
 
 
 def measure(
@@ -135,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     using = measurer(options.device)
     if options.device == "cpu":
-        measuring.keep_freed_memory()
+        keep_freed_memory()
     rows = []
     for op in chosen(options.ops, OPERATIONS, "ops"):
         for preset in chosen(options.presets, PRESETS, "presets"):

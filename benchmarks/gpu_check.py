@@ -2,7 +2,7 @@
 
     make gpu-check
 
-Writes five files into ``$OUT`` (else ``build/gpu-check``): ``log.txt``, ``summary.json`` and the results. A step that
+Writes six files into ``$OUT`` (else ``build/gpu-check``): ``log.txt``, ``summary.json`` and the results. A step that
 cannot run here (a tool is missing, the eight minutes are over) is reported as NOT RUN, never as passed; the exit status
 counts failed steps. Needs no network: torch with CUDA, pybind11, pytest and hypothesis must be there.
 """
@@ -41,6 +41,8 @@ def steps() -> list[Step]:
             None,
         ),
     ]
+    step = [python, "benchmarks/bench_step.py", "--model=bert-base", "--device=cuda", f"--out={OUT / 'step.json'}"]
+    found.append(("training step", step, 90, None))
     for tool in ("memcheck", "racecheck", "synccheck"):
         command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", *small]
         found.append((tool, command, 60, "compute-sanitizer"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import platform
 import statistics
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import date
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from operations import Work
@@ -18,6 +20,13 @@ from torch.profiler import ProfilerActivity, profile
 import ear_ops
 
 SHORTEST_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
+
+
+def measurer(device: str) -> ModuleType:
+    """How time, memory and limits are measured on a device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch.cuda.is_available() is false")
+    return importlib.import_module("measuring" if device == "cpu" else "measuring_cuda")
 
 
 def keep_freed_memory() -> None:

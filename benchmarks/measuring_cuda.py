@@ -32,17 +32,21 @@ def graph_of(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    """Median, p20 and p80 in ms of each call, taken in turns."""
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], repeats: int, capture: bool = True
+) -> dict[str, dict[str, float]]:
+    """Median, p20 and p80 in ms of each call, taken in turns; `capture`: as CUDA graphs."""
     flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
-    graphs = {name: graph_of(call) for name, call in calls.items()}
+    replays = {name: graph_of(call).replay if capture else call for name, call in calls.items()}
+    for replay in replays.values():
+        replay()
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for _ in range(repeats):
-        for name, graph in graphs.items():
+        for name, replay in replays.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
             start.record()
-            graph.replay()
+            replay()
             end.record()
             events[name].append((start, end))
     torch.cuda.synchronize()
