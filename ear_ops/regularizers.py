@@ -11,7 +11,7 @@ Attention-pull and Robust targets".
 from __future__ import annotations
 
 import contextlib
-import math
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,14 +22,17 @@ from . import functional
 from .attachment import Attachment
 from .capture import (
     AttentionInputs,
+    AttentionMaps,
     HiddenStates,
     Layout,
     Recorder,
     Site,
     align_attention,
     align_hidden,
+    align_maps,
     unwrap,
 )
+from .layers import Layers, check_count, check_layers, is_finite_number, resolve_layers
 from .reductions import REDUCTIONS
 from .teacher import LayerMap, TeacherLayout, check_teacher
 from .words import WordIds, word_attention_mse
@@ -50,7 +53,7 @@ class Regularizer:
     uses_word_ids = False  # whether term() takes word_ids
 
     def __init__(self, name: str, weight: Weight, reduction: str) -> None:
-        if not callable(weight) and not _is_finite_number(weight):
+        if not callable(weight) and not is_finite_number(weight):
             raise TypeError(f"weight: expected a finite number or a function of the step, got {weight!r}")
         scalar = [known for known in REDUCTIONS if known != "none"]
         if reduction not in scalar:
@@ -60,6 +63,10 @@ class Regularizer:
         self.name = name
         self.weight = weight
         self.reduction = reduction
+
+    def expand(self, layout: Layout) -> list[Regularizer]:
+        """The regularisers of one place each that this one stands for on a model: by default itself."""
+        return [self]
 
     def site(self, layout: Layout) -> Site:
         """The place to look at; raises where the model does not have it, and changes nothing."""
@@ -75,7 +82,7 @@ class Regularizer:
         if step is None:
             raise TypeError(f"{self.name}: the weight is a function of the step; call ear.loss(step=...)")
         weight = self.weight(step)
-        if not _is_finite_number(weight):
+        if not is_finite_number(weight):
             raise TypeError(f"{self.name}: expected the weight at step {step} to be a finite number, got {weight!r}")
         return weight
 
@@ -90,15 +97,18 @@ class AttentionPull(Regularizer):
     compared before attention dropout.
 
     Args:
-        layer: block of the model, counted from 1; on an encoder-decoder the encoder's self-attention.
-        weight: see :data:`Weight`; 0.1 in the paper.
+        layer: block of the model, counted from 1; on an encoder-decoder the encoder's self-attention. Or the path of an
+            attention module (as in ``model.named_modules()``: decoder and cross-attention too), a pattern of such paths
+            (``"decoder.layers.*.self_attn"``), ``"middle"`` (6 of 12) or ``"all"``. Or several of them in a list, or as
+            a mapping to factors of the weight, ``{4: 0.5, 6: 1.0}``. Each is a term of its own.
+        weight: see :data:`Weight`, of each layer; 0.1 in the paper.
         query, key: instead of ``layer``, for any ``nn.Module``: paths (as in ``model.named_modules()``) of the two
             projections, whose outputs are ``[B, L, num_heads * D]``. Exact only where nothing but
             ``softmax(Q K^T / sqrt(D))`` follows: no rotary embedding, causality or position bias.
         num_heads, num_key_value_heads: how many heads ``query`` and ``key`` split into; the second is the first by
             default.
         head_weights: a number for each head, which multiplies its part of the term, as in
-            :func:`ear_ops.qk_attention_mse`; for weights of layers use one regulariser for each.
+            :func:`ear_ops.qk_attention_mse`; of every layer alike.
         alignment: ``"token"`` compares position with position; ``"word"`` word with word, for views whose words split
             into different numbers of pieces: ``ear.loss(word_ids=...)``, see :mod:`ear_ops.words`. That materialises
             the maps.
@@ -107,7 +117,7 @@ class AttentionPull(Regularizer):
 
     def __init__(
         self,
-        layer: int | None = None,
+        layer: Layers | None = None,
         weight: Weight = 0.1,
         *,
         query: str | None = None,
@@ -132,13 +142,13 @@ class AttentionPull(Regularizer):
         elif any(given is not None for given in (*by_path, num_key_value_heads)):
             raise TypeError("AttentionPull: expected either layer= or query=, key= and num_heads=, got both")
         else:
-            _check_count("layer", layer)
+            check_layers(layer)
         for argument, heads in (("num_heads", num_heads), ("num_key_value_heads", num_key_value_heads)):
             if heads is not None:
-                _check_count(argument, heads)
+                check_count(argument, heads)
         if num_heads is not None and num_key_value_heads is not None and num_heads % num_key_value_heads:
             raise ValueError(f"num_key_value_heads: expected a divisor of {num_heads} heads, got {num_key_value_heads}")
-        if head_weights is not None and not (len(head_weights) and all(map(_is_finite_number, head_weights))):
+        if head_weights is not None and not (len(head_weights) and all(map(is_finite_number, head_weights))):
             raise ValueError(f"head_weights: expected a finite number for each head, got {head_weights!r}")
         super().__init__(f"attention_pull.{query if layer is None else layer}", weight, reduction)
         self.layer = layer
@@ -147,20 +157,39 @@ class AttentionPull(Regularizer):
         self.uses_word_ids = alignment == "word"
         self._head_weights = None if head_weights is None else torch.tensor(head_weights)  # [H]
 
+    def expand(self, layout: Layout) -> list[Regularizer]:
+        if self.layer is None or isinstance(self.layer, int):
+            return [self]
+        pulls: list[Regularizer] = []
+        for layer, factor in resolve_layers(self.layer, layout):
+            pull = copy.copy(self)
+            pull.layer, pull.name = layer, f"attention_pull.{layer}"
+            pull.weight = _scaled(self.weight, factor)
+            pulls.append(pull)
+        return pulls
+
     def site(self, layout: Layout) -> Site:
         if self.layer is not None:
+            assert isinstance(self.layer, (int, str)), "attach() expands several layers"
             return layout.attention(self.layer)
         assert self.query is not None and self.key is not None and self.num_heads is not None
         return layout.projections(self.query, self.key, self.num_heads, self.num_key_value_heads)
 
-    def term(self, view: AttentionInputs, view_aug: AttentionInputs | None, word_ids: WordIds | None = None) -> Tensor:
+    def term(
+        self,
+        view: AttentionInputs | AttentionMaps,
+        view_aug: AttentionInputs | AttentionMaps | None,
+        word_ids: WordIds | None = None,
+    ) -> Tensor:
         if self._head_weights is not None:  # kept there: a copy to the device in every step would wait for it
-            self._head_weights = self._head_weights.to(view.query.device)
+            self._head_weights = self._head_weights.to(view[0].device)
         if word_ids is not None:
             weights, reduction = self._head_weights, self.reduction
             return word_attention_mse(
                 view, view_aug, word_ids, head_weights=weights, reduction=reduction, what=self.name
             )
+        if isinstance(view, AttentionMaps) or isinstance(view_aug, AttentionMaps):
+            return self._term_of_maps(view, view_aug)
         query_aug = key_aug = mask_aug = query_mask_aug = bias_aug = None
         if view_aug is not None:
             view, view_aug = align_attention(view, view_aug, self.name)
@@ -184,6 +213,23 @@ class AttentionPull(Regularizer):
             reduction=self.reduction,
         )
 
+    def _term_of_maps(self, view: Any, view_aug: Any | None) -> Tensor:
+        maps_aug = mask_aug = query_mask_aug = None
+        if view_aug is not None:
+            if type(view) is not type(view_aug):
+                raise ValueError(f"{self.name}: the two views compute attention differently, so they do not compare")
+            view, (maps_aug, mask_aug, query_mask_aug) = align_maps(view, view_aug)
+        return functional.attention_mse(
+            view.maps,
+            maps_aug,
+            attention_mask=view.attention_mask,
+            attention_mask_aug=mask_aug,
+            query_mask=view.query_mask,
+            query_mask_aug=query_mask_aug,
+            head_weights=self._head_weights,
+            reduction=self.reduction,
+        )
+
 
 class EmbeddingPush(Regularizer):
     """Push the mean-pooled embeddings of the two views apart: minus their squared distance (eq. 1).
@@ -199,7 +245,7 @@ class EmbeddingPush(Regularizer):
 
     def __init__(self, weight: Weight = 1.0, *, reduction: str = "mean", margin: float | None = None) -> None:
         super().__init__("embedding_push", weight, reduction)
-        if margin is not None and not (_is_finite_number(margin) and margin > 0):
+        if margin is not None and not (is_finite_number(margin) and margin > 0):
             raise ValueError(f"margin: expected None or a positive number, got {margin!r}")
         self.margin = margin
 
@@ -226,7 +272,7 @@ class SentencePull(Regularizer):
     """
 
     def __init__(self, layer: int, weight: Weight = 1.0, *, reduction: str = "mean") -> None:
-        _check_count("layer", layer)
+        check_count("layer", layer)
         super().__init__(f"sentence_pull.{layer}", weight, reduction)
         self.layer = layer
 
@@ -273,11 +319,12 @@ def attach(
     for regularizer in chosen:
         if not isinstance(regularizer, Regularizer):
             raise TypeError(f"regularizers: expected regularisers such as AttentionPull(layer=6), got {regularizer!r}")
+    layout = Layout(root)
+    chosen = tuple(one for regularizer in chosen for one in regularizer.expand(layout))
     names = [regularizer.name for regularizer in chosen]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"regularizers: expected each at most once, got {', '.join(repeated)} more than once")
-    layout = Layout(root)
     recorder = Recorder(root, [regularizer.site(layout) for regularizer in chosen])
     if teacher is None:
         if layer_map is not None:
@@ -309,12 +356,7 @@ def _pooled_distance(view: HiddenStates, view_aug: HiddenStates | None, reductio
     )
 
 
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_count(argument: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{argument}: expected an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{argument}: expected at least 1 (layers are counted from 1), got {value}")
+def _scaled(weight: Weight, factor: float) -> Weight:
+    if factor == 1.0:
+        return weight
+    return (lambda step: factor * weight(step)) if callable(weight) else factor * weight

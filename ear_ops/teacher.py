@@ -30,8 +30,9 @@ class TeacherLayout(Layout):
         self.student = student
         self.layer_map = layer_map
 
-    def attention(self, layer: int) -> AttentionSite:
-        return self._named(super().attention, self._teacher_layer(layer))
+    def attention(self, layer: int | str) -> AttentionSite:
+        mapped = (self.layer_map or {}).get(layer, layer) if isinstance(layer, str) else self._teacher_layer(layer)
+        return self._named(super().attention, mapped)
 
     def hidden_states(self, layer: int) -> HiddenSite:
         return self._named(super().hidden_states, self._teacher_layer(layer))

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .capture import AttentionInputs
-from .reference import attention_probabilities
+from .capture import AttentionInputs, AttentionMaps
 
 WordIds = Tensor | tuple[Tensor, Tensor]
 """The word of each token from 0, -1 where it has none (padding): int64 ``[2B, L]`` of both views, x first, or a pair of
@@ -24,8 +23,8 @@ WordIds = Tensor | tuple[Tensor, Tensor]
 
 
 def word_attention_mse(
-    view: AttentionInputs,
-    view_aug: AttentionInputs | None,
+    view: AttentionInputs | AttentionMaps,
+    view_aug: AttentionInputs | AttentionMaps | None,
     word_ids: WordIds,
     *,
     head_weights: Tensor | None,
@@ -59,25 +58,18 @@ def word_attention_mse(
     )
 
 
-def _word_attention(view: AttentionInputs, word_ids: Tensor, words: int, what: str) -> tuple[Tensor, Tensor]:
+def _word_attention(
+    view: AttentionInputs | AttentionMaps, word_ids: Tensor, words: int, what: str
+) -> tuple[Tensor, Tensor]:
     """``[B, H, W, W]`` of W = ``words`` words, rows and columns of words that are not there zero; and ``[B, W]`` bool,
     which are there. ``word_ids``: ``[B, L]``."""
-    expected = [view.query.shape[0], view.query.shape[2]]
-    if list(word_ids.shape) != expected or view.key.shape[2] != expected[1]:
+    probabilities = view.probabilities()  # [B, H, L, L]
+    rows, _, queries, keys = probabilities.shape
+    if list(word_ids.shape) != [rows, queries] or keys != queries:
         raise ValueError(
-            f"{what}: expected word_ids {expected} to go with {expected[1]} queries and {view.key.shape[2]} keys of a "
+            f"{what}: expected word_ids {[rows, queries]} to go with {queries} queries and {keys} keys of a "
             f"self-attention, got {list(word_ids.shape)}"
         )
-    probabilities = attention_probabilities(
-        view.query,
-        view.key,
-        view.attention_mask,
-        view.attn_bias,
-        scale=view.scale,
-        is_causal=view.is_causal,
-        window=view.window,
-        softcap=view.softcap,
-    )  # [B, H, L, L]
     word_ids = word_ids.to(probabilities.device)
     if view.attention_mask is not None:
         word_ids = word_ids.masked_fill(~view.attention_mask, -1)

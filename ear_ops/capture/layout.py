@@ -5,13 +5,16 @@ Looks, never changes: everything that can be wrong with a request is found here,
 
 from __future__ import annotations
 
+import fnmatch
+import inspect
 import sys
 from typing import Any
 
 from torch import nn
 
+from .inside import computes_attention
 from .interface import uses_interface
-from .sites import AttentionSite, HiddenSite, ProjectionSite
+from .sites import AttentionSite, HiddenSite, Place, ProjectionSite
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -37,33 +40,97 @@ class Layout:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self._paths = {module: path for path, module in root.named_modules()}
+        self._modules = dict(root.named_modules())
+        self._paths = {module: path for path, module in self._modules.items()}
 
-    def attention(self, layer: int) -> AttentionSite:
-        """The self-attention inside block ``layer``, counted from 1."""
-        path, block = self.block(layer)
-        kind = type(block).__name__
-        found = [(name, module) for name, module in block.named_modules() if uses_interface(module)]
-        found = [(name, module) for name, module in found if not _is_cross_attention(name, module)]
+    def attention(self, layer: int | str) -> AttentionSite:
+        """The self-attention inside block ``layer``, counted from 1, or the attention at or inside a module path."""
+        if isinstance(layer, str):
+            return self._attention_at(layer)
+        block = self.block(layer, with_attention=True)
+        described = f"layer {layer} ({block.path}, {type(block.modules[0]).__name__})"
+        found: list[tuple[str, nn.Module, bool]] = []
+        for module in block.modules:
+            own = find_attention(self._paths[module], module)
+            own = [(path, one, inside) for path, one, inside in own if not _is_cross_attention(path, one)]
+            if not own:
+                raise ValueError(
+                    f"layer: {described} has no self-attention that calls the attention interface of transformers, "
+                    f"scaled_dot_product_attention or softmax, so its attention cannot be taken; if it is a plain "
+                    f"softmax(scale * Q K^T), name the projections with query=, key= and num_heads="
+                )
+            if len(own) > 1:
+                names = ", ".join(path for path, _, _ in own)
+                raise ValueError(
+                    f"layer: {described} has several self-attentions ({names}), expected one; give the path of one"
+                )
+            found += own
+        path = found[0][0] if block.calls == 1 else block.path
+        return self._site(block._replace(path=path, modules=tuple(m for _, m, _ in found)), found[0])
+
+    def layers(self, pattern: str) -> list[int | str]:
+        """What ``"all"``, ``"middle"`` or a pattern of module paths (``"decoder.layers.*.self_attn"``) stands for.
+
+        ``"all"`` is every block with a self-attention, ``"middle"`` block 6 of 12. In a pattern ``*`` matches anything.
+        """
+        if pattern in ("all", "middle"):
+            _, blocks, count = self._blocks(with_attention=True)
+            if pattern == "middle":
+                return [max(count // 2, 1)]
+            if count != len(blocks):
+                return list(range(1, count + 1))
+            return [n + 1 for n, block in enumerate(blocks) if find_attention("", block)]
+        if not any(character in pattern for character in "*?["):
+            return [pattern]
+        matched = [path for path in self._modules if fnmatch.fnmatchcase(path, pattern)]
+        name = type(self.root).__name__
+        if not matched:
+            raise ValueError(f"layer: no module path of {name} matches {pattern!r}; {self._known()}")
+        found = [path for path, _, _ in find_attention("", self.root) if path in matched]
         if not found:
             raise ValueError(
-                f"layer: layer {layer} ({path}, {kind}) has no self-attention that goes through the attention "
-                f"interface of transformers, so its queries and keys cannot be taken; if its attention is a plain "
-                f"softmax(scale * Q K^T), name the projections with query=, key= and num_heads="
+                f"layer: {pattern!r} matches {len(matched)} modules of {name} ({matched[0]}, ...), "
+                f"none of them an attention; {self._known()}"
             )
+        return [*found]
+
+    def _attention_at(self, path: str) -> AttentionSite:
+        if path not in self._modules:
+            raise ValueError(f"layer: {type(self.root).__name__} has no module {path!r}; {self._known()}")
+        found = find_attention(path, self._modules[path])
         if len(found) > 1:
-            names = ", ".join(f"{path}.{name}" for name, _ in found)
-            raise ValueError(f"layer: layer {layer} ({kind}) has several self-attentions ({names}), expected one")
-        name, module = found[0]
+            found = [entry for entry in found if not _is_cross_attention(*entry[:2])] or found
+        if len(found) != 1:
+            names = ", ".join(name for name, _, _ in found) or "none"
+            raise ValueError(f"layer: expected one attention at {path!r}, found {names}; {self._known()}")
+        return self._site(Place(found[0][0], (found[0][1],)), found[0])
+
+    def _known(self) -> str:
+        paths = [path for path, _, _ in find_attention("", self.root)]
+        listed = ", ".join(paths[:3]) + (f", ... ({len(paths)} in all)" if len(paths) > 3 else "")
+        return f"attentions of this model: {listed}" if paths else "this model has no attention that can be taken"
+
+    def _site(self, place: Place, found: tuple[str, nn.Module, bool]) -> AttentionSite:
+        path, module, inside = found
         if getattr(module, "sinks", None) is not None:
             raise ValueError(
-                f"layer: layer {layer} ({path}, {kind}) has attention sinks, which the attention losses do not support"
+                f"layer: {path} ({type(module).__name__}) has attention sinks, which the losses do not support"
             )
-        return AttentionSite(path=_join(path, name), module=module, model=self._receiver(_join(path, name)))
+        model = self._receiver(path)
+        cross = _is_cross_attention(path, module)
+        receiver: Any = self._modules[model]
+        names = list(inspect.signature(receiver.forward).parameters)
+        if "decoder_attention_mask" not in names:
+            key_mask = "encoder_attention_mask" if cross else "attention_mask"
+            return AttentionSite(place, model, key_mask, "attention_mask", inside=inside)
+        decoder = receiver.get_decoder() if hasattr(receiver, "get_decoder") else None
+        in_decoder = "decoder" in path if decoder is None else any(module is part for part in decoder.modules())
+        own_mask = "decoder_attention_mask" if in_decoder else "attention_mask"
+        return AttentionSite(place, model, "attention_mask" if cross else own_mask, own_mask, inside=inside)
 
     def projections(self, query: str, key: str, num_heads: int, num_key_value_heads: int | None) -> ProjectionSite:
         """Two projection modules by their paths; their outputs are ``[B, L, num_heads * D]`` and ``[B, S, ...]``."""
-        modules = dict(self.root.named_modules())
+        modules = self._modules
         for argument, path in (("query", query), ("key", key)):
             if path not in modules:
                 last = path.rsplit(".", 1)[-1]
@@ -91,31 +158,37 @@ class Layout:
 
     def embeddings(self) -> HiddenSite:
         """What enters the first block: the embedding layer's output, LayerNorm and dropout included."""
-        path, block = self.block(1)
-        return HiddenSite(path, block, "input", self._receiver(path))
+        block = self.block(1)
+        return HiddenSite(block, "input", self._receiver(block.path))
 
     def hidden_states(self, layer: int) -> HiddenSite:
         """What leaves block ``layer``, counted from 1, before any final norm of the model."""
-        path, block = self.block(layer)
-        return HiddenSite(path, block, "output", self._receiver(path))
+        block = self.block(layer)
+        return HiddenSite(block, "output", self._receiver(block.path))
 
     @property
     def depth(self) -> int:
         """How many blocks there are."""
-        return len(self._blocks()[1])
+        return self._blocks()[2]
 
-    def block(self, layer: int) -> tuple[str, nn.Module]:
-        """Path and module of block ``layer``, counted from 1."""
-        path, blocks = self._blocks()
-        if not 1 <= layer <= len(blocks):
+    def block(self, layer: int, with_attention: bool = False) -> Place:
+        """Block ``layer``, counted from 1; ``with_attention``: in the list of blocks that has the attentions."""
+        path, blocks, count = self._blocks(with_attention)
+        if not 1 <= layer <= count:
             raise ValueError(
-                f"layer: expected 1 to {len(blocks)}, {type(self.root).__name__} has {len(blocks)} layers ({path}) "
+                f"layer: expected 1 to {count}, {type(self.root).__name__} has {count} layers ({path}) "
                 f"counted from 1; got {layer}"
             )
-        return _join(path, str(layer - 1)), blocks[layer - 1]
+        if count != len(blocks):
+            return Place(path, tuple(blocks), layer - 1, count)
+        return Place(_join(path, str(layer - 1)), (blocks[layer - 1],))
 
-    def _blocks(self) -> tuple[str, nn.ModuleList]:
-        """The main ``ModuleList``: the outermost one with as many entries as the configuration has layers."""
+    def _blocks(self, with_attention: bool = False) -> tuple[str, nn.ModuleList, int]:
+        """Path, main ``ModuleList`` and number of layers.
+
+        The main list is the outermost one with as many entries as the configuration has layers, or the only one that
+        has attentions, fewer of them than layers: then the model runs its entries again and again (ALBERT).
+        """
         stack = self._stack()
         name = type(stack).__name__
         lists: list[tuple[str, nn.ModuleList]] = []
@@ -125,19 +198,25 @@ class Layout:
                 lists.append((path, module))
         expected = _num_layers(stack)
         fitting = [entry for entry in lists if expected is None or len(entry[1]) == expected]
+        if len(fitting) > 1 and with_attention:
+            fitting = [entry for entry in fitting if find_attention(*entry)]
+        if not fitting and expected is not None:
+            shared = [entry for entry in lists if find_attention(*entry)]
+            if len(shared) == 1 and expected % len(shared[0][1]) == 0:
+                fitting = shared
         if len(fitting) == 1:
             path, blocks = fitting[0]
-            return _join(self._paths[stack], path), blocks
+            return _join(self._paths[stack], path), blocks, len(blocks) if expected is None else expected
         listed = ", ".join(f"{path} ({len(blocks)} entries)" for path, blocks in lists) or "none"
         if fitting:
             raise ValueError(
                 f"layer: several module lists of {name} could be its layers: {listed}; attach to the submodel that has "
-                f"only one of them"
+                f"only one of them, or give the path of an attention module as the layer"
             )
         wanted = "" if expected is None else f" with {expected} entries, the layers of its configuration"
         raise ValueError(
-            f"layer: found no module list{wanted} in {name} (module lists: {listed}); a model that shares its layers "
-            f"or keeps them elsewhere is not supported"
+            f"layer: found no module list{wanted} in {name} (module lists: {listed}); give the path of an attention "
+            f"module as the layer"
         )
 
     def _stack(self) -> nn.Module:
@@ -168,6 +247,16 @@ class Layout:
         return ""
 
 
+def find_attention(path: str, module: nn.Module) -> list[tuple[str, nn.Module, bool]]:
+    """Path, module and whether it computes by itself, of each attention at or below ``module`` (at ``path``).
+
+    Where any goes through the attention interface, only those that do: the rest are gates and routers.
+    """
+    inner = [(_join(path, name), child) for name, child in module.named_modules()]
+    found = [(name, child, False) for name, child in inner if uses_interface(child)]
+    return found or [(name, child, True) for name, child in inner if computes_attention(name, child)]
+
+
 def _join(*names: str) -> str:
     return ".".join(name for name in names if name)
 
@@ -186,4 +275,5 @@ def _num_layers(stack: nn.Module) -> int | None:
     config: Any = getattr(stack, "config", None)
     if not hasattr(config, "get_text_config"):
         return None
-    return getattr(config.get_text_config(), "num_hidden_layers", None)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    return layers if isinstance(layers, int) else None

@@ -27,6 +27,15 @@ class Structure(NamedTuple):
     dense: bool = False
 
 
+def tensor_mask(mask: Any, rows: int, query_length: int, key_length: int, device: torch.device) -> Any:
+    """``mask``; a ``BlockMask`` of FlexAttention as the bool mask ``[rows, 1, L, S]`` that it stands for."""
+    if isinstance(mask, Tensor) or not hasattr(mask, "mask_mod"):
+        return mask
+    from torch.nn.attention.flex_attention import create_mask
+
+    return create_mask(mask.mask_mod, rows, 1, query_length, key_length, device=str(device))
+
+
 def padding_mask(received: Any, attention_mask: Any, rows: int, length: int, what: str) -> Tensor | None:
     """``[rows, length]`` bool mask of the real tokens, or None where nothing is masked.
 

@@ -21,6 +21,7 @@ from .records import Record
 from .sites import AttentionSite, Site
 
 VIEWS = ("original", "augmented")
+MASKS = ("attention_mask", "encoder_attention_mask", "decoder_attention_mask")  # arguments of a model's forward
 
 
 class Recorder:
@@ -50,7 +51,7 @@ class Recorder:
     def install(self) -> None:
         """Hang the hooks on the model; where one fails, those before it are taken off again."""
         with contextlib.ExitStack() as undo:
-            if any(isinstance(site, AttentionSite) for site in self.sites):
+            if any(isinstance(site, AttentionSite) and not site.inside for site in self.sites):
                 interface.acquire()
                 undo.callback(interface.release)
             for path in dict.fromkeys(["", *(site.model for site in self.sites)]):
@@ -138,7 +139,7 @@ class _Enter(ModelHook):
     def __init__(self, recorder: Recorder, path: str, module: nn.Module) -> None:
         self.recorder, self.path = recorder, path
         names = list(inspect.signature(module.forward).parameters)
-        self.position = names.index("attention_mask") if "attention_mask" in names else None
+        self.positions = {name: names.index(name) if name in names else None for name in MASKS}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
         recorder = self.recorder
@@ -152,10 +153,10 @@ class _Enter(ModelHook):
         if recorder.open is None or recorder.open == self.path:  # the latter: an interrupted forward never ended
             recorder.begin(self.path)
         if recorder.record is not None:
-            mask = given.get("attention_mask")
-            if mask is None and self.position is not None and self.position < len(args):
-                mask = args[self.position]
-            recorder.record.masks[self.path] = mask
+            recorder.record.masks[self.path] = {
+                name: args[position] if position is not None and position < len(args) else given.get(name)
+                for name, position in self.positions.items()
+            }
 
 
 class _Leave(ModelHook):

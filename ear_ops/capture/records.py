@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -46,10 +47,44 @@ class AttentionCall:
         self.softcap: float | None = kwargs.get("softcap")
         self.position_bias: Tensor | None = kwargs.get("position_bias")
         self.unsupported: str | None = None
-        for name in ("s_aux", "cu_seq_lens_q", "cache"):
-            if kwargs.get(name) is not None:
+        for name, value in kwargs.items():
+            # Sinks and whatever else a model adds to the scores; integers are positions and lengths.
+            if name != "position_bias" and isinstance(value, Tensor) and value.is_floating_point():
+                self.unsupported = name
+            if name in ("cu_seq_lens_q", "cache") and value is not None:
                 self.unsupported = name
         self.grad_enabled = torch.is_grad_enabled()
+
+    @property
+    def tensor(self) -> Tensor:
+        """By which a call that is reported twice is recognised."""
+        return self.query
+
+
+class SoftmaxCall:
+    """The attention matrix that a module made with softmax, before dropout.
+
+    Attributes:
+        tensor: ``[B, H, L, S]`` or ``[B * H, L, S]``.
+        input_shape: of the first tensor given to the module, None where it was given none.
+        grad_enabled: the grad mode of the call.
+    """
+
+    def __init__(self, tensor: Tensor, input_shape: tuple[int, ...] | None) -> None:
+        self.tensor = tensor
+        self.input_shape = input_shape
+        self.grad_enabled = torch.is_grad_enabled()
+
+    def maps(self) -> Tensor | None:
+        """``[B, H, L, S]``, or None where it is no attention of all positions of the input (``[B, L, C]``)."""
+        maps = self.tensor
+        if self.input_shape is None or len(self.input_shape) < 2:
+            return None
+        positions = math.prod(self.input_shape[:-1])
+        if maps.dim() == 3 and maps.shape[1] and positions % maps.shape[1] == 0:
+            rows = positions // maps.shape[1]
+            maps = maps.unflatten(0, (rows, -1)) if rows and maps.shape[0] % rows == 0 else maps
+        return maps if maps.dim() == 4 and maps.shape[0] * maps.shape[2] == positions else None
 
 
 class TensorCall:
@@ -65,13 +100,13 @@ class Record:
 
     Attributes:
         grad_enabled: the grad mode in which the forward began.
-        masks: the ``attention_mask`` that each model inside received, by the model's path.
+        masks: the masks that each model inside received by name, by the model's path.
         calls: what each tap saw, in order, by the tap's key.
     """
 
     def __init__(self) -> None:
         self.grad_enabled = torch.is_grad_enabled()
-        self.masks: dict[str, Any] = {}
+        self.masks: dict[str, dict[str, Any]] = {}
         self.calls: dict[str, list[Any]] = {}
 
     def add(self, key: str, call: Any) -> None:
@@ -79,20 +114,26 @@ class Record:
             self.calls[key] = []
         self.calls[key].append(call)
 
-    def only_call(self, key: str, tensor: str, what: str) -> Any:
-        """The one call that the tap ``key`` saw.
+    def mask(self, model: str, name: str = "attention_mask") -> Any:
+        """What the model at the path ``model`` received as ``name``, or None."""
+        return self.masks.get(model, {}).get(name)
+
+    def call(self, key: str, what: str, index: int = 0, expected: int = 1) -> Any:
+        """Call ``index`` of the ``expected`` calls that the tap ``key`` saw; one with the very same tensor counts once.
 
         Args:
             key: the tap's key.
-            tensor: the attribute by which a repeated call with the very same tensor is recognised, and counted once.
             what: names the place in errors.
+            index: from 0, the layer of a stack that runs one module again and again.
+            expected: how many calls a forward makes.
 
         Raises:
-            RuntimeError: no call, several, or one without grad inside a forward with grad (reentrant checkpointing).
+            RuntimeError: no call, too many or too few, or one without grad inside a forward with grad (reentrant
+                checkpointing).
         """
         calls: list[Any] = []
         for call in self.calls.get(key, ()):
-            if all(getattr(call, tensor) is not getattr(seen, tensor) for seen in calls):
+            if all(call.tensor is not seen.tensor for seen in calls):
                 calls.append(call)
         if not calls:
             raise RuntimeError(
@@ -100,16 +141,17 @@ class Record:
                 f"skipped (layer dropout), or the model compiled before attach()? Attach first, or call "
                 f"torch.compiler.reset() once after attach()"
             )
-        if len(calls) > 1:
+        if len(calls) != expected:
+            wanted = "one call" if expected == 1 else f"{expected} calls"
             raise RuntimeError(
-                f"{what}: expected one call in a forward, got {len(calls)}. A layer that is shared or run several "
-                f"times is not supported; for two forwards of one model use "
-                f'ear.view("original") and ear.view("augmented")'
+                f"{what}: expected {wanted} in a forward, got {len(calls)}. A layer that runs several times is "
+                f"supported only where a model shares one layer as all of its layers; for two forwards of one model "
+                f'use ear.view("original") and ear.view("augmented")'
             )
-        if self.grad_enabled and not calls[0].grad_enabled:
+        if self.grad_enabled and not calls[index].grad_enabled:
             raise RuntimeError(
                 f"{what}: the layer ran without grad inside a forward with grad, so the regulariser would have no "
                 f"gradient. Gradient checkpointing has to be told use_reentrant=False "
                 f'(gradient_checkpointing_kwargs={{"use_reentrant": False}})'
             )
-        return calls[0]
+        return calls[index]

@@ -6,16 +6,18 @@ forward recorded into what a loss takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .hooks import ModelHook, add_tap, remove_tap
-from .masks import Structure, attention_structure, dense_bias, padding_mask
-from .records import AttentionCall, Record, TensorCall
-from .views import AttentionInputs, HiddenStates
+from .inside import Watch, other_softmax
+from .masks import Structure, attention_structure, dense_bias, padding_mask, tensor_mask
+from .records import AttentionCall, Record, SoftmaxCall, TensorCall
+from .views import AttentionInputs, AttentionMaps, HiddenStates
 
 Undo = Callable[[], None]
 
@@ -38,32 +40,80 @@ class Site(Protocol):
         """What ``record`` holds of this place, its first field a tensor ``[B, ...]``; ``what`` names it in errors."""
 
 
-class AttentionSite:
-    """The attention module at ``path``, which calls through the attention interface of transformers."""
+class Place(NamedTuple):
+    """Where in a forward a layer runs.
 
-    def __init__(self, path: str, module: nn.Module, model: str) -> None:
-        self.path, self.module, self.model = path, module, model
+    Attributes:
+        path: of the module, or of the list of modules that a model runs again and again, each run being a layer.
+        modules: the module, or the modules of that list.
+        call: which of the calls of the modules it is, from 0.
+        calls: how often the modules are called in a forward.
+    """
+
+    path: str
+    modules: tuple[nn.Module, ...]
+    call: int = 0
+    calls: int = 1
+
+
+class AttentionSite:
+    """An attention module.
+
+    Args:
+        place: where it is.
+        model: path of the model that receives the masks.
+        key_mask, query_mask: under which names it receives them; two different names in cross-attention.
+        inside: the module computes its attention itself, instead of calling through the attention interface of
+            transformers.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        model: str,
+        key_mask: str = "attention_mask",
+        query_mask: str = "attention_mask",
+        *,
+        inside: bool = False,
+    ) -> None:
+        self.place, self.model, self.inside = place, model, inside
+        self.key_mask, self.query_mask = key_mask, query_mask
         self._checked: dict[tuple[int, int], Structure] = {}
 
     def install(self, listener: Listener) -> list[Undo]:
-        tap = _AttentionTap(listener, self.path)
-        add_tap(self.module, tap)
-        return [lambda: remove_tap(self.module, tap)]
+        if self.inside:
+            return [undo for module in self.place.modules for undo in Watch(listener, self.place.path).install(module)]
+        tap = _AttentionTap(listener, self.place.path)
+        for module in self.place.modules:
+            add_tap(module, tap)
+        return [functools.partial(remove_tap, module, tap) for module in self.place.modules]
 
-    def read(self, record: Record, what: str) -> AttentionInputs:
-        call: AttentionCall = record.only_call(self.path, "query", what)
+    def read(self, record: Record, what: str) -> AttentionInputs | AttentionMaps:
+        path, _, index, expected = self.place
+        other = record.calls.get(other_softmax(path))
+        if other and path not in record.calls:
+            raise ValueError(
+                f"{what}: the attention at {path} took a softmax of shape {list(other[0].tensor.shape)} for inputs of "
+                f"shape {list(other[0].input_shape or ())}, which is no attention matrix [B, H, L, S]; sparse and "
+                f"local attention are not supported"
+            )
+        call: AttentionCall | SoftmaxCall = record.call(path, what, index, expected)
+        if isinstance(call, SoftmaxCall):
+            maps = call.maps()
+            assert maps is not None
+            return AttentionMaps(maps, *self._masks(record, None, maps.shape[0], maps.shape[2:], what))
         if call.unsupported is not None:
             raise ValueError(
                 f"{what}: the attention was called with {call.unsupported}, which the attention losses do not support"
             )
         query, key = _one_dtype(call.query, call.key)
-        rows, lengths = query.shape[0], (query.shape[2], key.shape[2])
-        received = record.masks.get(self.model)
-        key_mask = padding_mask(received, call.attention_mask, rows, lengths[1], what)
-        query_mask = _query_mask(key_mask, *lengths)
+        lengths = query.shape[2], key.shape[2]
+        call.attention_mask = tensor_mask(call.attention_mask, query.shape[0], *lengths, query.device)
+        key_mask, query_mask = self._masks(record, call.attention_mask, query.shape[0], lengths, what)
         structure = self._checked.get(lengths)
         if structure is None:
             structure = attention_structure(call, key_mask, query_mask, what)
+            received = record.mask(self.model, self.key_mask)
             if isinstance(received, Tensor) and received.dim() == 2:
                 # From a 2-D mask transformers builds the same structure for every batch of this length.
                 self._checked[lengths] = structure
@@ -72,6 +122,21 @@ class AttentionSite:
         return AttentionInputs(
             query, key, key_mask, query_mask, bias, scale, structure.is_causal, structure.window, softcap
         )
+
+    def _masks(
+        self, record: Record, attention_mask: Any, rows: int, lengths: Sequence[int], what: str
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Key mask ``[rows, S]`` and query mask ``[rows, L]``, or twice None; ``lengths``: L and S."""
+        received = record.mask(self.model, self.key_mask)
+        key_mask = padding_mask(received, attention_mask, rows, lengths[1], what)
+        if self.query_mask == self.key_mask:
+            return key_mask, _query_mask(key_mask, *lengths)
+        query_mask = padding_mask(record.mask(self.model, self.query_mask), None, rows, lengths[0], what)
+        if key_mask is None and query_mask is None:
+            return None, None
+        device = next(mask.device for mask in (key_mask, query_mask) if mask is not None)
+        all_queries, all_keys = (torch.ones(rows, length, dtype=torch.bool, device=device) for length in lengths)
+        return all_keys if key_mask is None else key_mask, all_queries if query_mask is None else query_mask
 
 
 class ProjectionSite:
@@ -103,13 +168,13 @@ class ProjectionSite:
         key = self._heads(record, self.key, self.num_key_value_heads, what)
         query, key = _one_dtype(query, key)
         rows, lengths = query.shape[0], (query.shape[2], key.shape[2])
-        key_mask = padding_mask(record.masks.get(self.model), None, rows, lengths[1], what)
+        key_mask = padding_mask(record.mask(self.model), None, rows, lengths[1], what)
         query_mask = _query_mask(key_mask, *lengths)
         return AttentionInputs(query, key, key_mask, query_mask, attn_bias=None)
 
     def _heads(self, record: Record, path: str, heads: int, what: str) -> Tensor:
         """The output ``[B, L, heads * D]`` of a projection as ``[B, heads, L, D]``, without a copy."""
-        output = record.only_call(f"projection:{path}", "tensor", what).tensor
+        output = record.call(f"projection:{path}", what).tensor
         output = _expect_tensor(output, "[B, L, heads * D]", f"{what}: the output of {path}")
         if output.shape[2] % heads:
             raise ValueError(f"{what}: the {output.shape[2]} features of {path} do not divide into {heads} heads")
@@ -117,26 +182,26 @@ class ProjectionSite:
 
 
 class HiddenSite:
-    """The hidden states that enter (``"input"``) or leave (``"output"``) the block at ``path``."""
+    """The hidden states that enter (``"input"``) or leave (``"output"``) the block at ``place``."""
 
-    def __init__(self, path: str, block: nn.Module, side: str, model: str) -> None:
-        self.path, self.block, self.side, self.model = path, block, side, model
+    def __init__(self, place: Place, side: str, model: str) -> None:
+        self.place, self.side, self.model = place, side, model
 
     @property
     def _tap_key(self) -> str:
-        return f"{self.side}:{self.path}"
+        return f"{self.side}:{self.place.path}"
 
     def install(self, listener: Listener) -> list[Undo]:
         if self.side == "input":
-            tap = _InputTap(listener, self._tap_key)
-            return [self.block.register_forward_pre_hook(tap, with_kwargs=True).remove]
-        return [self.block.register_forward_hook(_OutputTap(listener, self._tap_key)).remove]
+            before = _InputTap(listener, self._tap_key)
+            return [block.register_forward_pre_hook(before, with_kwargs=True).remove for block in self.place.modules]
+        return [block.register_forward_hook(_OutputTap(listener, self._tap_key)).remove for block in self.place.modules]
 
     def read(self, record: Record, what: str) -> HiddenStates:
-        tensor = record.only_call(self._tap_key, "tensor", what).tensor
-        states = _expect_tensor(tensor, "[B, L, C]", f"{what}: the {self.side} of {self.path}")
+        tensor = record.call(self._tap_key, what, self.place.call, self.place.calls).tensor
+        states = _expect_tensor(tensor, "[B, L, C]", f"{what}: the {self.side} of {self.place.path}")
         rows, length = states.shape[:2]
-        return HiddenStates(states, padding_mask(record.masks.get(self.model), None, rows, length, what))
+        return HiddenStates(states, padding_mask(record.mask(self.model), None, rows, length, what))
 
 
 class _AttentionTap:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference import attention_probabilities
+
 
 class AttentionInputs(NamedTuple):
     """Queries, keys and masks, as the attention losses take them."""
@@ -21,6 +23,31 @@ class AttentionInputs(NamedTuple):
     is_causal: bool = False
     window: int | None = None
     softcap: float | None = None
+
+    def probabilities(self) -> Tensor:
+        """The attention matrix ``[B, H, L, S]``, materialised."""
+        return attention_probabilities(
+            self.query,
+            self.key,
+            self.attention_mask,
+            self.attn_bias,
+            scale=self.scale,
+            is_causal=self.is_causal,
+            window=self.window,
+            softcap=self.softcap,
+        )
+
+
+class AttentionMaps(NamedTuple):
+    """Attention probabilities and masks, where a module gives no queries and keys."""
+
+    maps: Tensor  # [B, H, L, S]
+    attention_mask: Tensor | None  # [B, S] bool
+    query_mask: Tensor | None  # [B, L] bool
+
+    def probabilities(self) -> Tensor:
+        """The attention matrix ``[B, H, L, S]``."""
+        return self.maps
 
 
 class HiddenStates(NamedTuple):
@@ -54,6 +81,18 @@ def align_attention(
     key_masks = _both_or_none(view.attention_mask, view_aug.attention_mask, view.key, view_aug.key, 2)
     first, second = (
         one._replace(query=one.query.to(dtype), key=one.key.to(dtype), attention_mask=key_mask, query_mask=query_mask)
+        for one, key_mask, query_mask in zip((view, view_aug), key_masks, query_masks, strict=True)
+    )
+    return first, second
+
+
+def align_maps(view: AttentionMaps, view_aug: AttentionMaps) -> tuple[AttentionMaps, AttentionMaps]:
+    """Two views in one dtype, both with masks or both without."""
+    dtype = torch.promote_types(view.maps.dtype, view_aug.maps.dtype)
+    query_masks = _both_or_none(view.query_mask, view_aug.query_mask, view.maps, view_aug.maps, 2)
+    key_masks = _both_or_none(view.attention_mask, view_aug.attention_mask, view.maps, view_aug.maps, 3)
+    first, second = (
+        AttentionMaps(one.maps.to(dtype), key_mask, query_mask)
         for one, key_mask, query_mask in zip((view, view_aug), key_masks, query_masks, strict=True)
     )
     return first, second

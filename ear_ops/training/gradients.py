@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_ops.capture import Layout, Recorder, unwrap
+from ear_ops.capture import AttentionInputs, Layout, Recorder, unwrap
 from ear_ops.functional import robust_cross_entropy
 
 Batch = Mapping[str, Tensor]  # as `PairCollator` makes it: inputs [2B, L], labels [B]
@@ -49,6 +49,10 @@ def gradient_ratios(model: Any, regularizers: Sequence[Any], layer: int, batches
                 logits = root(**inputs).logits
                 (record,) = recorder.take()
                 queries = attention.read(record, "attention")
+                if not isinstance(queries, AttentionInputs):
+                    raise ValueError(
+                        f"layer: layer {layer} computes its attention itself and gives no queries and keys"
+                    )
                 places = {
                     "embeddings": embeddings.read(record, "embeddings")[0],
                     "query": queries.query,

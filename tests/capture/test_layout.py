@@ -51,11 +51,18 @@ def test_projections_before_a_rotary_embedding(tools):
     refused(tools.build_model("llama"), pull, ValueError, r"LlamaRotaryEmbedding.*use layer=")
 
 
-def test_attention_that_does_not_use_the_interface():
-    config = transformers.DebertaV2Config(**SMALL, num_hidden_layers=2, relative_attention=True)
-    model = transformers.DebertaV2Model(config)
-    refused(model, AttentionPull(1), ValueError, "layer 1 .*DebertaV2Layer.* no self-attention that goes through")
-    with attach(model, [EmbeddingPush(), SentencePull(2)]) as ear:  # hidden states need no interface
+def test_attention_that_is_no_softmax():
+    config = transformers.FNetConfig(
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        pad_token_id=0,
+        hidden_dropout_prob=0.0,
+    )
+    model = transformers.FNetModel(config)
+    refused(model, AttentionPull(1), ValueError, "layer 1 .*FNetLayer.* no self-attention that calls")
+    with attach(model, [EmbeddingPush(), SentencePull(2)]) as ear:  # hidden states need no attention
         hidden = model(torch.randint(3, 60, (2, 5)), output_hidden_states=True).hidden_states
         ear.loss()
     expected = [-(hidden[i].mean(1)[0] - hidden[i].mean(1)[1]).square().mean() for i in (0, 2)]
@@ -67,13 +74,26 @@ def test_attention_sinks():
     config = transformers.GptOssConfig(
         **SMALL, num_hidden_layers=2, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, head_dim=8
     )
-    refused(transformers.GptOssModel(config), AttentionPull(1), ValueError, "layer 1 .*attention sinks")
+    refused(transformers.GptOssModel(config), AttentionPull(1), ValueError, r"layers\.0\.self_attn .*attention sinks")
 
 
-def test_shared_layers():
-    config = transformers.AlbertConfig(**SMALL, num_hidden_layers=4, embedding_size=16)
-    model = transformers.AlbertModel(config)
-    refused(model, AttentionPull(3), ValueError, "no module list with 4 entries")
+@pytest.mark.parametrize(
+    ("layer", "error", "match"),
+    [
+        (
+            "bert.encoder.layer.9.attention",
+            ValueError,
+            r"no module 'bert\.encoder\.layer\.9\.attention'; attentions of",
+        ),
+        ("bert.encoder.layer.*.attention.other", ValueError, "no module path of .* matches"),
+        ("bert.encoder.layer.*.intermediate", ValueError, "matches 4 modules of .*, none of them an attention"),
+        ("bert.encoder", ValueError, r"expected one attention at 'bert\.encoder', found bert\.encoder\.layer\.0"),
+        ([1, 5], ValueError, "expected 1 to 4"),
+        ([2, "middle"], ValueError, r"each at most once, got attention_pull\.2"),
+    ],
+)
+def test_layers_that_do_not_resolve(tools, layer, error, match):
+    refused(tools.build_model("bert"), AttentionPull(layer), error, match)
 
 
 def test_two_models_in_one():

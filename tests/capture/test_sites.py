@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from ear_ops.capture import AttentionInputs, AttentionSite, HiddenStates, Record, align_attention, align_hidden
+from ear_ops.capture import AttentionInputs, AttentionSite, HiddenStates, Place, Record, align_attention, align_hidden
 from ear_ops.capture.records import AttentionCall
 
 
 def recorded(length, allowed, received, dtypes=(torch.float32, torch.float32)):
     """A record of one call of two rows, whose mask is ``allowed`` [L, L] for both; ``received``: the model's mask."""
     record = Record()
-    record.masks[""] = received
+    record.masks[""] = {"attention_mask": received}
     query, key = (torch.randn(2, 4, length, 8, dtype=dtype) for dtype in dtypes)
     mask = None if allowed is None else allowed.expand(2, 1, length, length)
     record.add("attention", AttentionCall("sdpa", nn.Identity(), query, key, key, mask, is_causal=False))
@@ -21,7 +21,7 @@ def recorded(length, allowed, received, dtypes=(torch.float32, torch.float32)):
 
 
 def site():
-    return AttentionSite("attention", nn.Identity(), model="")
+    return AttentionSite(Place("attention", (nn.Identity(),)), model="")
 
 
 def test_structure_is_checked_again_for_another_length():
@@ -77,3 +77,12 @@ def test_calls_that_change_the_probabilities_otherwise_are_refused():
     record.calls["attention"][0].unsupported = "s_aux"
     with pytest.raises(ValueError, match="x: the attention was called with s_aux"):
         site().read(record, "x")
+
+
+def test_a_tensor_that_changes_the_scores_is_refused_under_any_name():
+    """Sinks come as ``s_aux``, ``sinks``, ...; positions and lengths, which are integers, change nothing."""
+    query = torch.randn(2, 4, 5, 8)
+    harmless = {"position_ids": torch.arange(5), "position_bias": torch.zeros(1, 4, 5, 5), "dropout": 0.0}
+    for kwargs, refused in ((harmless, None), (harmless | {"anything": torch.zeros(4)}, "anything")):
+        call = AttentionCall("eager", nn.Identity(), query, query, query, None, is_causal=False, **kwargs)
+        assert call.unsupported == refused

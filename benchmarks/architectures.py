@@ -1,0 +1,165 @@
+"""Tiny random models of the architectures of transformers, and what a capture of their attention is compared with.
+
+For one model type: build it small from its configuration, run padded rows, and compare the attention matrix that the
+losses would see with the one that the same model returns under eager attention.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+LAYERS, HEADS, HIDDEN, VOCABULARY, LENGTH, IMAGE, PATCH = 4, 4, 32, 64, 12, 32, 8
+DEFAULT = object()  # in SPECIAL: leave the field as the configuration has it
+
+
+def _each(value: Any, names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), value)
+
+
+SIZES: dict[str, Any] = {
+    **_each(VOCABULARY, "vocab_size text_vocab_size n_token vocab_size_per_layer_input"),
+    **_each(HIDDEN, "hidden_size d_model dim n_embd emb_dim embed_dim embedding_size encoder_hidden_size"),
+    **_each(HIDDEN, "decoder_hidden_size true_hidden_size intra_bottleneck_size"),
+    **_each(LAYERS, "num_hidden_layers n_layer n_layers num_layers num_decoder_layers depth encoder_layers"),
+    **_each(LAYERS, "decoder_layers num_encoder_layers"),
+    **_each(HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"),
+    **_each(HEADS, "num_encoder_attention_heads num_decoder_attention_heads"),
+    **_each(2, "num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k"),
+    **_each(1, "n_group topk_group"),
+    **_each(48, "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff hidden_dim n_inner d_inner"),
+    **_each(48, "ffn_hidden_size shared_intermediate_size dense_intermediate_size"),
+    **_each(16, "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size index_head_dim"),
+    **_each(4, "num_experts num_local_experts n_routed_experts moe_num_experts index_n_heads"),
+    **_each(8, "head_dim d_kv kv_channels qk_nope_head_dim qk_rope_head_dim v_head_dim rotary_dim"),
+    **_each(8, "q_lora_rank kv_lora_rank projection_dim type_vocab_size mamba_n_heads mamba_d_head mamba_chunk_size"),
+    **_each(64, "max_position_embeddings n_positions max_seq_len max_source_positions"),
+    **_each(4, "sliding_window local_attention attention_chunk_size sliding_window_size"),
+    **{"image_size": IMAGE, "patch_size": PATCH, "num_channels": 3, "num_frames": 2},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "sep_token_id": 2},
+    **{"cls_token_id": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "use_cache": False},
+}
+
+_SWIN = {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 4}
+SPECIAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(["swin", "swinv2", "donut-swin", "maskformer-swin"], _SWIN),
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "bros": {"dim_bbox_sinusoid_emb_1d": 16},
+    "funnel": {"block_sizes": [2, 2], "num_hidden_layers": DEFAULT},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "lilt": {"hidden_size": 48, "channel_shrink_ratio": 4},
+    "reformer": {"axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+}
+
+VARIANTS: tuple[dict[str, Any], ...] = (  # tried in turn: latent attention shares no key heads, M-RoPE needs wide heads
+    {},
+    {"num_key_value_heads": HEADS},
+    {"head_dim": 64, "hidden_size": 256},
+    {"head_dim": 64, "hidden_size": 256, "num_key_value_heads": HEADS},
+    {"head_dim": DEFAULT, "num_key_value_heads": DEFAULT, "mamba_n_heads": DEFAULT, "mamba_d_head": DEFAULT},
+    {"hidden_size": DEFAULT, "num_attention_heads": DEFAULT, "head_dim": DEFAULT, "num_key_value_heads": DEFAULT},
+)
+
+
+class NotSwept(Exception):
+    """The model type is no text and no vision model that can be built small; the message says why."""
+
+
+def kind_of(model_class: type) -> str:
+    """``"text"``, ``"encoder-decoder"`` or ``"vision"``, by what the forward takes."""
+    parameters = inspect.signature(model_class.forward).parameters  # type: ignore[attr-defined]
+    names = list(parameters)[1:]
+    needed = [n for n in names if parameters[n].default is inspect.Parameter.empty and not n.endswith("kwargs")]
+    if names[0] == "pixel_values" and "input_ids" not in names and set(needed) <= {"pixel_values"}:
+        return "vision"
+    others = [n for n in names if "pixel" in n or "audio" in n or "input_features" in n or "image" in n]
+    if "input_ids" not in names or others:
+        raise NotSwept(f"takes {', '.join(others or needed or names[:3])}")
+    return "encoder-decoder" if "decoder_input_ids" in names else "text"
+
+
+def build(model_type: str) -> tuple[str, Any, int]:
+    """The kind, a small model in eval mode that has run, and the number of the variant of sizes that did."""
+    config_class = CONFIG_MAPPING[model_type]
+    if config_class not in MODEL_MAPPING:
+        raise NotSwept("has no base model")
+    model_class = MODEL_MAPPING[config_class]
+    kind = kind_of(model_class[0] if isinstance(model_class, (list, tuple)) else model_class)
+    failures = []
+    for variant in range(len(VARIANTS)):
+        try:
+            model = build_variant(model_type, variant)
+            with torch.no_grad():
+                run(model, batch_for(model, kind))
+            return kind, model, variant
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+    raise NotSwept(f"cannot be built small and run: {failures[0]}")
+
+
+def build_variant(model_type: str, variant: int, implementation: str | None = None) -> Any:
+    """A small model in eval mode with weights of unit gain, so that attention is far from uniform."""
+    overrides = {**SIZES, **VARIANTS[variant], **SPECIAL.get(model_type, {})}
+    config = _small(CONFIG_MAPPING[model_type], overrides)
+    torch.manual_seed(0)
+    how = {} if implementation is None else {"attn_implementation": implementation}
+    model = AutoModel.from_config(config, **how)
+    if sum(parameter.numel() for parameter in model.parameters()) > 50_000_000:
+        raise NotSwept("is not small")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2 and parameter.numel():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
+    return model.eval()
+
+
+def _small(config_class: type, overrides: dict[str, Any]) -> Any:
+    """A configuration with ``overrides`` wherever it, or one inside it, has such a field of such a type."""
+    names = set(inspect.signature(config_class.__init__).parameters) - {"self", "kwargs"}  # type: ignore[misc]
+    given = {name: value for name, value in overrides.items() if name in names and value is not DEFAULT}
+    sub_configs: dict[str, Any] = getattr(config_class, "sub_configs", {})
+    for name, sub_config in sub_configs.items():
+        if sub_config is not AutoConfig and name in names:
+            given[name] = _small(sub_config, overrides)
+    while True:
+        try:
+            return config_class(**given)
+        except Exception as error:  # a list where others have a number
+            field = re.search(r"Validation error for field '(\w+)'", str(error))
+            if field is None or field[1] not in given:
+                raise
+            del given[field[1]]
+
+
+def batch_for(model: Any, kind: str, side: str = "right", rows: int = 4) -> dict[str, Tensor]:
+    """Both views of ``rows // 2`` inputs: token ids padded on ``side``, or images."""
+    generator = torch.Generator().manual_seed(1)
+    if kind == "vision":
+        size = getattr(model.config, "image_size", IMAGE)
+        height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+        return {"pixel_values": torch.randn(rows, 3, height, width, generator=generator)}
+    input_ids = torch.randint(3, VOCABULARY, (rows, LENGTH), generator=generator)
+    real = torch.tensor([LENGTH, 9, 7, LENGTH - 1])[:rows]
+    position = torch.arange(LENGTH)
+    mask = position < real[:, None] if side == "right" else position >= LENGTH - real[:, None]
+    batch = {"input_ids": input_ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
+    if kind == "encoder-decoder":
+        batch["decoder_input_ids"] = input_ids[:, :5]
+    if "bbox" in inspect.signature(model.forward).parameters:
+        batch["bbox"] = torch.zeros(rows, LENGTH, 4, dtype=torch.long)
+    return batch
+
+
+def run(model: Any, batch: dict[str, Tensor], **options: Any) -> Any:
+    """The output; models with a random part get the same numbers each time."""
+    torch.manual_seed(0)
+    return model(**batch, **options)

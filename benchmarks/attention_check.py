@@ -1,0 +1,258 @@
+"""Whether the attention captured from a model is the one that it returns under eager attention."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from architectures import NotSwept, batch_for, build, build_variant, run
+from torch import Tensor
+from transformers.modeling_utils import AttentionInterface
+
+import ear_ops
+from ear_ops import reference
+from ear_ops.capture import Layout, find_attention
+
+TOLERANCE = 1e-5
+STAND_IN = "flash_attention_2"
+
+
+class Seen(ear_ops.AttentionPull):
+    """An attention pull that keeps what it was given."""
+
+    view: Any = None
+
+    def term(self, view: Any, view_aug: Any) -> Tensor:
+        self.view = view
+        return super().term(view, view_aug)
+
+
+def check(model_type: str) -> dict[str, Any]:
+    """One row of the table.
+
+    Two forwards of a model with sharp attention may differ by more than the tolerance through rounding alone; such a
+    row is made again in float64 (``difference_float64``), where rounding shows as such and a mistake stays.
+
+    ``status``: ``"correct"`` (each matrix within :data:`TOLERANCE` on real rows, the model's own output bit-identical),
+    ``"refused"`` (no layer can be captured; ``refused`` says why), ``"wrong"``, or ``"not swept"``.
+    """
+    row = _check(model_type, torch.float32)
+    if row["status"] == "wrong" and row["output_identical"] and max(row["difference"].values()) <= 10 * TOLERANCE:
+        precise = _check(model_type, torch.float64)
+        if precise["status"] == "correct":
+            row |= {"status": "correct", "difference_float64": precise["difference"]}
+    return row
+
+
+def _check(model_type: str, dtype: torch.dtype) -> dict[str, Any]:
+    row: dict[str, Any] = {"type": model_type}
+    try:
+        kind, model, variant = build(model_type)
+    except NotSwept as reason:
+        return row | {"status": "not swept", "reason": str(reason)}
+    row["kind"] = kind
+    layers, refused = _requests(model)
+    errors: dict[str, float] = {}
+    spread, identical, compared = 0.0, True, set()
+    oracle = build_variant(model_type, variant, "eager")
+    oracle.load_state_dict(model.state_dict())
+    model, oracle = model.to(dtype), oracle.to(dtype)
+    implementation = model.config._attn_implementation
+    ways = [implementation, *({"eager"} - {implementation})]
+    if model._supports_flash_attn and any(not layer_site(model, layer).inside for layer in layers):
+        ways.append(STAND_IN)
+    for way in ways:
+        subject = oracle if way == "eager" else model
+        for side in ("right",) if kind == "vision" else ("right", "left"):
+            batch = batch_for(model, kind, side)
+            batch = {name: given.to(dtype) if given.is_floating_point() else given for name, given in batch.items()}
+            expected = _eager_maps(oracle, batch, layers)
+            try:
+                with flash_stand_in(subject) if way == STAND_IN else contextlib.nullcontext():
+                    seen, unchanged = _captured(subject, batch, layers, refused, way)
+            except Exception as error:
+                if way != STAND_IN:
+                    raise
+                row["stand_in"] = f"{type(error).__name__}: {error}"[:160]  # the model itself does not run
+                break
+            identical = identical and unchanged
+            for layer, (view, term) in seen.items():
+                if layer not in expected:
+                    refused.setdefault("eager attention returns no matrix to compare with", []).append(layer)
+                    continue
+                difference, distance = _compare(view, term, expected[layer], batch)
+                errors[way] = max(errors.get(way, 0.0), difference)
+                spread = max(spread, distance)
+                compared.add(layer)
+    row |= {"refused": {reason: sorted(set(map(str, which))) for reason, which in refused.items()}}
+    if not compared:
+        return row | {"status": "refused"}
+    sites = [layer_site(oracle, layer) for layer in compared]
+    tolerance = TOLERANCE if dtype == torch.float32 else TOLERANCE / 10  # many a softmax stays in float32
+    good = identical and spread > 1e-3 and all(error <= tolerance for error in errors.values())
+    return row | {
+        "status": "correct" if good else "wrong",
+        "mechanism": " + ".join(sorted({_mechanism(site) for site in sites})),
+        "attention": sorted({type(site.place.modules[0]).__name__ for site in sites}),
+        "layers": len(compared),
+        "difference": errors,
+        "output_identical": identical,
+        "largest_distance_of_views": spread,
+    }
+
+
+def layer_site(model: Any, layer: int | str) -> Any:
+    return Layout(model).attention(layer)
+
+
+def _mechanism(site: Any) -> str:
+    return "inside the module" if site.inside else "attention interface"
+
+
+def _requests(model: Any) -> tuple[list[int | str], dict[str, list[Any]]]:
+    """The layers to ask for, and the reasons why others are refused."""
+    layout = Layout(model)
+    refused: dict[str, list[Any]] = {}
+    numbers: list[int | str] = []
+    with contextlib.suppress(ValueError):
+        numbers = list(range(1, layout.depth + 1))
+    accepted = [n for n in numbers if _accepts(layout, n, refused)]
+    decoder = model.get_decoder() if getattr(model.config, "is_encoder_decoder", False) else None
+    if accepted and decoder is None:
+        return accepted, refused
+    inside = {id(part) for part in (model if decoder is None or not accepted else decoder).modules()}
+    paths = [path for path, module, _ in find_attention("", model) if id(module) in inside]
+    if not paths and not refused:
+        refused["no attention that can be taken"] = ["all"]
+    return accepted + [path for path in paths if _accepts(layout, path, refused)], refused
+
+
+def _accepts(layout: Layout, layer: int | str, refused: dict[str, list[Any]]) -> bool:
+    try:
+        layout.attention(layer)
+    except ValueError as error:
+        refused.setdefault(str(error)[:300], []).append(layer)
+        return False
+    return True
+
+
+def _eager_maps(oracle: Any, batch: dict[str, Tensor], layers: list[int | str]) -> dict[int | str, Tensor]:
+    """What the eager model returns for each layer: from its output where that has one entry a layer, or its modules."""
+    returned: dict[int | str, Tensor] = {}
+    handles = []
+    for layer in layers:
+        for module in layer_site(oracle, layer).place.modules:
+
+            def keep(_: Any, __: Any, output: Any, layer: int | str = layer) -> None:
+                entries = output[1:] if isinstance(output, tuple) else ()
+                maps = [e for e in entries if isinstance(e, Tensor) and e.dim() == 4 and e.is_floating_point()]
+                if maps:
+                    returned[layer] = maps[-1]  # T5 returns its position bias before it
+
+            handles.append(module.register_forward_hook(keep))
+    try:
+        with torch.no_grad():
+            output = run(oracle, batch, output_attentions=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    attentions = getattr(output, "attentions", None) or getattr(output, "encoder_attentions", None) or ()
+    numbers = [layer for layer in layers if isinstance(layer, int)]
+    if numbers and isinstance(attentions, (tuple, list)) and len(attentions) == Layout(oracle).depth:
+        returned |= {n: attentions[n - 1] for n in numbers if isinstance(attentions[n - 1], Tensor)}
+    return returned
+
+
+def _captured(
+    model: Any, batch: dict[str, Tensor], layers: list[int | str], refused: dict[str, list[Any]], way: str
+) -> tuple[dict[int | str, tuple[Any, Tensor]], bool]:
+    """What the recorder gave and the term of each layer, and whether the output is what it was without a recorder."""
+    plain = run(model, batch)
+    try:
+        with ear_ops.attach(model, [Seen(layers)]) as ear:
+            output = run(model, batch)
+            ear.loss()
+    except (ValueError, RuntimeError) as error:
+        if len(layers) == 1:
+            refused.setdefault(f"in loss() under {way}: {error}"[:300], []).append(layers[0])
+            return {}, True
+        each = [_captured(model, batch, [layer], refused, way) for layer in layers]
+        return {layer: seen for views, _ in each for layer, seen in views.items()}, all(same for _, same in each)
+    seen: dict[int | str, tuple[Any, Tensor]] = {}
+    for layer, pull in zip(layers, ear.regularizers, strict=True):
+        assert isinstance(pull, Seen)
+        seen[layer] = pull.view, ear.components()[pull.name]
+    return seen, _same(plain, output)
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return torch.equal(first.nan_to_num(), second.nan_to_num())
+    if isinstance(first, dict):
+        return all(_same(first[name], second[name]) for name in first)
+    if isinstance(first, (tuple, list)):
+        return all(map(_same, first, second))
+    return True
+
+
+def _compare(view: Any, term: Tensor, expected: Tensor, batch: dict[str, Tensor]) -> tuple[float, float]:
+    """The greatest difference from eager on real rows, of the matrix or the term, and how far the views are apart."""
+    actual = view.probabilities().detach()
+    if actual.shape != expected.shape:
+        return float("inf"), 0.0
+    rows, _, queries, keys = expected.shape
+    given = batch.get("attention_mask")
+    real = torch.ones(rows, queries, dtype=torch.bool)
+    key_mask = torch.ones(rows, keys, dtype=torch.bool)
+    if given is not None:
+        if queries == given.shape[1]:
+            real = given.bool()
+        elif view.query_mask is not None:
+            real = view.query_mask
+        if keys == given.shape[1]:
+            key_mask = given.bool()
+        elif view.attention_mask is not None:
+            key_mask = view.attention_mask
+    difference = (actual - expected).abs().amax(dim=(1, 3))[real].max()
+    half = rows // 2
+    masks = {"attention_mask": key_mask, "query_mask": real}
+    expected_term = ear_ops.attention_mse(expected, backend="reference", **masks)
+    both = real[:half] & real[half:]
+    spread = (expected[:half] - expected[half:]).abs().amax(dim=(1, 3))[both].max()
+    return max(float(difference), float((term - expected_term).abs())), float(spread)
+
+
+@contextlib.contextmanager
+def flash_stand_in(model: Any) -> Iterator[None]:
+    """FlashAttention runs on no CPU: a function under its name with its mask ``[B, S]``, in plain torch."""
+    before, original = model.config._attn_implementation, AttentionInterface()[STAND_IN]
+    AttentionInterface.register(STAND_IN, _flash)
+    model.config._attn_implementation = STAND_IN
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+        AttentionInterface.register(STAND_IN, original)
+
+
+def _flash(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: Any = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = (query.shape[-1] ** -0.5 if scaling is None else scaling) * query @ key.transpose(-1, -2)
+    if kwargs.get("position_bias") is not None:
+        raise ValueError("FlashAttention takes no position bias")
+    if kwargs.get("softcap") is not None:
+        scores = kwargs["softcap"] * torch.tanh(scores / kwargs["softcap"])
+    causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
+    allowed = reference.structure_mask(query.shape[2], key.shape[2], causal, kwargs.get("sliding_window"))
+    allowed = torch.ones(scores.shape[-2:], dtype=torch.bool) if allowed is None else allowed
+    if attention_mask is not None:
+        if attention_mask.dim() != 2:
+            raise ValueError(f"FlashAttention takes a mask [B, S], got {list(attention_mask.shape)}")
+        allowed = allowed & attention_mask.bool()[:, None, None, :]
+    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
