@@ -30,7 +30,8 @@ constexpr int kWarp = 32;
 #include <cuda_runtime.h>
 
 #define EAR_OPS_DEVICE __device__ __forceinline__
-#define EAR_OPS_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// One block a multiprocessor is enough: asked for no number, the compiler spills registers to fit more.
+#define EAR_OPS_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define EAR_OPS_ARGUMENT __grid_constant__
 #define EAR_OPS_CONSTANT __host__ __device__ constexpr  // functions that the compiler works out
 
