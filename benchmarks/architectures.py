@@ -54,6 +54,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "bros": {"dim_bbox_sinusoid_emb_1d": 16},
     "funnel": {"block_sizes": [2, 2], "num_hidden_layers": DEFAULT},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    **dict.fromkeys(["longformer", "led"], {"attention_window": 4}),
     "lilt": {"hidden_size": 48, "channel_shrink_ratio": 4},
     "reformer": {"axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
@@ -144,7 +145,7 @@ def batch_for(model: Any, kind: str, side: str = "right", rows: int = 4) -> dict
     """Both views of ``rows // 2`` inputs: token ids padded on ``side``, or images."""
     generator = torch.Generator().manual_seed(1)
     if kind == "vision":
-        size = getattr(model.config, "image_size", IMAGE)
+        size = getattr(model.config, "image_size", 2 * IMAGE)  # without one: pyramids, whose last maps are small
         height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
         return {"pixel_values": torch.randn(rows, 3, height, width, generator=generator)}
     input_ids = torch.randint(3, VOCABULARY, (rows, LENGTH), generator=generator)

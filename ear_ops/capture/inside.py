@@ -91,9 +91,9 @@ class _Mode(TorchFunctionMode):
             self.record.add(self.key, _attention_call(*args, **kwargs))
         elif func is F.softmax or func is torch.softmax or func is Tensor.softmax:
             dim = kwargs["dim"] if "dim" in kwargs else args[1] if len(args) > 1 else None
-            if dim in (-1, result.dim() - 1):
-                call = SoftmaxCall(result, self.shape)
-                self.record.add(self.key if call.maps() is not None else other_softmax(self.key), call)
+            call = SoftmaxCall(result, self.shape)
+            is_matrix = dim in (-1, result.dim() - 1) and call.maps() is not None
+            self.record.add(self.key if is_matrix else other_softmax(self.key), call)
         return result
 
 

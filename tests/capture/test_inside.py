@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 import transformers
+from torch import nn
 from torch.overrides import _len_torch_function_stack
 
 from ear_ops.regularizers import AttentionPull, EmbeddingPush, SentencePull, attach
@@ -78,6 +79,41 @@ def test_sparse_attention_is_refused_in_loss(tools):
         with pytest.raises(
             ValueError, match=r"attention_pull\.2: .* no attention matrix .* sparse and local attention"
         ):
+            ear.loss()
+
+
+class OwnAttention(nn.Module):
+    """One head on vectors ``[B, L, C]``; a softmax over the keys, ``dim=-1``, or over the queries."""
+
+    def __init__(self, dim):
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.dim = nn.Linear(8, 8), nn.Linear(8, 8), dim
+
+    def forward(self, vectors, attention_mask=None):
+        scores = self.query(vectors) @ self.key(vectors).transpose(-1, -2)
+        return torch.softmax(scores[:, None], self.dim)[:, 0] @ vectors
+
+
+@pytest.mark.parametrize("dim", [-1, 3])
+def test_a_module_of_ones_own(dim):
+    model = nn.ModuleDict({"attention": OwnAttention(dim)})
+    model.forward = lambda vectors: model["attention"](vectors)
+    vectors = torch.randn(4, 5, 8)
+    with attach(model, [AttentionPull("attention", 1.0)]) as ear:
+        model(vectors)
+        loss = ear.loss()
+    own = model["attention"]
+    attn = (own.query(vectors) @ own.key(vectors).transpose(1, 2)).softmax(-1)
+    torch.testing.assert_close(loss, (attn[:2] - attn[2:]).square().mean())
+
+
+def test_a_softmax_over_queries_is_refused_in_loss():
+    model = nn.ModuleDict({"attention": OwnAttention(2)})
+    model.forward = lambda vectors: model["attention"](vectors)
+    with attach(model, [AttentionPull("attention")]) as ear:
+        model(torch.randn(4, 5, 8))
+        with pytest.raises(ValueError, match=r"softmax of shape \[4, 1, 5, 5\].* no attention matrix"):
             ear.loss()
 
 

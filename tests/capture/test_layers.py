@@ -10,6 +10,7 @@ import transformers
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import AttentionInterface
 
+from ear_ops.capture import Layout
 from ear_ops.regularizers import AttentionPull, attach
 
 PATH = "bert.encoder.layer.{}.attention.self"
@@ -105,6 +106,24 @@ def test_decoder_and_cross_attention(tools, implementation, length):
         assert float(term.detach()) > 1e-4
         torch.testing.assert_close(component, term.detach(), rtol=1e-5, atol=0.0)
     tools.assert_same_gradients(tools.gradients(model, loss), tools.gradients(oracle, sum(expected)))
+
+
+def test_masks_of_a_decoder_that_is_no_model_of_its_own():
+    """The whole model receives the masks then: the encoder's under the plain name, the decoder's under another."""
+    config = transformers.FSMTConfig(
+        langs=["en", "de"], src_vocab_size=60, tgt_vocab_size=60, d_model=32, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+    )  # fmt: skip
+    layout = Layout(transformers.FSMTModel(config))
+    masks = {}
+    for path in ("encoder.layers.0.self_attn", "decoder.layers.0.self_attn", "decoder.layers.0.encoder_attn"):
+        site = layout.attention(path)
+        masks[path] = site.model, site.key_mask, site.query_mask
+    assert list(masks.values()) == [
+        ("", "attention_mask", "attention_mask"),
+        ("", "decoder_attention_mask", "decoder_attention_mask"),
+        ("", "attention_mask", "decoder_attention_mask"),
+    ]
 
 
 def test_cross_attention_without_masks(tools):
