@@ -104,15 +104,17 @@ def main() -> None:
     options = parser.parse_args()
     sources = options.files or [HERE / name for name in CORE]
     if options.all:
-        sources = sorted(HERE.rglob("*.cu"))
+        sources = [HERE / "elementwise.cu", *sorted(HERE.glob("instances/*.cu"))]
     tasks = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        rows = [row for found in pool.map(lambda task: compile_one(*task), tasks) for row in found]
+    rows: list[dict[str, Any]] = []
     bad = 0
-    for row in rows:
-        problems = complaints(row)
-        bad += bool(problems)
-        print("  ".join(f"{key} {value}" for key, value in row.items()), *problems, sep="  ")
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        for found in pool.map(lambda task: compile_one(*task), tasks):
+            for row in found:
+                problems = complaints(row)
+                bad += bool(problems)
+                print("  ".join(f"{key} {value}" for key, value in row.items()), *problems, sep="  ", flush=True)
+            rows += found
     if any("HMMA" not in row for row in rows):
         print("NOT CHECKED: instructions (there is no cuobjdump with nvdisasm)")
     if options.out:

@@ -91,7 +91,7 @@ struct Products<float> {
   static EAR_OPS_DEVICE void add_scores(const char* rows, const char* columns, float (&scores)[kN / 8][4]) {
     using Layout = Tile<float, kD>;
     const int g = thread_index() % kWarp / 4, t = thread_index() % 4;
-#pragma unroll
+#pragma unroll 1  // more at a time and the split numbers run out of registers
     for (int k = 0; k < kD; k += 8) {
       const Two top = load_shared<Two>(Layout::at(rows, g, k + 2 * t));
       const Two bottom = load_shared<Two>(Layout::at(rows, g + 8, k + 2 * t));
