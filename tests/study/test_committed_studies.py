@@ -32,10 +32,18 @@ def test_every_table_of_the_paper_has_a_group_with_its_rows(monkeypatch: pytest.
     assert not missing
 
 
-@pytest.mark.parametrize(("name", "runs"), [("xnli.yaml", 102), ("pawsx.yaml", 28), ("source-language.yaml", 9)])
+@pytest.mark.parametrize(("name", "runs"), [("xnli.yaml", 106), ("pawsx.yaml", 31), ("source-language.yaml", 9)])
 def test_how_many_runs_there_are(name: str, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slip in a study costs days of computing: count what is planned."""
     assert len(load(name, monkeypatch).plan(lambda run: 0.5).runs) == runs
+
+
+@pytest.mark.parametrize("name", ["xnli.yaml", "pawsx.yaml"])
+def test_runs_that_only_choose_are_scored_in_english_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fourteen of fifteen languages would be scored for nothing; what stands in a table has them all."""
+    plan = load(name, monkeypatch).plan(lambda run: 0.5)
+    for member in plan.members:
+        assert member.run.settings["languages"] == ("en" if member.group.select else None), member.own
 
 
 def test_settings_of_the_papers_tables(monkeypatch: pytest.MonkeyPatch) -> None:

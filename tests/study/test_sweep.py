@@ -120,6 +120,26 @@ def test_a_choice_opens_the_groups_that_wait_for_it(write_study, tmp_path: Path,
     assert [name.split("-seed")[0] for name in trained] == ["xnli-ear", "xnli-ear", "xnli-finetune", "xnli-rs-da"]
 
 
+def test_a_choice_needs_the_source_language_alone(write_study, tmp_path: Path) -> None:
+    study = write_study(
+        {
+            "name": "rate",
+            "settings": {"languages": "en"},
+            "grid": {"learning_rate": [1.0e-6, 3.0e-3]},
+            "select": ["learning_rate"],
+            "for": {"method": "finetune"},
+        },
+        {"name": "table", "grid": {"method": ["finetune", "rs-da"]}},
+        method="finetune",
+        epochs=2,
+    )
+    finished = sweep(study, tmp_path / "study").finished
+    every = [json.loads((tmp_path / "study" / name / "results.json").read_text()) for name in finished]
+    assert [list(each["languages"]) for each in every] == [["en"], ["en"], ["en", "de", "sw"], ["en", "de", "sw"]]
+    assert [each["config"]["learning_rate"] for each in every] == [1.0e-6, 3.0e-3, 3.0e-3, 1.0e-3]
+    assert every[1]["best"] == every[2]["best"], "the languages that are scored do not change the training"
+
+
 def test_a_run_in_other_hands_is_waited_for(
     write_study, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
