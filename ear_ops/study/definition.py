@@ -214,7 +214,7 @@ def load_study(path: str | Path) -> Study:
 
 def _typed(name: str, value: Any) -> Any:
     """YAML reads 1 as an integer and 2e-5 as a text where a setting is a float."""
-    if _TYPES.get(name) is not float or value is None or isinstance(value, bool):
+    if _TYPES.get(name) not in (float, float | None) or value is None or isinstance(value, bool):
         return value
     try:
         return float(value)

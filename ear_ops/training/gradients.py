@@ -20,10 +20,26 @@ Batch = Mapping[str, Tensor]  # as `PairCollator` makes it: inputs [2B, L], labe
 
 def gradient_ratios(model: Any, regularizers: Sequence[Any], layer: int, batches: Iterable[Batch]) -> dict[str, float]:
     """Norm of each unweighted term's gradient over that of CE(x) + CE(x^a): at the embedding layer's output, and at the
-    queries and keys of block `layer`.
+    queries and keys of block `layer`. Norms are taken over all batches together. Arguments as for `gradient_squares`.
 
-    The model is measured as it is, without dropout, and neither it nor the random state changes. Norms are taken over
-    all batches together: the root of the sum of their squares.
+    Returns:
+        Ratios by `TERM at embeddings`, `TERM at query`, `TERM at key`; a place that a term does not reach is left out.
+    """
+    squares = gradient_squares(model, regularizers, layer, batches)
+    return {
+        f"{name} at {place}": math.sqrt(value / at["cross_entropy"])
+        for place, at in squares.items()
+        for name, value in at.items()
+        if name != "cross_entropy"
+    }
+
+
+def gradient_squares(
+    model: Any, regularizers: Sequence[Any], layer: int, batches: Iterable[Batch]
+) -> dict[str, dict[str, float]]:
+    """Squared norms of the gradients of CE(x) + CE(x^a) and of each unweighted term, summed over the batches.
+
+    The model is measured as it is, without dropout, and neither it nor the random state changes.
 
     Args:
         model: a classifier, logits [2B, K].
@@ -32,7 +48,11 @@ def gradient_ratios(model: Any, regularizers: Sequence[Any], layer: int, batches
         batches: of two views; on the model's device.
 
     Returns:
-        Ratios by `TERM at embeddings`, `TERM at query`, `TERM at key`; a place that a term does not reach is left out.
+        By place (`embeddings`, `query`, `key`) and there by name, `cross_entropy` or a term's; a place that a term does
+        not reach lacks it.
+
+    Raises:
+        ValueError: the layer gives no queries and keys.
     """
     root = unwrap(model)
     layout = Layout(root)
@@ -70,9 +90,4 @@ def gradient_ratios(model: Any, regularizers: Sequence[Any], layer: int, batches
     finally:
         recorder.remove()
         root.train(training)
-    return {
-        f"{name} at {place}": math.sqrt(value / at["cross_entropy"])
-        for place, at in squares.items()
-        for name, value in at.items()
-        if name != "cross_entropy"
-    }
+    return squares

@@ -148,7 +148,7 @@ class RobustTargets(Method):
 class EmbeddingPushAttentionPull(RobustTargets):
     """EAR, equation 5 of Ding et al. (COLING 2022): CE(x) + CE(x^a) + alpha * push + beta * pull."""
 
-    uses = TWO_VIEWS | {"alpha", "beta", "layer", "reduction"}
+    uses = TWO_VIEWS | {"alpha", "push_ratio", "beta", "pull_ratio", "layer", "reduction"}
 
     def regularizers(self) -> list[Any]:
         return [self._push(), self._pull()]
@@ -157,7 +157,7 @@ class EmbeddingPushAttentionPull(RobustTargets):
 class WithoutPush(RobustTargets):
     """`ear` without the embedding push, the ablation of Ding et al. (COLING 2022), table 3."""
 
-    uses = TWO_VIEWS | {"beta", "layer", "reduction"}
+    uses = TWO_VIEWS | {"beta", "pull_ratio", "layer", "reduction"}
 
     def regularizers(self) -> list[Any]:
         return [self._pull()]
@@ -166,7 +166,7 @@ class WithoutPush(RobustTargets):
 class WithoutPull(RobustTargets):
     """`ear` without the attention pull, the ablation of Ding et al. (COLING 2022), table 3."""
 
-    uses = TWO_VIEWS | {"alpha", "reduction"}
+    uses = TWO_VIEWS | {"alpha", "push_ratio", "reduction"}
 
     def regularizers(self) -> list[Any]:
         return [self._push()]
@@ -196,7 +196,7 @@ class PushSentencePull(RobustTargets):
     CE(x) + CE(x^a) + alpha * push + beta * sentence pull, the latter on the mean-pooled output of block `layer`.
     """
 
-    uses = TWO_VIEWS | {"alpha", "beta", "layer", "reduction"}
+    uses = TWO_VIEWS | {"alpha", "push_ratio", "beta", "pull_ratio", "layer", "reduction"}
 
     def regularizers(self) -> list[Any]:
         return [self._push(), SentencePull(self.config.layer, self.config.beta, reduction=self.config.reduction)]

@@ -114,6 +114,9 @@ def _remarks(results: dict[str, Any]) -> list[str]:
     remarks = []
     if results.get("replaced"):
         remarks.append("Augmented view: " + results["replaced"]["summary"] + ".")
+    if results.get("weights"):
+        weights = ", ".join(f"{name} {weight:.4g}" for name, weight in results["weights"].items())
+        remarks.append(f"Weights of the terms: {weights}, measured for the wanted ratios.")
     if results.get("best"):
         best = results["best"]
         accuracy = _percent(best["dev_accuracy"])

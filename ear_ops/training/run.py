@@ -14,15 +14,15 @@ from transformers import TrainingArguments, set_seed
 from ear_ops.data import PairCollator, PairExample, PairViews, get_task
 from ear_ops.models.classifier import load_classifier
 from ear_ops.models.vocabulary import prune_vocabulary
-from ear_ops.regularizers import AttentionPull, EmbeddingPush
 from ear_ops.training import checkpoints, processes
-from ear_ops.training.config import ConfigError, TrainConfig
+from ear_ops.training.config import RATIOS, ConfigError, TrainConfig
 from ear_ops.training.diagnosis import chance_level, collapse_notice, last_quarter
 from ear_ops.training.evaluation import predict, score
 from ear_ops.training.folder import RunFolderError, claim, load_config, locked, read_json, versions
-from ear_ops.training.gradients import gradient_ratios
+from ear_ops.training.freezing import freeze_word_embeddings
 from ear_ops.training.methods import METHODS, Method
 from ear_ops.training.reports import results_markdown, summarise
+from ear_ops.training.scale import chosen_weights, measured_ratios, terms_of, weighted
 from ear_ops.training.sources import TrainingData, evaluation_texts, load_split_of, load_training_data
 from ear_ops.training.trainer import PairTrainer
 
@@ -91,8 +91,7 @@ def _open(config: TrainConfig, folder: Path, held: ExitStack) -> dict[str, Any] 
 
 def _fit(config: TrainConfig, folder: Path) -> None:
     """Train into `folder/model` and `folder/training.json`."""
-    method = METHODS[config.method](config)
-    data = load_training_data(config, method.two_views)
+    data = load_training_data(config, METHODS[config.method].two_views)
     dev = load_split_of(config, "dev", [config.source_language])[config.source_language]
     load_split_of(config, config.eval_split, config.language_list)  # a missing file should stop the run now
     processes.say(f"{len(data.views):,} training pairs, {len(dev):,} for choosing the checkpoint.")
@@ -101,8 +100,17 @@ def _fit(config: TrainConfig, folder: Path) -> None:
 
     try:
         model, tokenizer = initial_model(config, data)
-        trainer = _make_trainer(config, folder, method, model, tokenizer, data.views, dev)
-        before = _gradient_ratios(config, method, trainer, data)
+        collate = PairCollator(tokenizer, max_length=config.max_length, padding=config.padding)
+        if config.freeze_embeddings:
+            inputs = collate([data.views[0]])
+            inputs.pop("labels")
+            freeze_word_embeddings(model, terms_of(config), inputs)
+        weights = processes.on_main(lambda: chosen_weights(config, folder, model, collate, data.views))
+        if weights:
+            processes.say(f"Weights for the wanted ratios: {', '.join(f'{k} {v:.4g}' for k, v in weights.items())}.")
+        method = METHODS[config.method](weighted(config, weights))
+        trainer = make_trainer(config, folder, method, model, collate, data.views, dev)
+        before = measured_ratios(config, model, collate, data.views)
     except (ValueError, TypeError) as error:  # a layer, length, pooling or set of labels that this model does not have
         raise ConfigError(str(error)) from error
     newest = processes.on_main(lambda: _newest_checkpoint(folder / "checkpoints"))
@@ -115,7 +123,7 @@ def _fit(config: TrainConfig, folder: Path) -> None:
     terms = last_quarter(state.log_history, state.max_steps)
     regularised = bool(method.regularizers())
     notice = collapse_notice(terms, chance_level(data.labels), state.max_steps, regularised=regularised)
-    after = _gradient_ratios(config, method, trainer, data)
+    after = measured_ratios(config, model, collate, data.views)
     ratios = None if before is None else {"before": before, "after": after}
     training = {
         "steps": state.global_step,
@@ -125,6 +133,7 @@ def _fit(config: TrainConfig, folder: Path) -> None:
         "notices": [notice] if notice else [],
         "replaced": data.replaced,
         "gradient_ratios": ratios,
+        "weights": weights,
         "timing": {"seconds": output.metrics["train_runtime"], "resumed": newest is not None},
         "log": state.log_history,
     }
@@ -167,9 +176,16 @@ def initial_model(config: TrainConfig, data: TrainingData) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _make_trainer(
-    config: TrainConfig, folder: Path, method: Method, model: Any, tokenizer: Any, views: PairViews, dev: list[Any]
+def make_trainer(
+    config: TrainConfig,
+    folder: Path,
+    method: Method,
+    model: Any,
+    collate: PairCollator,
+    views: PairViews,
+    dev: list[Any],
 ) -> PairTrainer:
+    """The Trainer of a run: `views` to train on, `dev` to choose the checkpoint."""
     on_cuda = torch.cuda.is_available()
     if config.batch_size % processes.count():
         raise ConfigError(
@@ -211,34 +227,13 @@ def _make_trainer(
         method,
         train_dataset=views,
         eval_dataset=PairViews(dev),
-        data_collator=PairCollator(tokenizer, max_length=config.max_length, padding=config.padding),
+        data_collator=collate,
         compute_metrics=lambda output: {"accuracy": float((output.predictions.argmax(-1) == output.label_ids).mean())},
         evaluations_per_epoch=config.evaluations_per_epoch,
         group_by_length=config.group_by_length,
-        processing_class=tokenizer,
+        compiled=config.compile,
+        processing_class=collate.tokenizer,
     )
-
-
-def _gradient_ratios(
-    config: TrainConfig, method: Method, trainer: PairTrainer, data: TrainingData
-) -> dict[str, float] | None:
-    """On the first `measure_gradients` batches of the first epoch's views; None where there is nothing to measure."""
-    if not (config.measure_gradients and method.two_views):
-        return None
-    data.views.set_epoch(0)
-    model: Any = trainer.model
-    collate: Any = trainer.data_collator
-    starts = range(0, min(config.measure_gradients * config.batch_size, len(data.views)), config.batch_size)
-    batches = (
-        collate([data.views[i] for i in range(start, min(start + config.batch_size, len(data.views)))])
-        for start in starts
-    )
-    on_device = ({name: tensor.to(model.device) for name, tensor in batch.items()} for batch in batches)
-    terms = [
-        EmbeddingPush(1.0, reduction=config.reduction),
-        AttentionPull(config.layer, 1.0, reduction=config.reduction),
-    ]
-    return gradient_ratios(model, terms, config.layer, on_device)
 
 
 def _evaluate(config: TrainConfig, folder: Path, split: str) -> dict[str, Any]:
@@ -279,13 +274,14 @@ def _write_results(
     results = {
         "task": config.task,
         "split": split,
-        "regularised": bool(METHODS[config.method](config).regularizers()),
+        "regularised": bool(METHODS[config.method].uses & RATIOS.keys()),
         "collapsed": training["collapsed"],
         **summarise(scores, config.source_language),
         "best": training["best"],
         "steps": training["steps"],
         "terms": training["terms"],
-        "gradient_ratios": training.get("gradient_ratios"),
+        "gradient_ratios": training.get("gradient_ratios"),  # of runs of older versions neither this nor the weights
+        "weights": training.get("weights", {}),
         "replaced": training["replaced"],
         "notices": training["notices"]
         + ([f"no {split} data for {', '.join(missing)}: not in the averages"] if missing else []),

@@ -12,6 +12,7 @@ try:
 except ModuleNotFoundError:
     raise ModuleNotFoundError("training needs accelerate: pip install 'ear-ops[train]'", name="accelerate") from None
 
+import torch
 import torch.nn.functional as F
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -106,6 +107,7 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         evaluations_per_epoch: evaluate `eval_dataset` and save so often, evenly, whatever the steps in `args` say; None
             leaves both to `args`.
         group_by_length: make steps of pairs of like length.
+        compiled: take training steps with `torch.compile`; evaluation, and whoever else calls the model, does not.
 
     Raises:
         ValueError: `args` would delete checkpoints before the next one is complete (`save_total_limit`), or what
@@ -121,6 +123,7 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         train_dataset: Any,
         evaluations_per_epoch: int | None = None,
         group_by_length: bool = False,
+        compiled: bool = False,
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
@@ -142,10 +145,16 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         )
         self.method = method
         self.order = order
+        self.compiled = compiled
+        self._compiled_model: Any = None
 
     def training_loss(self, model: Any, inputs: dict[str, Any]) -> StepLoss:
         """The method's loss; labels are [B], while the inputs may have 2B rows."""
         labels = inputs.pop("labels")
+        if self.compiled:
+            if self._compiled_model is None:  # not earlier: by now it is in its wrappers, if it gets any
+                self._compiled_model = torch.compile(model, dynamic=True)  # steps differ in length
+            model = self._compiled_model
         return self.method.step(model, inputs, labels, self.attached)
 
     def compute_loss(

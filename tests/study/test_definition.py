@@ -64,6 +64,26 @@ def test_what_would_compute_the_same_is_one_run(write_study) -> None:
     ]
 
 
+def test_ratios_are_an_axis_of_the_methods_that_have_the_weight(write_study) -> None:
+    study = load_study(
+        write_study(
+            {
+                "name": "a",
+                "grid": {"push_ratio": [0.1, 1], "pull_ratio": [0.1], "method": ["rs-da", "ear-no-ept", "ear-no-apt"]},
+            },
+            {"name": "b", "settings": {"method": "ear"}, "grid": {"push_ratio": [0.1, "1e-1", None]}},
+        )
+    )
+    assert settings(study, "method", "alpha", "push_ratio", "beta", "pull_ratio") == [
+        ("rs-da", 1.0, None, 0.1, None),
+        ("ear-no-ept", 1.0, None, None, 0.1),
+        ("ear-no-apt", None, 0.1, 0.1, None),
+        ("ear-no-apt", None, 1.0, 0.1, None),
+        ("ear", None, 0.1, 0.1, None),
+        ("ear", 1.0, None, 0.1, None),
+    ]
+
+
 def test_a_name_depends_on_nothing_but_what_differs_from_the_defaults() -> None:
     """So that studies go on under a version with more settings; pinned, because folders of runs are found by it."""
     run = Run.of({"data_dir": "mini", "method": "rs-da", "seed": 7})

@@ -124,6 +124,19 @@ def test_choices_are_shown_with_their_candidates(make_report) -> None:
     assert all(row["accuracies"]["en"][0] == pytest.approx(13 / 15) for row in content["sections"][1]["rows"])
 
 
+def test_weights_that_follow_from_ratios_stand_beside_the_terms(make_report, tmp_path: Path) -> None:
+    def wrong(settings: dict[str, Any]) -> dict[str, int]:
+        return dict.fromkeys(LANGUAGES, 5)
+
+    make_report({"name": "ratios", "grid": {"push_ratio": [0.1], "seed": [1, 2]}}, wrong=wrong)
+    for seed, path in enumerate(sorted((tmp_path / "study").glob("*/results.json")), start=1):
+        write_json(path, {**json.loads(path.read_text()), "weights": {"alpha": 10.0 * seed}})
+    report(tmp_path / "study")
+    lines = (tmp_path / "study" / "report.md").read_text().splitlines()
+    assert any(line.startswith("Loss terms") and "weights chosen for the wanted ratios" in line for line in lines)
+    assert "| row | cross_entropy | alpha, chosen |" in lines and "| push_ratio 0.1 | 1.25 | 15 |" in lines
+
+
 def test_figure_6_is_drawn_from_table_6(make_report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need the extra `analysis`")
 

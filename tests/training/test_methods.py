@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import BertForSequenceClassification
 
 from ear_ops.regularizers import attach
+from ear_ops.training.config import RATIOS
 from ear_ops.training.methods import METHODS, TWO_VIEWS
 from ear_ops.training.perturbation import mean_norm, uniform_in_ball, word_embeddings
 
@@ -311,6 +312,11 @@ def test_a_method_uses_the_settings_that_it_says(make_config) -> None:
     for name, method in METHODS.items():
         config = Watched(make_config(method=name))
         method(config).regularizers()
-        stepping = {"perturbation", "adversarial_steps"}  # read in a step
-        assert config.read == method.uses - stepping - TWO_VIEWS, name
+        elsewhere = {
+            "perturbation",
+            "adversarial_steps",
+            *RATIOS.values(),
+        }  # read in a step, or before there is a method
+        assert config.read == method.uses - elsewhere - TWO_VIEWS, name
+        assert {RATIOS[weight] for weight in method.uses & RATIOS.keys()} == method.uses & set(RATIOS.values()), name
         assert (method.uses >= TWO_VIEWS) == method.two_views, name

