@@ -1,7 +1,8 @@
 // MSE between given attention probabilities: one pass over both views, row by row.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
+
+#include <numeric>
 
 #include "isa.h"
 #include "schedule.h"
@@ -41,21 +42,27 @@ Maps make_maps(const Tensor& attn, const OptionalTensor& attn_aug, const Optiona
 // Rows of a task: few enough that a single head is shared out, many enough to be worth a thread.
 int64_t rows_per_task(const Maps& m) { return std::max<int64_t>(1, (int64_t(1) << 16) / std::max<int64_t>(m.keys, 1)); }
 
-// body(task, b, h, i, row of x, row of x^a) for every counted row.
+int64_t tasks_per_head(const Maps& m) {  // none where there is no element
+  return m.keys == 0 ? 0 : (m.queries + rows_per_task(m) - 1) / rows_per_task(m);
+}
+
+// body(task, head of all heads of all pairs, first row, rows) for every piece of every head.
 template <typename Body>
-void for_rows(const Maps& m, const Body& body) {
-  const int64_t element = m.views[0].element_size(), per_task = rows_per_task(m);
-  const int64_t tasks_per_head = (m.queries + per_task - 1) / per_task, tasks = m.pairs * m.heads * tasks_per_head;
+void for_pieces(const Maps& m, const Body& body) {
+  const int64_t element = m.views[0].element_size(), per_task = rows_per_task(m), per_head = tasks_per_head(m);
+  const int64_t tasks = m.pairs * m.heads * per_head;
   run_tasks(tasks, workers_for(static_cast<double>(m.views[0].numel())), [&](int64_t, const auto& next) {
     for (int64_t task = next(); task < tasks; task = next()) {
-      const int64_t b = task / tasks_per_head / m.heads, h = task / tasks_per_head % m.heads;
+      const int64_t head = task / per_head, b = head / m.heads, begin = task % per_head * per_task;
       const uint8_t* counted = mask_row(m.counted_queries, b);
-      const int64_t begin = task % tasks_per_head * per_task;
-      for (int64_t i = begin; i < std::min(begin + per_task, m.queries); ++i) {
-        if (counted && !counted[i]) continue;
-        body(task, b, h, i, m.data[0].head(b, h) + i * m.data[0].row_stride * element,
-             m.data[1].head(b, h) + i * m.data[1].row_stride * element);
+      RowPairs rows = {m.kind, {}, {}, std::min(per_task, m.queries - begin), m.keys, {}, counted};
+      if (counted) rows.counted += begin;
+      for (int v = 0; v < 2; ++v) {
+        rows.data[v] = m.data[v].head(b, head % m.heads) + begin * m.data[v].row_stride * element;
+        rows.stride[v] = m.data[v].row_stride;
+        rows.real[v] = mask_row(m.key_mask, v * m.pairs + b);
       }
+      body(task, head, begin, rows);
     }
   });
 }
@@ -63,29 +70,27 @@ void for_rows(const Maps& m, const Body& body) {
 template <typename A>
 void forward(const Maps& m, Tensor& sums) {
   const auto& table = kernels<A>(*selection().isa);
-  const int64_t per_task = rows_per_task(m);
-  const Tensor task_sums =
-      at::zeros({m.pairs, m.heads, (m.queries + per_task - 1) / per_task}, sums.options().dtype(at::kDouble));
-  double* task_sum = task_sums.data_ptr<double>();
-  for_rows(m, [&](int64_t task, int64_t b, int64_t, int64_t, const char* row, const char* row_aug) {
-    task_sum[task] += table.squared_difference(row, row_aug, m.kind, mask_row(m.key_mask, b),
-                                               mask_row(m.key_mask, m.pairs + b), m.keys);
+  const int64_t heads = m.pairs * m.heads, per_head = tasks_per_head(m);
+  std::vector<double> task_sums(heads * per_head);
+  for_pieces(m, [&](int64_t task, int64_t, int64_t, const RowPairs& rows) {
+    task_sums[task] = table.squared_difference(rows);
   });
-  sums.copy_(task_sums.sum(-1));
+  A* sum = sums.data_ptr<A>();
+  for (auto head = task_sums.begin(); head != task_sums.end(); head += per_head)
+    *sum++ = static_cast<A>(std::accumulate(head, head + per_head, 0.0));
 }
 
+// out: of each view, contiguous [B, H, L, S], every element of which is written; null: not asked for.
 template <typename A>
-void backward(const Maps& m, const Tensor& grad_sums, const std::array<Heads, 2>& out) {
+void backward(const Maps& m, const Tensor& grad_sums, const std::array<char*, 2>& out) {
   const auto& table = kernels<A>(*selection().isa);
   const A* upstream = grad_sums.data_ptr<A>();
-  const int64_t element = m.views[0].element_size();
-  const bool stream = exceeds_caches(m.views[0]);
-  for_rows(m, [&](int64_t, int64_t b, int64_t h, int64_t i, const char* row, const char* row_aug) {
+  const int64_t row_bytes = m.keys * m.views[0].element_size();
+  for_pieces(m, [&](int64_t, int64_t head, int64_t begin, const RowPairs& rows) {
     char* to[2] = {};
     for (int v = 0; v < 2; ++v)
-      if (out[v].data) to[v] = out[v].head(b, h) + i * out[v].row_stride * element;
-    table.difference_gradient(row, row_aug, m.kind, mask_row(m.key_mask, b), mask_row(m.key_mask, m.pairs + b), m.keys,
-                              2 * upstream[b * m.heads + h], stream, to[0], to[1]);
+      if (out[v]) to[v] = out[v] + (head * m.queries + begin) * row_bytes;
+    table.difference_gradient(rows, 2 * upstream[head], to[0], to[1]);
   });
 }
 
@@ -95,7 +100,7 @@ void backward(const Maps& m, const Tensor& grad_sums, const std::array<Heads, 2>
 Tensor attention_mse(const Tensor& attn, const OptionalTensor& attn_aug, const OptionalTensor& key_mask,
                      const OptionalTensor& counted_queries) {
   const auto maps = cpu::make_maps(attn, attn_aug, key_mask, counted_queries);
-  Tensor sums = at::empty({maps.pairs, maps.heads}, attn.options().dtype(cpu::accumulator_of(attn)));
+  Tensor sums = at::zeros({maps.pairs, maps.heads}, attn.options().dtype(cpu::accumulator_of(attn)));
   if (maps.kind == cpu::Kind::kFloat64) {
     cpu::forward<double>(maps, sums);
   } else {
@@ -112,17 +117,15 @@ std::vector<Tensor> attention_mse_backward(const Tensor& grad_sums, const Tensor
   TORCH_CHECK_VALUE(needs.size() == 2, cpu::kOp, ": needs: expected 2 entries, got ", needs.size());
   std::vector<Tensor> gradients;
   auto make = [&]() {
-    gradients.push_back(counted_queries ? at::zeros(attn.sizes(), attn.options())
-                                        : at::empty(attn.sizes(), attn.options()));
-    return gradients.back();
+    gradients.push_back(at::empty(attn.sizes(), attn.options()));
+    return static_cast<char*>(gradients.back().data_ptr());
   };
-  std::array<cpu::Heads, 2> out;
+  std::array<char*, 2> out = {};
   if (needs.get(0)) {
-    const Tensor gradient = make();
-    out[0] = cpu::Heads(gradient);
-    if (!attn_aug) out[1] = cpu::Heads(gradient.narrow(0, maps.pairs, maps.pairs));
+    out[0] = make();
+    if (!attn_aug) out[1] = out[0] + gradients[0].nbytes() / 2;
   }
-  if (needs.get(1) && attn_aug) out[1] = cpu::Heads(make());
+  if (needs.get(1) && attn_aug) out[1] = make();
   const Tensor upstream = grad_sums.to(cpu::accumulator_of(attn)).contiguous();
   if (maps.kind == cpu::Kind::kFloat64) {
     cpu::backward<double>(maps, upstream, out);

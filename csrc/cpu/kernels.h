@@ -32,6 +32,16 @@ struct ColumnStats {
 };
 constexpr int64_t kRowStats = 6;
 
+// Rows of both views, the elements of each side by side.
+struct RowPairs {
+  Kind kind;
+  const void* data[2];
+  int64_t stride[2];  // of a row, in elements
+  int64_t rows, n;
+  const uint8_t* real[2];  // [n] of each view, masked elements counting as zero; both null: all are real
+  const uint8_t* counted;  // [rows]; null: all count
+};
+
 template <typename A>
 struct Kernels {
   // dst [padded rows, ld] = rows `index` of src (row stride in elements), a row whose `real`
@@ -56,15 +66,15 @@ struct Kernels {
   // raw scores <- gradient * P ((P - T) - d), those of x^a likewise.
   void (*gradient_tile)(const Column<A>& column, const ColumnStats<A>& stats, A gradient);
 
-  // sum over n of (a - b)^2, elements with mask byte 0 counting as zero (null: all real).
-  A (*squared_difference)(const void* a, const void* b, Kind kind, const uint8_t* mask, const uint8_t* mask_aug,
-                          int64_t n);
-  // grad_a = gradient (a - b), grad_b = -gradient (a - b), zero where that view is masked; either may be null.
-  // `stream`: past the caches where possible.
-  void (*difference_gradient)(const void* a, const void* b, Kind kind, const uint8_t* mask, const uint8_t* mask_aug,
-                              int64_t n, A gradient, bool stream, void* grad_a, void* grad_b);
-  // total [n] += src [n], in double: a plain float32 sum over many tokens loses more than the error rule allows.
-  void (*add_row)(const void* src, Kind kind, int64_t n, double* total);
+  // sum of (a - b)^2 over all elements.
+  double (*squared_difference)(const RowPairs& pairs);
+  // grad [rows, n] of the first view = gradient (a - b), of the second = -gradient (a - b), zero where that view is
+  // masked and in rows that do not count; either may be null.
+  void (*difference_gradient)(const RowPairs& pairs, A gradient, void* grad, void* grad_aug);
+  // total [n] += the sum of rows `index` of src (row stride in elements), in double: a plain float32 sum over many
+  // tokens loses more than the error rule allows.
+  void (*add_rows)(const void* src, Kind kind, int64_t stride, const int32_t* index, int64_t rows, int64_t n,
+                   double* total);
   // y [n] = exp(x), n padded.
   void (*exponentials)(const A* x, int64_t n, A* y);
   // dst [n] = factor * src [n].
@@ -79,9 +89,8 @@ struct Isa {
   // dst [rows / 2, cols, 2], the layout that matrix units read.
   void (*to_bf16)(const float* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst, int64_t ld_dst);
   void (*to_vnni)(const float* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst);
-  // Rows of dst, `stride` bytes apart, = row [bytes], or zeros where `real` is 0 (null: all real). `stream` as above.
-  void (*fill_rows)(const char* row, const uint8_t* real, int64_t rows, int64_t bytes, bool stream, int64_t stride,
-                    char* dst);
+  // Rows of dst, `stride` bytes apart, = row [bytes], or zeros where `real` is 0 (null: all real).
+  void (*fill_rows)(const char* row, const uint8_t* real, int64_t rows, int64_t bytes, int64_t stride, char* dst);
 };
 
 extern const Isa kPortable;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "row_loops.h"
 #include "vec.h"
 
 namespace {
@@ -11,38 +12,9 @@ using ear_ops::cpu::Column;
 using ear_ops::cpu::ColumnStats;
 using ear_ops::cpu::Isa;
 using ear_ops::cpu::Kernels;
-using ear_ops::cpu::Kind;
 using ear_ops::cpu::kLanes;
 
-// Calls body with a null pointer of the storage type, for its type alone. Float64 storage goes with float64 arithmetic.
-template <typename A, typename Body>
-void with_storage(Kind kind, const Body& body) {
-  if constexpr (sizeof(A) == sizeof(double)) {
-    body(static_cast<double*>(nullptr));
-  } else if (kind == Kind::kBFloat16) {
-    body(static_cast<Bf16*>(nullptr));
-  } else if (kind == Kind::kFloat16) {
-    body(static_cast<Half*>(nullptr));
-  } else {
-    body(static_cast<float*>(nullptr));
-  }
-}
-
-template <typename T>
-T* same_type(T*, void* pointer) {
-  return static_cast<T*>(pointer);
-}
-template <typename T>
-const T* same_type(T*, const void* pointer) {
-  return static_cast<const T*>(pointer);
-}
-
 constexpr int64_t kAhead = 16;  // rows: rows of a tensor lie far apart, where the processor does not look ahead
-
-template <typename T>
-inline void prefetch(const T* row, int64_t n) {
-  for (int64_t c = 0; c < n; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c);
-}
 
 template <typename A>
 void gather_rows(const void* src, Kind kind, int64_t stride, const int32_t* index, const uint8_t* real, int64_t n,
@@ -310,116 +282,6 @@ void gradient_tile(const Column<A>& c, const ColumnStats<A>& stats, A gradient) 
   gradient_tile_of<A, Scores::kRaw>(c, stats, gradient);
 }
 
-// a - b of a vector's worth of elements from j on, masked ones being zero.
-template <typename A, typename T>
-inline typename Vec<A>::type difference_of(const T* a, const T* b, const uint8_t* mask, const uint8_t* mask_aug,
-                                           int64_t j) {
-  const typename Vec<A>::type zero{};
-  const auto x = vload_as<A>(a + j), y = vload_as<A>(b + j);
-  if (!mask) return x - y;
-  return (vmask<A>(mask + j) ? x : zero) - (vmask<A>(mask_aug + j) ? y : zero);
-}
-
-template <typename A, typename T>
-inline A difference_of_one(const T* a, const T* b, const uint8_t* mask, const uint8_t* mask_aug, int64_t j) {
-  return (!mask || mask[j] ? to_float(a[j]) : A(0)) - (!mask || mask_aug[j] ? to_float(b[j]) : A(0));
-}
-
-template <typename A>
-A squared_difference(const void* a, const void* b, Kind kind, const uint8_t* mask, const uint8_t* mask_aug, int64_t n) {
-  constexpr int64_t W = Vec<A>::lanes;
-  typename Vec<A>::type sums[2] = {};
-  A rest = 0;
-  with_storage<A>(kind, [&](auto* storage) {
-    const auto* x = same_type(storage, a);
-    const auto* y = same_type(storage, b);
-    int64_t j = 0;
-    for (; j + 2 * W <= n; j += 2 * W)
-      for (int64_t u = 0; u < 2; ++u) {
-        const auto difference = difference_of<A>(x, y, mask, mask_aug, j + u * W);
-        sums[u] += difference * difference;
-      }
-    for (; j < n; ++j) {
-      const A difference = difference_of_one<A>(x, y, mask, mask_aug, j);
-      rest += difference * difference;
-    }
-  });
-  const auto sum = sums[0] + sums[1];
-  for (int64_t l = 0; l < W; ++l) rest += sum[l];
-  return rest;
-}
-
-// Writes elements in order, whole cache lines past the caches if `stream` is set and they are aligned.
-template <typename A, typename T>
-struct Writer {
-  static constexpr int64_t W = Vec<A>::lanes;
-  T* to;
-  const uint8_t* mask;
-  bool stream;
-
-  Writer(T* to, const uint8_t* mask, bool stream)
-      : to(to), mask(mask), stream(stream && sizeof(T) * W == 64 && reinterpret_cast<uintptr_t>(to) % 64 == 0) {}
-  void put(int64_t j, typename Vec<A>::type v) const {
-    if (!to) return;
-    if (mask) v = vmask<A>(mask + j) ? v : typename Vec<A>::type{};
-    if (stream) return stream_copy(reinterpret_cast<const char*>(&v), 64, reinterpret_cast<char*>(to + j));
-    vstore_as<A>(to + j, v);
-  }
-  void put_one(int64_t j, A x) const {
-    if (to) from_float(!mask || mask[j] ? x : A(0), to[j]);
-  }
-};
-
-template <typename A, typename T>
-Writer<A, T> writer(T* to, const uint8_t* mask, bool stream) {
-  return {to, mask, stream};
-}
-
-template <typename A>
-void difference_gradient(const void* a, const void* b, Kind kind, const uint8_t* mask, const uint8_t* mask_aug,
-                         int64_t n, A gradient, bool stream, void* grad_a, void* grad_b) {
-  constexpr int64_t W = Vec<A>::lanes;
-  with_storage<A>(kind, [&](auto* storage) {
-    const auto* x = same_type(storage, a);
-    const auto* y = same_type(storage, b);
-    const auto to_x = writer<A>(same_type(storage, grad_a), mask, stream);
-    const auto to_y = writer<A>(same_type(storage, grad_b), mask_aug, stream);
-    int64_t j = 0;
-    for (; j + W <= n; j += W) {
-      const auto difference = gradient * difference_of<A>(x, y, mask, mask_aug, j);
-      to_x.put(j, difference);
-      to_y.put(j, -difference);
-    }
-    for (; j < n; ++j) {
-      const A difference = gradient * difference_of_one<A>(x, y, mask, mask_aug, j);
-      to_x.put_one(j, difference);
-      to_y.put_one(j, -difference);
-    }
-  });
-}
-
-template <typename A>
-void add_row(const void* src, Kind kind, int64_t n, double* total) {
-  with_storage<A>(kind, [&](auto* storage) {
-    const auto* x = same_type(storage, src);
-    for (int64_t j = 0; j < n; ++j) total[j] += to_float(x[j]);
-  });
-}
-
-void fill_rows(const char* row, const uint8_t* real, int64_t rows, int64_t bytes, bool stream, int64_t stride,
-               char* dst) {
-  const bool streams = stream && (bytes | stride | reinterpret_cast<intptr_t>(dst)) % 64 == 0;
-  for (int64_t i = 0; i < rows; ++i, dst += stride) {
-    if (real && !real[i]) {
-      memset(dst, 0, bytes);
-    } else if (streams) {
-      stream_copy(row, bytes, dst);
-    } else {
-      memcpy(dst, row, bytes);
-    }
-  }
-}
-
 template <typename A>
 void exponentials(const A* x, int64_t n, A* y) {
   for (int64_t j = 0; j < n; j += Vec<A>::lanes) vstore<A>(y + j, vexp(vload<A>(x + j)));
@@ -457,7 +319,7 @@ template <typename A>
 constexpr Kernels<A> table() {
   return {gather_rows<A>,        scatter_rows<A>,        transpose<A>,       product<A>,
           softmax_tile<A>,       finish_softmax<A>,      difference_tile<A>, gradient_tile<A>,
-          squared_difference<A>, difference_gradient<A>, add_row<A>,         exponentials<A>,
+          squared_difference<A>, difference_gradient<A>, add_rows<A>,        exponentials<A>,
           scale_row<A>};
 }
 

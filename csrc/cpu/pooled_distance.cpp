@@ -1,7 +1,7 @@
 // Squared distance between the masked means of two views: one pass over the hidden states, the means in scratch.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
+
+#include <numeric>
 
 #include "isa.h"
 #include "schedule.h"
@@ -20,18 +20,13 @@ struct Hidden {
   OptionalTensor mask;
   Kind kind;
 
-  const char* row(int view, int64_t b, int64_t i) const {
+  const char* sequence(int view, int64_t b) const {
     const Tensor& t = views[view];
-    return static_cast<const char*>(t.data_ptr()) + (b * t.stride(0) + i * t.stride(1)) * t.element_size();
+    return static_cast<const char*>(t.data_ptr()) + b * t.stride(0) * t.element_size();
   }
-  bool real(int view, int64_t b, int64_t i) const {
-    const uint8_t* row = mask_row(mask, view * pairs + b);
-    return !row || row[i];
-  }
-  int64_t count(int view, int64_t b) const {
-    int64_t n = 0;
-    for (int64_t i = 0; i < length; ++i) n += real(view, b, i);
-    return n;
+  int64_t count(int view, int64_t b) const {  // of real tokens
+    const uint8_t* real = mask_row(mask, view * pairs + b);
+    return real ? length - std::count(real, real + length, uint8_t(0)) : length;
   }
 };
 
@@ -40,6 +35,7 @@ Hidden make_hidden(const Tensor& hidden, const OptionalTensor& hidden_aug, const
   Hidden h;
   h.pairs = pairs_of(kOp, "hidden", hidden, !hidden_aug.has_value());
   h.length = hidden.size(1), h.features = hidden.size(2);
+  TORCH_CHECK_VALUE(h.length < (int64_t(1) << 31), kOp, ": hidden: the sequences are too long");
   check_optional(kOp, "hidden_aug", hidden_aug, hidden.sizes(), hidden.scalar_type());
   check_optional(kOp, "mask", mask, {2 * h.pairs, h.length}, at::kBool);
   h.views = split_views(hidden, hidden_aug, h.pairs);
@@ -50,10 +46,12 @@ Hidden make_hidden(const Tensor& hidden, const OptionalTensor& hidden_aug, const
 
 constexpr int64_t kFeatures = 1024;  // of a task: a single long sequence is shared out too
 
+int64_t slices_of(const Hidden& h) { return (h.features + kFeatures - 1) / kFeatures; }
+
 // body(task, b, first feature, features) for every sequence and every slice of its features.
 template <typename Body>
 void for_slices(const Hidden& h, const Body& body) {
-  const int64_t slices = (h.features + kFeatures - 1) / kFeatures, tasks = h.pairs * slices;
+  const int64_t slices = slices_of(h), tasks = h.pairs * slices;
   run_tasks(tasks, workers_for(static_cast<double>(h.views[0].numel())), [&](int64_t, const auto& next) {
     for (int64_t task = next(); task < tasks; task = next()) {
       const int64_t first = task % slices * kFeatures;
@@ -67,24 +65,31 @@ void forward(const Hidden& h, Tensor& sums, Tensor& difference) {
   const auto& table = kernels<A>(*selection().isa);
   const int64_t element = h.views[0].element_size();
   A* means = difference.data_ptr<A>();
-  const Tensor slice_sums =
-      at::zeros({h.pairs, (h.features + kFeatures - 1) / kFeatures}, sums.options().dtype(at::kDouble));
-  double* slice_sum = slice_sums.data_ptr<double>();
+  const int64_t slices = slices_of(h);
+  std::vector<double> slice_sums(h.pairs * slices);
   for_slices(h, [&](int64_t task, int64_t b, int64_t first, int64_t n) {
     double total[2][kFeatures] = {};
     double count[2];
+    std::vector<int32_t> tokens(h.length);
     for (int v = 0; v < 2; ++v) {
+      const uint8_t* real = mask_row(h.mask, v * h.pairs + b);
+      int64_t found = 0;
       for (int64_t i = 0; i < h.length; ++i)
-        if (h.real(v, b, i)) table.add_row(h.row(v, b, i) + first * element, h.kind, n, total[v]);
-      count[v] = static_cast<double>(std::max<int64_t>(h.count(v, b), 1));
+        if (!real || real[i]) tokens[found++] = static_cast<int32_t>(i);
+      table.add_rows(h.sequence(v, b) + first * element, h.kind, h.views[v].stride(1), tokens.data(), found, n,
+                     total[v]);
+      count[v] = static_cast<double>(std::max<int64_t>(found, 1));
     }
     for (int64_t c = 0; c < n; ++c) {
       const double mean_difference = total[0][c] / count[0] - total[1][c] / count[1];
-      slice_sum[task] += mean_difference * mean_difference;
+      slice_sums[task] += mean_difference * mean_difference;
       means[b * h.features + first + c] = static_cast<A>(mean_difference);
     }
   });
-  sums.copy_(slice_sums.sum(-1));
+  A* sum = sums.data_ptr<A>();
+  for (int64_t b = 0; b < h.pairs; ++b)
+    sum[b] =
+        static_cast<A>(std::accumulate(slice_sums.begin() + b * slices, slice_sums.begin() + (b + 1) * slices, 0.0));
 }
 
 // Every real token of a sequence has the same gradient: it is converted once and copied.
@@ -92,7 +97,6 @@ template <typename A>
 void backward(const Hidden& h, const Tensor& grad_sums, const Tensor& difference, const std::array<Tensor, 2>& out) {
   const Isa& isa = *selection().isa;
   const auto& table = kernels<A>(isa);
-  const bool stream = exceeds_caches(h.views[0]);
   const A* upstream = grad_sums.data_ptr<A>();
   const A* means = difference.data_ptr<A>();
   const int64_t element = h.views[0].element_size();
@@ -103,7 +107,7 @@ void backward(const Hidden& h, const Tensor& grad_sums, const Tensor& difference
       const A count = static_cast<A>(std::max<int64_t>(h.count(v, b), 1));
       table.scale_row(means + b * h.features + first, (v == 0 ? 2 : -2) * upstream[b] / count, n, h.kind, row);
       char* to = static_cast<char*>(out[v].data_ptr()) + (b * h.length * h.features + first) * element;
-      isa.fill_rows(row, mask_row(h.mask, v * h.pairs + b), h.length, n * element, stream, h.features * element, to);
+      isa.fill_rows(row, mask_row(h.mask, v * h.pairs + b), h.length, n * element, h.features * element, to);
     }
   });
 }

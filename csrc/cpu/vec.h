@@ -12,10 +12,13 @@ namespace {
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
 typedef double f64x8 __attribute__((vector_size(64)));
 typedef int64_t i64x8 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef uint8_t u8x8 __attribute__((vector_size(8)));
 
@@ -188,26 +191,28 @@ static inline void vstore_as(Half* to, f32x16 v) {  // as from_float
   vstore_bits(to, ((bits >> 16) & 0x8000u) | half);
 }
 
+// Bytes as wide as the lanes, doubled step by step: in one step the compiler would take them apart.
+static inline i32x16 widen(u8x16 bytes) {
+  return __builtin_convertvector(__builtin_convertvector(bytes, u16x16), i32x16);
+}
+static inline i64x8 widen(u8x8 bytes) {
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bytes, u16x8), u32x8), i64x8);
+}
+
 // The lanes whose byte is not 0.
 template <typename A>
 static inline typename Vec<A>::mask vmask(const uint8_t* from) {
   typename Vec<A>::bytes bytes;
   memcpy(&bytes, from, sizeof(bytes));
-  return __builtin_convertvector(bytes, typename Vec<A>::mask) != 0;
+  return widen(bytes) != 0;
 }
 
-// Copies n bytes (a multiple of 64) to memory aligned to 64 bytes, past the caches where the processor can: for what is
-// larger than they are, it saves reading each line before it is overwritten. Other threads see it after this one's next
-// locked instruction, with which a worker asks for its next task.
-static inline void stream_copy(const char* from, int64_t n, char* to) {
-  for (int64_t i = 0; i < n; i += 64) {
-    const f32x16 v = vload<float>(reinterpret_cast<const float*>(from + i));
-#if defined(EAR_OPS_AVX512) && !defined(__clang__)
-    __builtin_ia32_movntps512(reinterpret_cast<float*>(to + i), v);
-#else
-    memcpy(to + i, &v, 64);
-#endif
-  }
+// total [lanes] += v.
+static inline void add_to(double* total, f64x8 v) { vstore<double>(total, vload<double>(total) + v); }
+static inline void add_to(double* total, f32x16 v) {
+  f32x8 half[2];
+  memcpy(half, &v, sizeof(v));
+  for (int i = 0; i < 2; ++i) add_to(total + 8 * i, __builtin_convertvector(half[i], f64x8));
 }
 
 }  // namespace

@@ -100,9 +100,6 @@ class Scratch {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Whether a tensor is too large for the next reader to find it in a cache.
-inline bool exceeds_caches(const Tensor& tensor) { return tensor.nbytes() > (size_t(32) << 20); }
-
 inline const uint8_t* mask_row(const OptionalTensor& mask, int64_t row) {  // mask: contiguous bool [rows, n]
   return mask ? static_cast<const uint8_t*>(mask->data_ptr()) + row * mask->size(1) : nullptr;
 }
