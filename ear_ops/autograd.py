@@ -2,12 +2,12 @@
 
 Only the gradients asked for are worked out. Gradients of gradients are not on offer: the reference has them, so the
 error says to use it. The parameters of ``forward`` are spelled out: torch.compile miscounts ``*inputs`` where no
-gradient is wanted.
+gradient is wanted. ``forward`` saves for the backward itself, because with a ``setup_context`` every call binds its
+arguments by the signature, which takes longer than a small loss.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +36,7 @@ class QKAttentionMSE(Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         query: Tensor,
         key: Tensor,
         query_aug: Tensor | None,
@@ -48,26 +49,12 @@ class QKAttentionMSE(Function):
         is_causal: bool,
         window: int,
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.ear_ops.qk_attention_mse(
-            query,
-            key,
-            query_aug,
-            key_aug,
-            key_mask,
-            counted_queries,
-            attn_bias,
-            attn_bias_aug,
-            scale,
-            is_causal,
-            window,
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, scale, is_causal, window = inputs
-        ctx.save_for_backward(*tensors, output[1])
-        ctx.mark_non_differentiable(output[1])
+        tensors = (query, key, query_aug, key_aug, key_mask, counted_queries, attn_bias, attn_bias_aug)
         ctx.options = (scale, is_causal, window)
+        sums, row_stats = torch.ops.ear_ops.qk_attention_mse(*tensors, *ctx.options)
+        ctx.save_for_backward(*tensors, row_stats)
+        ctx.mark_non_differentiable(row_stats)
+        return sums, row_stats
 
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,13 +70,11 @@ class AttentionMSE(Function):
 
     @staticmethod
     def forward(
-        attn: Tensor, attn_aug: Tensor | None, key_mask: Tensor | None, counted_queries: Tensor | None
+        ctx: Any, attn: Tensor, attn_aug: Tensor | None, key_mask: Tensor | None, counted_queries: Tensor | None
     ) -> Tensor:
-        return torch.ops.ear_ops.attention_mse(attn, attn_aug, key_mask, counted_queries)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        inputs = (attn, attn_aug, key_mask, counted_queries)
         ctx.save_for_backward(*inputs)
+        return torch.ops.ear_ops.attention_mse(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
@@ -103,13 +88,12 @@ class PooledDistance(Function):
     """``[B]`` sums over C of ``(M(E) - M(E^a))^2``; inputs as ``torch.ops.ear_ops.pooled_distance``."""
 
     @staticmethod
-    def forward(hidden: Tensor, hidden_aug: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        return torch.ops.ear_ops.pooled_distance(hidden, hidden_aug, mask)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, output[1])
-        ctx.mark_non_differentiable(output[1])
+    def forward(ctx: Any, hidden: Tensor, hidden_aug: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        inputs = (hidden, hidden_aug, mask)
+        sums, difference = torch.ops.ear_ops.pooled_distance(*inputs)
+        ctx.save_for_backward(*inputs, difference)
+        ctx.mark_non_differentiable(difference)
+        return sums, difference
 
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -118,8 +102,3 @@ class PooledDistance(Function):
         needs = list(ctx.needs_input_grad[:2])
         gradients = torch.ops.ear_ops.pooled_distance_backward(grad_sums, difference, *inputs, needs)
         return _scatter(gradients, needs, len(inputs))
-
-
-for _function in (QKAttentionMSE, AttentionMSE, PooledDistance):
-    # `apply` binds its arguments by the signature; kept here, it is not worked out anew at every call.
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
