@@ -52,7 +52,7 @@ EAR_OPS_DEVICE void for_packs(const MapsArgs& a, int64_t pair, int head, int blo
 }
 
 template <typename T, bool kPieces>
-EAR_OPS_KERNEL(kMapsThreads)
+EAR_OPS_KERNEL(kMapsThreads, 1)
 maps_forward(EAR_OPS_ARGUMENT const MapsArgs a) {
   const int blocks = (a.queries + a.rows_per_block - 1) / a.rows_per_block;
   const int block = block_index() % blocks, head = block_index() / blocks % a.heads;
@@ -70,7 +70,7 @@ maps_forward(EAR_OPS_ARGUMENT const MapsArgs a) {
 }
 
 template <typename T, bool kPieces>
-EAR_OPS_KERNEL(kMapsThreads)
+EAR_OPS_KERNEL(kMapsThreads, 1)
 maps_backward(EAR_OPS_ARGUMENT const MapsArgs a) {
   constexpr int kCount = pack_size<T>();
   const int blocks = (a.queries + a.rows_per_block - 1) / a.rows_per_block;

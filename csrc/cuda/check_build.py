@@ -1,6 +1,6 @@
 """What nvcc made of the kernels: registers, spills, the instructions that speed depends on; fails where one is amiss.
 
-    python csrc/cuda/check_build.py            the core set: bfloat16, head dimension 64, and the elementwise kernels
+    python csrc/cuda/check_build.py            the core set: bfloat16 and float32, head dimension 64, and the elementwise ones
     python csrc/cuda/check_build.py --all      every instance
     python csrc/cuda/check_build.py FILE ...   these
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-CORE = ("instances/qk_bfloat16_64.cu", "elementwise.cu")
+CORE = ("instances/qk_bfloat16_64.cu", "instances/qk_float_64.cu", "elementwise.cu")
 ARCHITECTURES = ("80", "90")
 INSTRUCTIONS = {
     "HMMA": r"\bHMMA\.",

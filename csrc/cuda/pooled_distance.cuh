@@ -59,7 +59,7 @@ EAR_OPS_CONSTANT int pooled_shared_bytes() {  // the sums of both views, and at 
 }
 
 template <typename T, bool kPieces>
-EAR_OPS_KERNEL(kPooledThreads)
+EAR_OPS_KERNEL(kPooledThreads, 1)
 pooled_forward(EAR_OPS_ARGUMENT const PooledArgs a) {
   using Place = PooledPlace<T>;
   constexpr int kCount = Place::kCount, kAhead = 4;
@@ -120,7 +120,7 @@ pooled_forward(EAR_OPS_ARGUMENT const PooledArgs a) {
 
 // Every real token of a sequence has the same gradient.
 template <typename T, bool kPieces>
-EAR_OPS_KERNEL(kPooledThreads)
+EAR_OPS_KERNEL(kPooledThreads, 1)
 pooled_backward(EAR_OPS_ARGUMENT const PooledArgs a) {
   using Place = PooledPlace<T>;
   constexpr int kCount = Place::kCount;

@@ -30,8 +30,9 @@ constexpr int kWarp = 32;
 #include <cuda_runtime.h>
 
 #define EAR_OPS_DEVICE __device__ __forceinline__
-// One block a multiprocessor is enough: asked for no number, the compiler spills registers to fit more.
-#define EAR_OPS_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+// `blocks` a multiprocessor must have room for. Asked for no number, the compiler spills registers to fit more; asked
+// for one, it takes all registers there are and may still end with too few.
+#define EAR_OPS_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define EAR_OPS_ARGUMENT __grid_constant__
 #define EAR_OPS_CONSTANT __host__ __device__ constexpr  // functions that the compiler works out
 

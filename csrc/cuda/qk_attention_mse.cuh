@@ -235,7 +235,7 @@ constexpr int kShortKeys = 2 * kColumns;  // rows up to here are compared in one
 
 // Rows of at most kShortKeys keys and kD columns: all of Q and K is asked for at once.
 template <typename T, int kD>
-EAR_OPS_KERNEL(kThreads)
+EAR_OPS_KERNEL(kThreads, 1)
 forward_short(EAR_OPS_ARGUMENT const QKArgs a) {
   const int blocks = (a.queries + kBlockRows - 1) / kBlockRows;
   const int block = block_index() % blocks, head = block_index() / blocks % a.heads;
@@ -402,7 +402,7 @@ EAR_OPS_DEVICE void for_tiles(const Stages<T, kD, kN, kOwner>& stages, Steps<kN,
 
 // Rows of any length, in two sweeps: softmax statistics, then the comparison.
 template <typename T, int kD>
-EAR_OPS_KERNEL(kThreads)
+EAR_OPS_KERNEL(kThreads, 1)
 forward_long(EAR_OPS_ARGUMENT const QKArgs a) {
   const int blocks = (a.queries + kBlockRows - 1) / kBlockRows;
   const int block = block_index() % blocks, head = block_index() / blocks % a.heads;
@@ -445,8 +445,16 @@ EAR_OPS_DEVICE float gradient_range<float16>() {
   return 16384;
 }
 
-// Registers hold scores, and gradients of kD columns: wide ones leave room for fewer scores.
-EAR_OPS_CONSTANT int gradient_columns(int kD) { return kD <= 64 ? kColumns : kColumns / 2; }
+// Registers hold scores, and gradients of kD columns: wide ones leave room for fewer scores, split floats for fewer
+// still.
+template <typename T>
+EAR_OPS_CONSTANT int gradient_columns(int kD) {
+  return sizeof(T) == 2 && kD <= 64 ? kColumns : kColumns / 2;
+}
+template <typename T>
+EAR_OPS_CONSTANT int gradient_blocks(int kD) {
+  return sizeof(T) == 4 && kD <= 64 ? 3 : 1;
+}
 
 // A warp's 16 rows of one view's gradient to memory, through shared memory for accesses of 16 bytes.
 template <typename T, int kD>
@@ -486,7 +494,7 @@ EAR_OPS_DEVICE void write_gradient(const float (&gradient)[kD / 8][4], float fac
 // The gradient of 64 queries or keys, one chunk of their columns.
 template <typename T, int kD, Role kOwner>
 EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int block, int own_chunk) {
-  constexpr int kN = gradient_columns(kD);
+  constexpr int kN = gradient_columns<T>(kD);
   constexpr bool kQueries = kOwner == Role::kQueries;
   const int first_row = block * kBlockRows, chunks = (a.dim + kD - 1) / kD, group = a.heads / a.key_heads;
   const Rows<kOwner> rows{a, pair, head};
@@ -543,18 +551,26 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
                   stat[k] = kQueries ? row_stats[k][v][e / 2]
                                      : load_shared<float>(stages.stats(stage) +
                                                           ((2 * k + v) * kN + n * 8 + column_of_lane(e)) * 4);
-                p[v] = scores[v][n][e] == -infinity() ? 0.0f : exponential(scores[v][n][e], stat[0]) * stat[1];
+                p[v] = exponential(scores[v][n][e], stat[0]) * stat[1];
                 d[v] = stat[2];
               }
 #pragma unroll
               for (int v = 0; v < 2; ++v)
                 scores[v][n][e] = scores[v][n][e] == -infinity() ? 0.0f : share * (p[v] * ((p[v] - p[1 - v]) - d[v]));
             }
-#pragma unroll
-          for (int v = 0; v < 2; ++v)
-            if (wanted[v])
-              Products<T>::template add_weighted<kD, kN>(scores[v], stages.visited(stage) + v * Tile<T, kD>::bytes(kN),
-                                                         gradient[v]);
+          const auto add = [&](int v) {
+            Products<T>::template add_weighted<kD, kN>(scores[v], stages.visited(stage) + v * Tile<T, kD>::bytes(kN),
+                                                       gradient[v]);
+          };
+          if (wanted[0] && wanted[1]) {
+            add(0);
+            sync_warp();  // both at a time would need more registers than there are
+            add(1);
+          } else if (wanted[0]) {
+            add(0);
+          } else {
+            add(1);
+          }
         });
   }
   const int row = first_row + warp_index() * 16, column = own_chunk * kD;
@@ -573,7 +589,7 @@ EAR_OPS_DEVICE bool wants(const HeadsView (&views)[2]) { return views[0].gradien
 
 // Blocks that make gradients: of one key head first its queries', then its keys', so that what they read is at hand.
 template <typename T, int kD>
-EAR_OPS_KERNEL(kThreads)
+EAR_OPS_KERNEL(kThreads, (gradient_blocks<T>(kD)))
 backward(EAR_OPS_ARGUMENT const QKArgs a) {
   const int chunks = (a.dim + kD - 1) / kD, group = a.heads / a.key_heads;
   const int query_blocks = (a.queries + kBlockRows - 1) / kBlockRows,

@@ -10,7 +10,7 @@ template <typename T, int kD>
 struct QKBytes {  // of shared memory
   static constexpr int64_t kShort = 3 * tile_bytes<T, kD>();
   static int64_t forward(int chunks) { return Stages<T, kD, kColumns, Role::kQueries>::bytes(chunks); }
-  static int64_t backward(int chunks) { return Stages<T, kD, gradient_columns(kD), Role::kKeys>::bytes(chunks); }
+  static int64_t backward(int chunks) { return Stages<T, kD, gradient_columns<T>(kD), Role::kKeys>::bytes(chunks); }
 };
 
 inline int chunks_of(const QKArgs& a, int columns) { return (a.dim + columns - 1) / columns; }

@@ -64,27 +64,29 @@ struct Real {
 template <typename T, int kD, int kRows, Role kRole>
 EAR_OPS_DEVICE void copy_rows(char* to, const Rows<kRole>& rows, int first, int column) {
   using Layout = Tile<T, kD>;
-  constexpr int kElements = 16 / sizeof(T), kPieces = kD / kElements;
+  constexpr int kElements = 16 / sizeof(T), kPieces = kD / kElements, kBytes = sizeof(T);
   const int dim = rows.args.dim;
 #pragma unroll
-  for (int v = 0; v < 2; ++v, to += Layout::bytes(kRows))
-    for (int i = thread_index(); i < kRows * kPieces; i += kThreads) {
-      const int row = i / kPieces, c = i % kPieces * kElements;
-      const bool real = rows.real(v, first + row);
-      char* piece = to + row * Layout::kRowBytes + c * static_cast<int>(sizeof(T));
-      if (rows.args.pieces) {
-        const bool there = real && column + c < dim;
-        copy_async<16>(piece, there ? rows.address(v, first + row, column + c, sizeof(T)) : rows.view(v).data, there);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kElements; ++e) {
-          T value{};
-          if (real && column + c + e < dim)
-            value = load_global(reinterpret_cast<const T*>(rows.address(v, first + row, column + c + e, sizeof(T))));
-          store_shared(piece + e * static_cast<int>(sizeof(T)), value);
-        }
+  for (int v = 0; v < 2; ++v, to += Layout::bytes(kRows)) {
+    if (rows.args.pieces) {
+#pragma unroll 1  // each copy is short and none is waited for: unrolled, their addresses take registers from the scores
+      for (int i = thread_index(); i < kRows * kPieces; i += kThreads) {
+        const int row = i / kPieces, c = i % kPieces * kElements;
+        const bool there = rows.real(v, first + row) && column + c < dim;
+        copy_async<16>(to + row * Layout::kRowBytes + c * kBytes,
+                       there ? rows.address(v, first + row, column + c, kBytes) : rows.view(v).data, there);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = thread_index(); i < kRows * kD; i += kThreads) {
+        const int row = i / kD, c = i % kD;
+        T value{};
+        if (rows.real(v, first + row) && column + c < dim)
+          value = load_global(reinterpret_cast<const T*>(rows.address(v, first + row, column + c, kBytes)));
+        store_shared(to + row * Layout::kRowBytes + c * kBytes, value);
       }
     }
+  }
 }
 
 // The masks that depend on positions alone, aligned to the bottom right.

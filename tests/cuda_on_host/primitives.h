@@ -16,7 +16,7 @@
 #include <type_traits>
 
 #define EAR_OPS_DEVICE inline
-#define EAR_OPS_KERNEL(threads) void
+#define EAR_OPS_KERNEL(threads, blocks) void
 #define EAR_OPS_ARGUMENT
 #define EAR_OPS_CONSTANT constexpr
 
