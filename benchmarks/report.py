@@ -2,14 +2,15 @@
 
     ear-ops bench report benchmarks/results/NAME.json [--plot benchmarks/results/NAME.png]
 
-Prints Markdown tables: a row for each case of the losses, and one for each way to make a training step. The plot shows
-time and memory of `qk_attention_mse` against L.
+Prints Markdown tables: a row for each case of the losses, and one for each way to make a training step; and the
+straight line that the memory of `qk_attention_mse` follows over L. The plot shows its time and memory against L.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections import defaultdict
 from pathlib import Path
 
@@ -59,6 +60,32 @@ def step_markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def against_length(rows: list[dict]) -> dict[tuple[str, str], list[tuple[int, float, float]]]:
+    """(L, ms, MiB) of `qk_attention_mse` forward and backward, by (dtype, provider), the shortest first."""
+    points: dict[tuple[str, str], list[tuple[int, float, float]]] = defaultdict(list)
+    for row in rows:
+        if row["op"] == "qk_attention_mse" and row["preset"].startswith("long-") and row["mode"] != "forward":
+            point = (row["length"], row["median_ms"], row["extra_bytes"] / 2**20)
+            points[row["dtype"], row["provider"]].append(point)
+    return {key: sorted(found) for key, found in points.items()}
+
+
+def memory_lines(rows: list[dict]) -> str:
+    """The least-squares line through fused memory over L, and how far the farthest point lies from it."""
+    lines = []
+    for (dtype, provider), points in against_length(rows).items():
+        if provider != "fused" or len(points) < 3:
+            continue
+        lengths, _, memory = zip(*points, strict=True)
+        slope, intercept = statistics.linear_regression(lengths, memory)
+        off = max(abs(m - intercept - slope * n) / m for n, m in zip(lengths, memory, strict=True))
+        lines.append(
+            f"Memory of qk_attention_mse, {dtype}, L = {', '.join(map(str, lengths))}: "
+            f"{intercept:.2f} MiB + {1024 * slope:.2f} KiB · L, within {100 * off:.1f}%"
+        )
+    return "\n".join(lines)
+
+
 def plot(rows: list[dict], path: Path) -> None:
     import matplotlib
 
@@ -66,13 +93,8 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    lines: dict[tuple[str, str], list[tuple[int, float, float]]] = defaultdict(list)
-    for row in rows:
-        if row["op"] == "qk_attention_mse" and row["preset"].startswith("long-") and row["mode"] != "forward":
-            point = (row["length"], row["median_ms"], row["extra_bytes"] / 2**20)
-            lines[row["dtype"], row["provider"]].append(point)
-    for (dtype, provider), points in lines.items():
-        lengths, times, memory = zip(*sorted(points), strict=True)
+    for (dtype, provider), points in against_length(rows).items():
+        lengths, times, memory = zip(*points, strict=True)
         style = {"label": f"{provider}, {dtype}", "marker": "o", "linestyle": "-" if provider == "fused" else "--"}
         axes[0].plot(lengths, times, **style)
         axes[1].plot(lengths, memory, **style)
@@ -95,7 +117,8 @@ def main() -> None:
     rows = [row for path in options.results for row in json.loads(path.read_text())["rows"]]
     losses = [row for row in rows if "preset" in row and options.mode in (None, row["mode"])]
     steps = [row for row in rows if row["op"] == "training step"]
-    print("\n\n".join(table(given) for table, given in ((markdown, losses), (step_markdown, steps)) if given))
+    parts = [table(given) for table, given in ((markdown, losses), (step_markdown, steps)) if given]
+    print("\n\n".join(filter(None, [*parts, memory_lines(losses)])))
     if options.plot:
         plot(rows, options.plot)
 

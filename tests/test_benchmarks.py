@@ -9,6 +9,7 @@ from pathlib import Path
 
 import bench_step
 import pytest
+import report
 import torch
 from operations import OPERATIONS
 from presets import Preset
@@ -72,6 +73,20 @@ def test_losses_and_report(tmp_path: Path) -> None:
     assert all(row["correct"] and row["median_ms"] > 0 and row["limit_ms"] > 0 for row in rows)
     table = bench("report", str(out))
     assert table.count("✓") == len(rows) and "qk_attention_mse" in table
+
+
+def test_report_says_how_straight_memory_is_over_length() -> None:
+    row = {
+        "op": "qk_attention_mse",
+        "dtype": "float32",
+        "mode": "forward+backward",
+        "provider": "fused",
+        "median_ms": 1.0,
+    }
+    straight = [{**row, "preset": f"long-{n}", "length": n, "extra_bytes": (n + 512) * 1024} for n in (512, 1024, 2048)]
+    assert "L = 512, 1024, 2048: 0.50 MiB + 1.00 KiB · L, within 0.0%" in report.memory_lines(straight[::-1])
+    bent = [*straight[:2], {**straight[2], "extra_bytes": 2 * straight[2]["extra_bytes"]}]
+    assert "within 0.0%" not in report.memory_lines(bent)
 
 
 def test_the_step_is_measured_on_the_embedded_pairs_where_there_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
