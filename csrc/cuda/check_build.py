@@ -1,6 +1,6 @@
 """What nvcc made of the kernels: registers, spills, the instructions that speed depends on; fails where one is amiss.
 
-    python csrc/cuda/check_build.py            the core set: bfloat16 and float32, head dimension 64, and the elementwise ones
+    python csrc/cuda/check_build.py            the core set: head dimension 64 in bfloat16 and float32; elementwise
     python csrc/cuda/check_build.py --all      every instance
     python csrc/cuda/check_build.py FILE ...   these
 
