@@ -61,6 +61,8 @@ def _check(model_type: str, dtype: torch.dtype) -> dict[str, Any]:
     oracle = build_variant(model_type, variant, "eager")
     oracle.load_state_dict(model.state_dict())
     model, oracle = model.to(dtype), oracle.to(dtype)
+    with torch.no_grad():
+        run(oracle, _batch(model, kind, "right", dtype))  # on short inputs BigBird replaces its attention when it runs
     for each in (model, oracle) if dtype == torch.float64 else ():
         with contextlib.suppress(ValueError, AttributeError):
             each.set_experts_implementation("eager")  # the grouped product of experts takes no float64
@@ -71,8 +73,7 @@ def _check(model_type: str, dtype: torch.dtype) -> dict[str, Any]:
     for way in ways:
         subject = oracle if way == "eager" else model
         for side in ("right",) if kind == "vision" else ("right", "left"):
-            batch = batch_for(model, kind, side)
-            batch = {name: given.to(dtype) if given.is_floating_point() else given for name, given in batch.items()}
+            batch = _batch(model, kind, side, dtype)
             expected = _eager_maps(oracle, batch, layers)
             own_maps: dict[Any, Tensor] = {}
             try:
@@ -113,6 +114,11 @@ def _check(model_type: str, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def _batch(model: Any, kind: str, side: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    batch = batch_for(model, kind, side)
+    return {name: given.to(dtype) if given.is_floating_point() else given for name, given in batch.items()}
+
+
 def layer_site(model: Any, layer: int | str) -> Any:
     return Layout(model).attention(layer)
 
@@ -149,8 +155,14 @@ def _accepts(layout: Layout, layer: int | str, refused: dict[str, list[Any]]) ->
 
 
 def _eager_maps(oracle: Any, batch: dict[str, Tensor], layers: list[int | str]) -> dict[int | str, Tensor]:
-    """What the eager model returns for each layer: from its output where that has one entry a layer, or its modules."""
+    """What the eager model returns for each layer: from its output where that has one entry a layer, or its modules.
+
+    Of a module that returns scores in place of probabilities (ProphetNet) their softmax; of one that returns neither,
+    what its eager function returned (SAM 2), or what it gives to its dropout (MobileViT).
+    """
     returned: dict[int | str, Tensor] = {}
+    dropped: dict[int | str, Tensor] = {}
+    computed: dict[Any, Any] = {}
     handles = []
     for layer in layers:
         for module in layer_site(oracle, layer).place.modules:
@@ -158,12 +170,19 @@ def _eager_maps(oracle: Any, batch: dict[str, Tensor], layers: list[int | str]) 
             def keep(_: Any, __: Any, output: Any, layer: int | str = layer) -> None:
                 entries = output[1:] if isinstance(output, tuple) else ()
                 maps = [entry for entry in entries if _is_matrix(entry)]
+                maps = maps or [entry.softmax(-1) for entry in entries if _may_be_matrix(entry)]
                 if maps:
                     returned[layer] = maps[-1]
 
+            def keep_dropped(_: Any, given: Any, layer: int | str = layer) -> None:
+                if _is_matrix(given[0]):
+                    dropped[layer] = given[0]
+
             handles.append(module.register_forward_hook(keep))
+            dropouts = [part for part in module.modules() if isinstance(part, torch.nn.Dropout)]
+            handles += [part.register_forward_pre_hook(keep_dropped) for part in dropouts]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _keeping_results(computed):
             output = run(oracle, batch, output_attentions=True)
     finally:
         for handle in handles:
@@ -172,12 +191,42 @@ def _eager_maps(oracle: Any, batch: dict[str, Tensor], layers: list[int | str]) 
     numbers = [layer for layer in layers if isinstance(layer, int)]
     if numbers and isinstance(attentions, (tuple, list)) and len(attentions) == Layout(oracle).depth:
         returned |= {n: attentions[n - 1] for n in numbers if _is_matrix(attentions[n - 1])}
-    return returned
+    for layer in layers:
+        weights = [computed.get(module) for module in layer_site(oracle, layer).place.modules]
+        if layer not in returned and len(weights) == 1 and _is_matrix(weights[0]):
+            returned[layer] = weights[0]
+    return dropped | returned
+
+
+@contextlib.contextmanager
+def _keeping_results(weights: dict[Any, Any]) -> Iterator[None]:
+    """Keeps what each attention function returns beside its output, by module."""
+    lookup = AttentionInterface.get_interface
+
+    def get_interface(self: Any, name: str, default: Any) -> Any:
+        function = lookup(self, name, default)
+
+        def keeping(module: Any, *arguments: Any, **kwargs: Any) -> Any:
+            output = function(module, *arguments, **kwargs)
+            weights[module] = output[1]
+            return output
+
+        return keeping
+
+    AttentionInterface.get_interface = get_interface
+    try:
+        yield
+    finally:
+        AttentionInterface.get_interface = lookup
+
+
+def _may_be_matrix(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.dim() >= 3 and entry.is_floating_point()
 
 
 def _is_matrix(entry: Any) -> bool:
-    """Probabilities: T5 returns its position bias beside them, ProphetNet the scores in their place."""
-    if not isinstance(entry, Tensor) or entry.dim() < 3 or not entry.is_floating_point():
+    """Probabilities: T5 returns its position bias beside them."""
+    if not _may_be_matrix(entry):
         return False
     finite = entry.nan_to_num()  # a padded row without a key may be NaN
     return bool((finite >= 0).all()) and bool((finite.sum(-1) <= 1.01).all())

@@ -1,6 +1,7 @@
 """Which architectures of transformers the capture of attention is exact for: a table over every text and vision type.
 
     python benchmarks/check_architectures.py                       # all, in processes of their own
+    python benchmarks/check_architectures.py --rows rows.jsonl     # keeps each row at once, and goes on where it ended
     python benchmarks/check_architectures.py bert llama --jobs 1   # some; prints the rows, writes nothing
 
 Writes ``architectures.json`` and ``architectures.md`` to ``benchmarks/results/architectures``.
@@ -22,10 +23,16 @@ RESULTS = Path(__file__).parent / "results" / "architectures"
 SECONDS, MEMORY = 60, 8 << 30  # of processor time and address space, that one model type may take
 
 
-def sweep(model_types: list[str], jobs: int) -> list[dict[str, Any]]:
-    """The rows of ``model_types``, each made by a process of its own, so that a crash costs one row."""
+def sweep(model_types: list[str], jobs: int, kept: Path | None = None) -> list[dict[str, Any]]:
+    """The rows of ``model_types``, each made by a process of its own, so that a crash costs one row.
+
+    ``kept``: a file of rows, one a line, that are not made again; each new one is added to it.
+    """
     context = multiprocessing.get_context("fork")
-    pending, running, rows = list(model_types), [], []
+    lines = kept.read_text().splitlines() if kept and kept.exists() else []
+    rows = [row for row in map(json.loads, lines) if row["type"] in model_types]
+    done = {row["type"] for row in rows}
+    pending, running = [one for one in model_types if one not in done], []
     while pending or running:
         while pending and len(running) < jobs:
             receiving, sending = context.Pipe(duplex=False)
@@ -44,6 +51,9 @@ def sweep(model_types: list[str], jobs: int) -> list[dict[str, Any]]:
             rows.append(row or _failed(model_type, f"its process ended with {process.exitcode} (time or memory)"))
             running.remove(entry)
             print(json.dumps(rows[-1]), flush=True)
+            if kept:
+                with kept.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
     return sorted(rows, key=lambda row: model_types.index(row["type"]))
 
 
@@ -69,8 +79,9 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "date": str(date.today())}
-    report = {"command": "python benchmarks/check_architectures.py", "versions": versions, "rows": rows}
-    (folder / "architectures.json").write_text(json.dumps(report, indent=1) + "\n")
+    lines = ",\n".join(map(json.dumps, rows))
+    head = json.dumps({"command": "python benchmarks/check_architectures.py", "versions": versions})
+    (folder / "architectures.json").write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
     (folder / "architectures.md").write_text(markdown(rows, versions))
 
 
@@ -109,17 +120,17 @@ def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
                 name += f" (in float64: {max(row['difference_float64'].values()):.1e})"
             cells = (name, row["kind"], row["mechanism"], str(row["layers"]), default, eager, flash)
             lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## Refused", "", "| type | why |", "|---|---|"]
-    for row in swept:
-        if row["status"] == "refused":
-            lines.append(f"| {row['type']} | {_cell(next(iter(row['refused']), 'no attention that can be taken'))} |")
+    for title, status in (("Refused", "refused"), ("No matrix to compare with", "not compared")):
+        found = [row for row in swept if row["status"] == status]
+        lines += ["", f"## {title}", "", "| type | kind | why |", "|---|---|---|"] if found else []
+        lines += [f"| {row['type']} | {row['kind']} | {_cell(next(iter(row['refused'])))} |" for row in found]
     lines += [
         "",
-        "## Not compared",
+        "## Not swept",
         "",
-        "Types that are neither text nor vision models (they take audio, or images and ",
+        "Types that are neither text nor vision models (they take audio, or images and text together), or that could "
+        "not be built small and run.",
     ]
-    lines[-1] += "text together) or that could not be built small and run."
     lines += ["", "| type | why |", "|---|---|"]
     lines += [f"| {row['type']} | {_cell(row['reason'])} |" for row in rows if "kind" not in row]
     return "\n".join(lines) + "\n"
@@ -138,6 +149,7 @@ def main() -> None:
     parser.add_argument("types", nargs="*", help="model types; all by default, and only then results are written")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--rows", type=Path, help="a file that keeps each row as it is made; those in it are not again")
     arguments = parser.parse_args()
     import warnings
 
@@ -148,7 +160,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     import attention_check  # noqa: F401  before the fork: importing it takes longer than a row
 
-    rows = sweep(arguments.types or list(MODEL_MAPPING_NAMES), arguments.jobs)
+    rows = sweep(arguments.types or list(MODEL_MAPPING_NAMES), arguments.jobs, arguments.rows)
     print(Counter((row.get("kind", "-"), row["status"]) for row in rows))
     if not arguments.types:
         write(rows, arguments.output)

@@ -1,4 +1,4 @@
-"""Two processes on half of the pairs each get the gradients of one process on all of them."""
+"""Two processes on half of the pairs each get the gradients of eager attention on all of them in one process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_gradients_are_those_of_one_process(
     tmp_path: Path, wrapping: str, views: str, reduction: str, padded: bool
 ) -> None:
     """Where every process has as many pairs; `mean` moreover counts as many tokens in each."""
-    expected = sharded.step(None, views, reduction, padded)
+    expected = sharded.step_of_eager_attention(reduction, padded)
     shares = two_processes.run(sharded.step, tmp_path, wrapping, views, reduction, padded)
     losses = [float(gradients.pop("loss")) for gradients in shares]
     assert sum(losses) / 2 == pytest.approx(float(expected.pop("loss")), rel=1e-5)
@@ -36,7 +36,7 @@ def test_gradients_are_those_of_one_process(
 
 def test_ragged_means_are_normalised_by_each_process(tmp_path: Path) -> None:
     """What the documentation says of `mean` where the processes count different numbers of tokens."""
-    expected = sharded.step(None, "one forward", "mean", True)
+    expected = sharded.step_of_eager_attention("mean", True)
     gradients, _ = two_processes.run(sharded.step, tmp_path, "ddp", "one forward", "mean", True)
     name = "bert.encoder.layer.1.attention.self.query.weight"
     assert not torch.allclose(gradients[name], expected[name], rtol=1e-3)

@@ -84,7 +84,10 @@ class SoftmaxCall:
         if maps.dim() == 3 and maps.shape[1] and positions % maps.shape[1] == 0:
             rows = positions // maps.shape[1]
             maps = maps.unflatten(0, (rows, -1)) if rows and maps.shape[0] % rows == 0 else maps
-        return maps if maps.dim() == 4 and maps.shape[0] * maps.shape[2] == positions else None
+        if maps.dim() != 4 or maps.shape[0] * maps.shape[2] != positions:
+            return None
+        # Over a single key a softmax is always 1: of one weight a token (SwiftFormer), not of an attention.
+        return None if maps.shape[3] == 1 < maps.shape[2] else maps
 
 
 class TensorCall:

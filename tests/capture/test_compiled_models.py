@@ -1,4 +1,4 @@
-"""``torch.compile(fullgraph=True)`` of a model, attached before or after."""
+"""``torch.compile(fullgraph=True)`` of a model, attached before or after: gradients are those of eager attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from ear_ops.regularizers import AttentionPull, EmbeddingPush, SentencePull, attach
 
-TERMS = (EmbeddingPush(0.5), AttentionPull(2, 3.0), SentencePull(1, 0.25))
+TERMS = (EmbeddingPush(5.0), AttentionPull(2, 30.0), SentencePull(1, 1.0))  # gradients about as large as the logits'
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,17 @@ def compiled(model, backend="eager"):
 
 
 def total_and_gradients(tools, call, model, ear, batch):
-    total = call(**batch).logits.square().sum() + ear.loss()
+    total = call(**batch).logits.square().mean() + ear.loss()
+    return total.detach(), tools.gradients(model, total)
+
+
+def of_eager_attention(tools, batch):
+    """The same, written out in plain torch."""
+    model = tools.build_model("bert", "eager", layers=2)
+    out = model(**batch, output_attentions=True, output_hidden_states=True)
+    mask = batch["attention_mask"]
+    push, sentence = (tools.pooled_difference(out.hidden_states[n], mask) for n in (0, 1))
+    total = out.logits.square().mean() - 5.0 * push + 30.0 * tools.attention_pull(out.attentions[1], mask) + sentence
     return total.detach(), tools.gradients(model, total)
 
 
@@ -35,8 +45,7 @@ def total_and_gradients(tools, call, model, ear, batch):
 def test_compiled_model_gives_the_same_loss(tools, attached, backend):
     model = tools.build_model("bert", layers=2)
     batch = tools.build_batch()
-    with attach(model, TERMS) as ear:
-        expected, gradients = total_and_gradients(tools, model, model, ear, batch)
+    expected, gradients = of_eager_attention(tools, batch)
     call = compiled(model, backend)
     if attached != "before":
         plain = call(**batch).logits
@@ -44,7 +53,7 @@ def test_compiled_model_gives_the_same_loss(tools, attached, backend):
     ear = attach(call if attached == "to the compiled model" else model, TERMS)
     for _ in range(2):
         total, actual = total_and_gradients(tools, call, model, ear, batch)
-        torch.testing.assert_close(total, expected, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(total, expected, rtol=1e-5, atol=0.0)
         tools.assert_same_gradients(actual, gradients, rtol=1e-5)
     traced = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     total_and_gradients(tools, call, model, ear, batch)

@@ -117,6 +117,26 @@ def test_a_softmax_over_queries_is_refused_in_loss():
             ear.loss()
 
 
+class OneWeightAToken(nn.Module):
+    """What SwiftFormer calls attention: a softmax over the one weight of each token, which is always 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Linear(8, 1)
+
+    def forward(self, vectors):
+        return self.weight(vectors).softmax(dim=-1) * vectors
+
+
+def test_a_softmax_over_a_single_key_is_refused_in_loss():
+    model = nn.ModuleDict({"attention": OneWeightAToken()})
+    model.forward = lambda vectors: model["attention"](vectors)
+    with attach(model, [AttentionPull("attention")]) as ear:
+        model(torch.randn(4, 5, 8))
+        with pytest.raises(ValueError, match=r"softmax of shape \[4, 5, 1\].* no attention matrix"):
+            ear.loss()
+
+
 def test_views_head_weights_and_reductions(tools):
     model = build("mpnet")
     batch = tools.build_batch()

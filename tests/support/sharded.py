@@ -1,4 +1,4 @@
-"""One training step of a tiny BERT, in one process or in several: what the tests of several processes run."""
+"""One training step of a tiny BERT: what the tests of several processes run, and what they expect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import ear_ops
 PAIRS = 4
 
 
-def build_model() -> Any:
+def build_model(implementation: str = "sdpa") -> Any:
     """Without dropout, its attention far from uniform."""
     torch.manual_seed(0)
     config = transformers.BertConfig(
@@ -28,7 +28,7 @@ def build_model() -> Any:
         initializer_range=0.3,
         num_labels=3,
     )
-    return transformers.BertForSequenceClassification(config).train()
+    return transformers.BertForSequenceClassification._from_config(config, attn_implementation=implementation).train()
 
 
 def build_batch(padded: bool) -> tuple[dict[str, Tensor], Tensor]:
@@ -48,23 +48,36 @@ def share(batch: dict[str, Tensor], labels: Tensor, rank: int, count: int) -> tu
     )
 
 
-def step(wrapping: str | None, views: str, reduction: str, padded: bool) -> dict[str, Tensor]:
-    """Gradients of one step, and its loss under the name ``loss``.
+def step_of_eager_attention(reduction: str, padded: bool) -> dict[str, Tensor]:
+    """Gradients of one step of all pairs in this process and its loss, from what eager attention returns."""
+    model = build_model("eager")
+    batch, labels = build_batch(padded)
+    out = model(**batch, output_attentions=True, output_hidden_states=True)
+    how: dict[str, Any] = {"attention_mask": batch["attention_mask"], "reduction": reduction, "backend": "reference"}
+    pull = ear_ops.attention_mse(out.attentions[1], **how)
+    push = -ear_ops.pooled_distance(out.hidden_states[0], **how)
+    sentence = ear_ops.pooled_distance(out.hidden_states[1], **how)
+    loss = ear_ops.robust_cross_entropy(out.logits, labels) + 5.0 * pull + 0.5 * push + 0.7 * sentence
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {**gradients, "loss": loss.detach()}
+
+
+def step(wrapping: str, views: str, reduction: str, padded: bool) -> dict[str, Tensor]:
+    """Gradients of one step of this process's pairs, and its loss under the name ``loss``.
 
     Args:
-        wrapping: ``"ddp"``, ``"fsdp2"``, or None for all pairs in this process.
+        wrapping: ``"ddp"`` or ``"fsdp2"``.
         views: ``"one forward"`` or ``"two forwards"``.
     """
     model = build_model()
     parameters = dict(model.named_parameters())
     batch, labels = build_batch(padded)
-    if wrapping is not None:
-        torch.distributed.init_process_group("gloo")
-        batch, labels = share(batch, labels, torch.distributed.get_rank(), torch.distributed.get_world_size())
-    wrapped = model
+    torch.distributed.init_process_group("gloo")
+    batch, labels = share(batch, labels, torch.distributed.get_rank(), torch.distributed.get_world_size())
     if wrapping == "ddp":
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    elif wrapping == "fsdp2":
+    else:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
