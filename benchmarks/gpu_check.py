@@ -20,6 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 OUT = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check").resolve()
 KERNEL_TESTS = ["tests/test_qk_attention_mse.py", "tests/test_attention_mse.py", "tests/test_pooled_distance.py"]
+OTHER_TESTS = [
+    f"tests/{name}.py" for name in ("test_properties", "test_compile", "test_backends", "capture/test_exactness")
+]
 SECONDS = 8 * 60  # of all steps together
 Step = tuple[str, list[str], int, str | None]  # name, command, seconds, the tool it needs
 
@@ -32,7 +35,7 @@ def steps() -> list[Step]:
     found: list[Step] = [
         ("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 240, "nvcc"),
         ("environment", [python, "-m", "ear_ops.env_report"], 60, None),
-        ("tests", [*pytest, "cuda", *KERNEL_TESTS, "tests/test_properties.py"], 150, None),
+        ("tests", [*pytest, "cuda", *KERNEL_TESTS, *OTHER_TESTS], 180, None),
         ("losses", [*bench, "--compile", "--out", str(OUT / "losses.json")], 120, None),
         (
             "long rows",

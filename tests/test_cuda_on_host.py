@@ -97,6 +97,17 @@ def test_structure(queries: int, keys: int, is_causal: bool, window: int | None)
     check(qk_case(queries, keys, 8, pairs=1, heads=1, options=options, reduction="sum"), torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("queries", "keys", "options"),
+    [(64, 129, {"is_causal": True}), (64, 129, {"window": 3}), (128, 191, {"window": 3})],
+    ids=["last key of a causal row", "far end of a window", "near end of a window"],
+)
+def test_a_tile_that_holds_one_pair_in_its_corner_is_not_passed_over(
+    queries: int, keys: int, options: dict[str, object]
+) -> None:
+    check(qk_case(queries, keys, 8, pairs=1, heads=1, options=options, reduction="sum"), torch.float16)
+
+
 @pytest.mark.parametrize("both", [False, True], ids=["one bias", "a bias for each view"])
 def test_bias(both: bool, dtype: torch.dtype) -> None:
     biases = {}

@@ -36,6 +36,13 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def model_device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU: torch.cuda.is_available() is false")
+    return request.param
+
+
 def build_model(kind: str, implementation: str = "sdpa", seed: int = 0, layers: int = 4) -> Any:
     """A classifier with random weights, large enough that attention is far from uniform; dropout 0."""
     torch.manual_seed(seed)

@@ -31,9 +31,10 @@ def attached_total(model, batch):
         return out.logits.square().sum() + ear.loss(), tuple(ear.components().values()), out.logits
 
 
-def check(tools, kind, implementation, batch):
-    oracle = tools.build_model(kind, "eager")
-    model = tools.build_model(kind, implementation)
+def check(tools, kind, implementation, batch, device="cpu"):
+    oracle = tools.build_model(kind, "eager").to(device)
+    model = tools.build_model(kind, implementation).to(device)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
     with torch.no_grad():
         plain = model(**batch).logits
     total, terms = expected_total(tools, oracle, batch)
@@ -48,8 +49,8 @@ def check(tools, kind, implementation, batch):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_padded_batch(tools, kind, implementation):
-    check(tools, kind, implementation, tools.build_batch())
+def test_padded_batch(tools, kind, implementation, model_device):
+    check(tools, kind, implementation, tools.build_batch(), model_device)
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
