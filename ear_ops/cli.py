@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+from ear_ops.training import processes
 from ear_ops.training.config import ConfigError, TrainConfig
 
 try:
@@ -42,6 +43,16 @@ _DATA_SETTINGS = (
     "dictionary_scale",
     "seed",
 )
+
+
+@app.callback()
+def _check_processes(context: typer.Context) -> None:
+    if processes.count() > 1 and context.invoked_subcommand not in ("train", "evaluate"):
+        raise ConfigError(
+            f"`ear-ops {context.invoked_subcommand}` runs in one process, and a launcher started {processes.count()}: "
+            f"start it without torchrun or accelerate launch. Only `train` and `evaluate` share their work; several "
+            f"sweeps, each started by itself, may share a folder"
+        )
 
 
 def main() -> None:
@@ -82,15 +93,14 @@ def _settings_as_options(names: Sequence[str] | None = None) -> Callable[..., Ca
 @_settings_as_options()
 def train(**settings: Any) -> None:
     """Train on English and print the accuracy in every language; an interrupted run goes on where it stopped."""
-    from ear_ops.training.processes import say
     from ear_ops.training.reports import results_text, text_table
 
     config = TrainConfig(**settings)
     shown = {"output_dir": config.output_dir, **config.to_dict()}
-    say(text_table(["setting", "value"], [[k, str(v)] for k, v in shown.items() if v is not None]))
+    processes.say(text_table(["setting", "value"], [[k, str(v)] for k, v in shown.items() if v is not None]))
 
     results = _run_module().train(config)
-    say(f"\n{results_text(results)}\nTables, configuration and model are in {config.output_dir}.")
+    processes.say(f"\n{results_text(results)}\nTables, configuration and model are in {config.output_dir}.")
 
 
 @app.command()
@@ -100,10 +110,9 @@ def evaluate(
     data_dir: Annotated[str | None, typer.Option(help="Where the data are now.  [default: where they were]")] = None,
 ) -> None:
     """Score a finished run once more, also on another split."""
-    from ear_ops.training.processes import say
     from ear_ops.training.reports import results_text
 
-    say(results_text(_run_module().evaluate(folder, eval_split, data_dir)).rstrip("\n"))
+    processes.say(results_text(_run_module().evaluate(folder, eval_split, data_dir)).rstrip("\n"))
 
 
 @app.command()

@@ -12,129 +12,25 @@ import torch.nn.functional as F
 
 pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
 import transformers
-from torch.utils.data import IterableDataset
+from support import two_processes
+from support.trainer_task import (
+    PAIRS,
+    Pairs,
+    RegularizedTrainer,
+    Stream,
+    both_views,
+    descend,
+    expected_loss,
+    mean_over_parts,
+    model,
+    one_view,
+    train_in_parts,
+    trainer,
+    weights,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ear_ops
-
-PAIRS = 8
-LENGTH = 6
-
-
-class Pairs(torch.utils.data.Dataset):
-    """Pairs without padding; in a pair, the views differ in one token."""
-
-    def __init__(self, same: bool = False) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(3, 40, (PAIRS, LENGTH), generator=generator)
-        self.augmented = self.ids.clone()
-        if not same:
-            self.augmented[:, 2] = torch.randint(3, 40, (PAIRS,), generator=generator)
-        self.labels = torch.randint(0, 3, (PAIRS,), generator=generator)
-
-    def __len__(self) -> int:
-        return PAIRS
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"x": self.ids[index], "augmented": self.augmented[index], "label": self.labels[index]}
-
-
-class Stream(IterableDataset):
-    def __iter__(self) -> Any:
-        return iter(Pairs())
-
-
-def both_views(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    ids = torch.stack([item["x"] for item in items] + [item["augmented"] for item in items])
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": torch.stack([item["label"] for item in items]),
-    }
-
-
-def one_view(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return {name: tensor[: len(items)] for name, tensor in both_views(items).items()}
-
-
-class RegularizedTrainer(ear_ops.RegularizedTrainerMixin, transformers.Trainer):
-    pass
-
-
-def model(seed: int = 0, layers: int = 2, **options: Any) -> Any:
-    """Without dropout, so that a batch has one loss."""
-    torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        vocab_size=40,
-        hidden_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=16,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.3,
-        num_labels=3,
-        **options,
-    )
-    return transformers.BertForSequenceClassification(config)
-
-
-def trainer(folder: Path, regularizers: Any = None, *, of: Any = None, options: Any = None, **changes: Any) -> Any:
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": PAIRS,
-        "max_steps": 1,
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return RegularizedTrainer(
-        model() if of is None else of,
-        transformers.TrainingArguments(**{**settings, **changes}),
-        **{
-            "regularizers": [ear_ops.AttentionPull(1, 5.0), ear_ops.EmbeddingPush(0.5)],
-            "train_dataset": Pairs(),
-            "data_collator": both_views,
-            **({} if regularizers is None else {"regularizers": regularizers}),
-            **(options or {}),
-        },
-    )
-
-
-def expected_loss(of: Any, batch: dict[str, torch.Tensor], smoothing: float = 0.0) -> torch.Tensor:
-    """CE(x) + CE(x^a) + 5 * pull - 0.5 * push, from eager attention maps and hidden states."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    of.set_attn_implementation("eager")
-    output = of(**inputs, output_attentions=True, output_hidden_states=True)
-    of.set_attn_implementation("sdpa")
-    pairs = len(batch["labels"])
-    entropies = sum(
-        F.cross_entropy(view, batch["labels"], label_smoothing=smoothing) for view in output.logits.chunk(2)
-    )
-    maps, pooled = output.attentions[0], output.hidden_states[0].mean(1)
-    pull = (maps[:pairs] - maps[pairs:]).square().mean()
-    push = (pooled[:pairs] - pooled[pairs:]).square().mean()
-    return entropies + 5.0 * pull - 0.5 * push
-
-
-def weights(of: Any) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in of.parameters()])
-
-
-def step_by_hand(loss_of: Any, of: Any) -> torch.Tensor:
-    """Weights after one step of gradient descent."""
-    loss_of(of).backward()
-    with torch.no_grad():
-        for parameter in of.parameters():
-            if parameter.grad is not None:
-                parameter -= 0.1 * parameter.grad
-    return weights(of)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +47,7 @@ def test_a_step_goes_down_the_gradient_of_both_views_and_the_regularisers(
     tmp_path: Path, arguments: dict[str, Any], smoothing: float
 ) -> None:
     batch = both_views([Pairs()[i] for i in range(PAIRS)])
-    expected = step_by_hand(lambda of: expected_loss(of, batch, smoothing), model())
+    expected = descend(model(), lambda of: expected_loss(of, batch, smoothing))
     own = trainer(tmp_path, **arguments)
     own.train()
     own.detach()
@@ -159,6 +55,84 @@ def test_a_step_goes_down_the_gradient_of_both_views_and_the_regularisers(
     assert not torch.equal(weights(model()), expected)
     logged = own.state.log_history[0]["loss"]
     assert logged == pytest.approx(expected_loss(model(), batch, smoothing).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_parts_of_a_step_weigh_the_same(tmp_path: Path, count: int) -> None:
+    """In one process or several, also where the last step has fewer parts, or its last part fewer pairs."""
+    pairs = Pairs(10 if count == 2 else 11)
+    if count == 1:
+        steps = [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10]]]
+        found, log = train_in_parts(tmp_path, pairs)
+    else:  # the last step has one part in each process, the second one wrapped around
+        if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+            pytest.skip("torch without gloo")
+        steps = [[[0, 1], [4, 5], [2, 3], [6, 7]], [[8, 9], [0, 1]]]
+        (found, log), (other, other_log) = two_processes.run(train_in_parts, tmp_path, tmp_path, pairs)
+        assert torch.equal(found, other) and log[0]["task_loss"] == other_log[0]["task_loss"]
+    losses = [mean_over_parts(pairs, *parts) for parts in steps]
+    torch.testing.assert_close(found, descend(model(), *losses), rtol=1e-5, atol=1e-6)
+    assert len(log) == len(steps)
+    of = model()
+    for line, loss in zip(log, losses, strict=True):
+        value = loss(of).item()
+        assert line["loss"] == pytest.approx(value, rel=1e-5)
+        terms = 2 * line["task_loss"] + 5.0 * line["attention_pull.1"] + 0.5 * line["embedding_push"]
+        assert terms == pytest.approx(value, rel=1e-5)
+        descend(of, loss)
+
+
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero"}
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for the device: numbers read from it, and shapes that depend on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name().split(".")[0]
+        by_mask = name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in WAITING or by_mask:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_no_more_from_the_device_than_the_model_does(tmp_path: Path) -> None:
+    """Once the masks of a shape are known; a line of the log then reads all terms at once."""
+
+    def padded(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = both_views(items)
+        batch["attention_mask"][0, 4:] = 0
+        return batch
+
+    def reads_of_each_step(regularizers: list[Any]) -> list[list[str]]:
+        options = {"data_collator": padded}
+        own = trainer(
+            tmp_path, regularizers, options=options, per_device_train_batch_size=2, max_steps=4, logging_steps=4
+        )
+        found: list[list[str]] = []
+        compute_loss = own.compute_loss
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with Reads() as reads:
+                loss = compute_loss(*args, **kwargs)
+            found.append(reads.found)
+            return loss
+
+        own.compute_loss = watched
+        own.train()
+        own.detach()
+        assert len(found) == 4
+        return found
+
+    terms = [ear_ops.AttentionPull(1), ear_ops.EmbeddingPush(1.0), ear_ops.SentencePull(2)]
+    assert reads_of_each_step(terms)[1:] == reads_of_each_step([])[1:]
+    with Reads() as reads:
+        torch.ones(2)[torch.ones(2) > 0].sum().item()
+    assert reads.found == ["aten::index", "aten::_local_scalar_dense"], "the counter counts"
 
 
 def test_a_loss_function_of_ones_own_and_labels_of_all_rows(tmp_path: Path) -> None:
@@ -171,7 +145,7 @@ def test_a_loss_function_of_ones_own_and_labels_of_all_rows(tmp_path: Path) -> N
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     batch = both_views([Pairs()[i] for i in range(PAIRS)])
-    expected = step_by_hand(lambda of: expected_loss(of, batch), model())
+    expected = descend(model(), lambda of: expected_loss(of, batch))
     own = trainer(
         tmp_path,
         options={"data_collator": collate, "compute_loss_func": loss_function},
@@ -198,7 +172,7 @@ def test_the_trainer_runs_the_teacher(tmp_path: Path) -> None:
         pull = (output.attentions[1] - target).square().mean()
         return F.cross_entropy(output.logits, batch["labels"]) + 3.0 * pull
 
-    expected = step_by_hand(loss_of, model())
+    expected = descend(model(), loss_of)
     own = trainer(
         tmp_path,
         [ear_ops.AttentionPull(2, 3.0)],

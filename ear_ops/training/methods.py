@@ -15,7 +15,7 @@ from ear_ops.capture import unwrap
 from ear_ops.functional import robust_cross_entropy
 from ear_ops.regularizers import AttentionPull, EmbeddingPush, SentencePull
 from ear_ops.trainer import StepLoss
-from ear_ops.training.perturbation import mean_norm, shifted, uniform_in_ball, word_embeddings, worst_in_ball
+from ear_ops.training.perturbation import Draws, mean_norm, shifted, uniform_in_ball, word_embeddings, worst_in_ball
 
 if TYPE_CHECKING:
     from ear_ops.training.config import TrainConfig
@@ -42,14 +42,19 @@ class Method(ABC):
         return []
 
     @abstractmethod
-    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any) -> StepLoss:
+    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         """Loss of one batch in training mode.
 
         Args:
             inputs: the model's inputs, `input_ids` and `attention_mask` [B, L], or [2B, L] with two views.
             labels: [B], of the originals.
             attached: what `ear_ops.attach` returned for `regularizers()`, or None without regularisers.
+            batch: number of the batch since training began. What a method draws depends on it, the seed and the place
+                of a row among those of all processes alone.
         """
+
+    def _draws(self, batch: int) -> Draws:
+        return Draws(self.config.seed, batch, self.config.max_length)
 
 
 class FineTune(Method):
@@ -57,7 +62,7 @@ class FineTune(Method):
 
     two_views = False
 
-    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any) -> StepLoss:
+    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         outputs = model(**inputs)
         return StepLoss(F.cross_entropy(outputs.logits, labels), outputs, view_terms(outputs.logits, labels))
 
@@ -69,7 +74,7 @@ class RobustDataAugmentation(Method):
     two_views = True
     uses = TWO_VIEWS
 
-    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any) -> StepLoss:
+    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         outputs = model(**inputs)
         loss = F.cross_entropy(outputs.logits, labels.repeat(2))
         return StepLoss(loss, outputs, view_terms(outputs.logits, labels))
@@ -85,10 +90,10 @@ class RandomPerturbation(Method):
     two_views = False
     uses = frozenset({"perturbation"})
 
-    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any) -> StepLoss:
+    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         embeddings = word_embeddings(model, inputs)  # [B, L, C]
         radius = self.config.perturbation * mean_norm(embeddings, inputs["attention_mask"])
-        with shifted(model, uniform_in_ball(embeddings, radius)):
+        with shifted(model, uniform_in_ball(embeddings, radius, self._draws(batch))):
             outputs = model(**inputs)
         return StepLoss(F.cross_entropy(outputs.logits, labels), outputs, view_terms(outputs.logits, labels))
 
@@ -103,7 +108,7 @@ class AdversarialTraining(Method):
     two_views = False
     uses = frozenset({"perturbation", "adversarial_steps"})
 
-    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any) -> StepLoss:
+    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         inner = unwrap(model)  # the search needs no gradients of parameters, so nothing for processes to exchange
         embeddings = word_embeddings(model, inputs)  # [B, L, C]
         radius = self.config.perturbation * mean_norm(embeddings, inputs["attention_mask"])
@@ -127,15 +132,15 @@ class RobustTargets(Method):
     two_views = True
     uses = TWO_VIEWS
 
-    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any) -> StepLoss:
-        outputs = self._forward(model, inputs)
+    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
+        outputs = self._forward(model, inputs, batch)
         loss, terms = robust_cross_entropy(outputs.logits, labels), view_terms(outputs.logits, labels)
         if attached is not None:
             loss = loss + attached.loss()
             terms.update(attached.components())
         return StepLoss(loss, outputs, terms)
 
-    def _forward(self, model: Any, inputs: Mapping[str, Tensor]) -> Any:
+    def _forward(self, model: Any, inputs: Mapping[str, Tensor], batch: int) -> Any:
         return model(**inputs)
 
     def _push(self) -> EmbeddingPush:
@@ -181,12 +186,11 @@ class NoisePull(WithoutPush):
 
     uses = WithoutPush.uses | {"perturbation"}
 
-    def _forward(self, model: Any, inputs: Mapping[str, Tensor]) -> Any:
+    def _forward(self, model: Any, inputs: Mapping[str, Tensor], batch: int) -> Any:
         embeddings = word_embeddings(model, inputs)  # [2B, L, C]
         sigma = self.config.perturbation * mean_norm(embeddings, inputs["attention_mask"])
-        noise = sigma * torch.randn_like(embeddings)
-        noise[: len(noise) // 2] = 0
-        with shifted(model, noise):
+        noise = sigma * self._draws(batch).normal(embeddings[len(embeddings) // 2 :])  # [B, L, C]
+        with shifted(model, torch.cat([torch.zeros_like(noise), noise])):
             return model(**inputs)
 
 

@@ -45,7 +45,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ConfigError: a setting cannot be used.
         OSError: a file cannot be read or written, or the disk is full; the same call goes on from the last checkpoint.
     """
-    processes.start()
+    processes.start(config.bf16)
     folder = Path(config.output_dir)
     with ExitStack() as held, checkpoints.naming_a_full_disk(folder):
         finished = processes.on_main(lambda: _open(config, folder, held))
@@ -76,7 +76,7 @@ def evaluate(folder: str | Path, split: str | None = None, data_dir: str | None 
         raise RunFolderError(f"{folder} holds no complete model: finish the run with `ear-ops train` first")
     if data_dir is not None:
         config.data_dir, config.hub = data_dir, False
-    processes.start()
+    processes.start(config.bf16)
     with ExitStack() as held:
         processes.on_main(lambda: held.enter_context(locked(folder)))
         return _evaluate(config, folder, split or config.eval_split)

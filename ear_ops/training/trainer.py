@@ -80,6 +80,16 @@ class SetEpoch(TrainerCallback):
         self.order.set_epoch(state.global_step // self.steps_per_epoch)
 
 
+class OwnDropout(TrainerCallback):
+    """Lets every process draw its own dropout: the Trainer gives all of them the same seed."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.process_index:
+            torch.manual_seed(args.seed + args.process_index)
+
+
 class Schedule(TrainerCallback):
     """Evaluates and saves `evaluations_per_epoch` times an epoch, evenly, the last time at its end.
 
@@ -132,7 +142,7 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         order = EpochOrder(train_dataset, args.seed, per_step if group_by_length else None)
         steps_per_epoch = -(-len(train_dataset) // per_step)
-        own: list[TrainerCallback] = [SetEpoch(order, steps_per_epoch)]
+        own: list[TrainerCallback] = [SetEpoch(order, steps_per_epoch), OwnDropout()]
         if evaluations_per_epoch is not None:
             own.append(Schedule(steps_per_epoch, evaluations_per_epoch))
         super().__init__(
@@ -147,6 +157,7 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         self.order = order
         self.compiled = compiled
         self._compiled_model: Any = None
+        self._step, self._part = 0, -1  # of the last batch: step of the optimiser, and which of its parts
 
     def training_loss(self, model: Any, inputs: dict[str, Any]) -> StepLoss:
         """The method's loss; labels are [B], while the inputs may have 2B rows."""
@@ -155,7 +166,13 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
             if self._compiled_model is None:  # not earlier: by now it is in its wrappers, if it gets any
                 self._compiled_model = torch.compile(model, dynamic=True)  # steps differ in length
             model = self._compiled_model
-        return self.method.step(model, inputs, labels, self.attached)
+        return self.method.step(model, inputs, labels, self.attached, self._next_batch())
+
+    def _next_batch(self) -> int:
+        """The number of a batch since training began, also after a resume."""
+        step = self.state.global_step
+        self._step, self._part = step, self._part + 1 if step == self._step else 0
+        return step * self.args.gradient_accumulation_steps + self._part
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
+OPEN_MPI = {
+    "RANK": "OMPI_COMM_WORLD_RANK",
+    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
+}
 
-def train(settings: dict[str, Any], die_at: int | None = None) -> Any:
+
+def train(settings: dict[str, Any], die_at: int | None = None, started_by_mpi: bool = False) -> Any:
     """The results of a run, or the name and message of what a user can mend.
 
     Args:
         settings: of the configuration.
-        die_at: every process stops before this step, as if it were killed.
+        die_at: the processes are killed before this step.
+        started_by_mpi: as `accelerate launch --cpu` does.
     """
     from ear_ops.training import checkpoints, run
     from ear_ops.training.config import ConfigError, TrainConfig
     from ear_ops.training.folder import RunFolderError
 
+    if started_by_mpi:
+        for name, their in OPEN_MPI.items():
+            os.environ[their] = os.environ.pop(name)
     checkpoints._sync = lambda path: None  # waiting for the disk is most of a tiny run
     training_step = run.PairTrainer.training_step
 
     def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == die_at:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGKILL)
         return training_step(self, *args, **kwargs)
 
     run.PairTrainer.training_step = dying  # type: ignore[method-assign]
@@ -29,5 +42,25 @@ def train(settings: dict[str, Any], die_at: int | None = None) -> Any:
         return run.train(TrainConfig(**settings))
     except (ConfigError, RunFolderError) as error:
         return type(error).__name__, str(error)
-    except KeyboardInterrupt:
-        return "killed"
+
+
+def first_step(settings: dict[str, Any]) -> float:
+    """The loss of the first batch in this process, all rows of which are the same in all processes."""
+    import torch
+
+    from ear_ops.training import run
+    from ear_ops.training.config import TrainConfig
+
+    losses = []
+    training_loss = run.PairTrainer.training_loss
+
+    def keep(self: Any, model: Any, inputs: dict[str, Any]) -> Any:
+        ids = torch.full_like(inputs["input_ids"][:, :4], 7)
+        same = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(inputs["labels"])}
+        loss = training_loss(self, model, same)
+        losses.append(loss.loss.item())
+        return loss
+
+    run.PairTrainer.training_loss = keep  # type: ignore[method-assign]
+    run.train(TrainConfig(**settings))
+    return losses[0]

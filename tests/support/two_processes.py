@@ -22,10 +22,8 @@ TIMEOUT = 300  # seconds
 def run(function: Callable[..., Any], folder: Path, *arguments: Any, count: int = 2) -> list[Any]:
     """What ``function(*arguments)`` returns in each process; raises with the traceback of the first that failed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "ear_ops"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    context.set_forkserver_preload(["ear_ops.training.run"])  # and with it torch and transformers
+    port = free_port()
     files = [folder / f"rank{rank}.pt" for rank in range(count)]
     processes = [
         context.Process(target=_worker, args=(function, arguments, rank, count, port, files[rank]), daemon=True)
@@ -47,6 +45,13 @@ def run(function: Callable[..., Any], folder: Path, *arguments: Any, count: int 
             raise AssertionError(f"process {rank} failed:\n{failure}")
         outcomes.append(result)
     return outcomes
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 def _worker(

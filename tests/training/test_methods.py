@@ -12,7 +12,7 @@ from transformers import BertForSequenceClassification
 from ear_ops.regularizers import attach
 from ear_ops.training.config import RATIOS
 from ear_ops.training.methods import METHODS, TWO_VIEWS
-from ear_ops.training.perturbation import mean_norm, uniform_in_ball, word_embeddings
+from ear_ops.training.perturbation import Draws, mean_norm, uniform_in_ball, word_embeddings
 
 B, L = 3, 6
 
@@ -59,7 +59,7 @@ def eager_maps(model, inputs: dict[str, Tensor], layer: int) -> Tensor:
 def test_finetune_is_the_mean_cross_entropy_of_the_originals(make_config, model, batch) -> None:
     inputs, labels = {name: tensor[:B] for name, tensor in batch[0].items()}, batch[1]
     method = METHODS["finetune"](make_config(method="finetune"))
-    step = method.step(model, inputs, labels, None)
+    step = method.step(model, inputs, labels, None, 0)
     logits = model(**inputs).logits.detach()
     expected = sum(cross_entropies(logits, labels)) / B
     assert step.loss.item() == pytest.approx(expected)
@@ -70,7 +70,7 @@ def test_finetune_is_the_mean_cross_entropy_of_the_originals(make_config, model,
 def test_rs_da_is_the_mean_over_both_views_as_separate_examples(make_config, model, batch) -> None:
     inputs, labels = batch
     method = METHODS["rs-da"](make_config(method="rs-da"))
-    step = method.step(model, inputs, labels, None)
+    step = method.step(model, inputs, labels, None, 0)
     each = cross_entropies(model(**inputs).logits.detach(), torch.cat([labels, labels]))
     assert step.loss.item() == pytest.approx(sum(each) / (2 * B))
     assert {name: term.item() for name, term in step.terms.items()} == pytest.approx(
@@ -85,7 +85,7 @@ def test_ear_is_both_cross_entropies_plus_push_plus_pull(make_config, model, bat
     inputs, labels = batch
     method = METHODS["ear"](make_config(method="ear", alpha=0.7, beta=0.3, layer=layer, reduction=reduction))
     with attach(model, method.regularizers()) as attached:
-        step = method.step(model, inputs, labels, attached)
+        step = method.step(model, inputs, labels, attached, 0)
     step.loss.backward()
 
     each = cross_entropies(model(**inputs).logits.detach(), torch.cat([labels, labels]))
@@ -125,8 +125,8 @@ def test_without_its_regularisers_ear_is_twice_rs_da(make_config, model, batch) 
     inputs, labels = batch
     ear = METHODS["ear"](make_config(method="ear", alpha=0.0, beta=0.0))
     with attach(model, ear.regularizers()) as attached:
-        twice = ear.step(model, inputs, labels, attached).loss
-    once = METHODS["rs-da"](make_config(method="rs-da")).step(model, inputs, labels, None).loss
+        twice = ear.step(model, inputs, labels, attached, 0).loss
+    once = METHODS["rs-da"](make_config(method="rs-da")).step(model, inputs, labels, None, 0).loss
     assert twice.item() == pytest.approx(2 * once.item())
 
 
@@ -147,7 +147,7 @@ def test_an_ablation_is_ear_without_the_term(
     for method in (METHODS["ear"](make_config(alpha=0.7, beta=0.3)), METHODS[name](make_config(alpha=0.7, beta=0.3))):
         regularizers = method.regularizers()
         attached = attach(model, regularizers) if regularizers else None
-        steps[type(method)] = method.step(model, inputs, labels, attached)
+        steps[type(method)] = method.step(model, inputs, labels, attached, 0)
         if attached is not None:
             attached.detach()
     ear, ablation = steps.values()
@@ -161,8 +161,8 @@ def test_an_ablation_is_ear_without_the_term(
 
 def test_ear_without_both_is_twice_rs_da(make_config, model, batch) -> None:
     inputs, labels = batch
-    twice = METHODS["ear-no-both"](make_config()).step(model, inputs, labels, None).loss
-    once = METHODS["rs-da"](make_config()).step(model, inputs, labels, None).loss
+    twice = METHODS["ear-no-both"](make_config()).step(model, inputs, labels, None, 0).loss
+    once = METHODS["rs-da"](make_config()).step(model, inputs, labels, None, 0).loss
     assert twice.item() == pytest.approx(2 * once.item())
 
 
@@ -170,7 +170,7 @@ def test_ept_srpt_pulls_the_pooled_output_of_its_layer(make_config, model, batch
     inputs, labels = batch
     method = METHODS["ept+srpt"](make_config(alpha=0.7, beta=0.3, layer=2))
     with attach(model, method.regularizers()) as attached:
-        step = method.step(model, inputs, labels, attached)
+        step = method.step(model, inputs, labels, attached, 0)
     with torch.no_grad():
         states = model(**inputs, output_hidden_states=True).hidden_states
     pooled = [
@@ -210,7 +210,7 @@ def originals(batch) -> tuple[dict[str, Tensor], Tensor]:
 def test_rs_rp_moves_each_word_within_its_ball(make_config, model, batch) -> None:
     inputs, labels = originals(batch)
     shift = Shift(model, inputs)
-    step = METHODS["rs-rp"](make_config(method="rs-rp", perturbation=0.3)).step(model, inputs, labels, None)
+    step = METHODS["rs-rp"](make_config(method="rs-rp", perturbation=0.3)).step(model, inputs, labels, None, 0)
     (moved,) = shift.seen
     lengths = moved[shift.real].norm(dim=-1) / (0.3 * shift.norm)
     assert lengths.max() <= 1 + 1e-6 and lengths.min() > 0.5, (
@@ -218,13 +218,16 @@ def test_rs_rp_moves_each_word_within_its_ball(make_config, model, batch) -> Non
     )
     logits = model(inputs_embeds=shift.words + moved, attention_mask=inputs["attention_mask"]).logits.detach()
     assert step.loss.item() == pytest.approx(sum(cross_entropies(logits, labels)) / B)
-    again = METHODS["rs-rp"](make_config(method="rs-rp")).step(model, inputs, labels, None)
+    METHODS["rs-rp"](make_config(method="rs-rp", perturbation=0.3)).step(model, inputs, labels, None, 0)
+    assert torch.equal(shift.seen[-1], moved), "the number of the batch decides, and not what was drawn before"
+    again = METHODS["rs-rp"](make_config(method="rs-rp", perturbation=0.3)).step(model, inputs, labels, None, 1)
     assert not torch.equal(shift.seen[-1], moved) and again.loss != step.loss
+    METHODS["rs-rp"](make_config(method="rs-rp", perturbation=0.3, seed=2)).step(model, inputs, labels, None, 0)
+    assert not torch.equal(shift.seen[-1], moved)
 
 
 def test_draws_are_uniform_in_the_ball() -> None:
-    torch.manual_seed(0)
-    drawn = uniform_in_ball(torch.zeros(200, 100, 3), torch.tensor(2.0)).flatten(0, 1)
+    drawn = uniform_in_ball(torch.zeros(200, 100, 3), torch.tensor(2.0), Draws(0, 0, 100)).flatten(0, 1)
     volumes = (drawn.norm(dim=-1) / 2) ** 3  # uniform in [0, 1]
     assert volumes.max() <= 1
     assert [(volumes < share).float().mean().item() for share in (0.1, 0.5, 0.9)] == pytest.approx(
@@ -238,7 +241,7 @@ def test_adv_climbs_the_loss_inside_the_ball(make_config, model, batch, steps: i
     inputs, labels = originals(batch)
     shift = Shift(model, inputs)
     config = make_config(method="adv", perturbation=0.1, adversarial_steps=steps)
-    step = METHODS["adv"](config).step(model, inputs, labels, None)
+    step = METHODS["adv"](config).step(model, inputs, labels, None, 0)
     assert len(shift.seen) == steps + 1
     assert all(parameter.grad is None for parameter in model.parameters()), "the search leaves no gradients behind"
     step.loss.backward()
@@ -266,7 +269,7 @@ def test_adv_climbs_the_loss_inside_the_ball(make_config, model, batch, steps: i
     loss.backward()
     assert step.loss.item() == pytest.approx(loss.item())
     assert torch.allclose(found, model.classifier.weight.grad, atol=1e-7)
-    clean = METHODS["finetune"](make_config(method="finetune")).step(model, inputs, labels, None)
+    clean = METHODS["finetune"](make_config(method="finetune")).step(model, inputs, labels, None, 0)
     assert step.loss.item() > clean.loss.item() + 0.01
 
 
@@ -276,7 +279,7 @@ def test_nt_apt_adds_noise_to_the_augmented_view_alone(make_config, model, batch
     method = METHODS["nt+apt"](make_config(method="nt+apt", beta=0.3, perturbation=0.2))
     assert [type(regularizer).__name__ for regularizer in method.regularizers()] == ["AttentionPull"]
     with attach(model, method.regularizers()) as attached:
-        step = method.step(model, inputs, labels, attached)
+        step = method.step(model, inputs, labels, attached, 0)
     (noise,) = shift.seen
     assert noise[:B].abs().max() < 1e-12
     assert noise[B:].std().item() == pytest.approx(0.2 * shift.norm, rel=0.1)
@@ -294,8 +297,22 @@ def test_nt_apt_adds_noise_to_the_augmented_view_alone(make_config, model, batch
 def test_padding_does_not_change_the_size_of_a_perturbation(model, batch) -> None:
     inputs, _ = batch
     wider = {name: torch.nn.functional.pad(tensor, (0, 4)) for name, tensor in inputs.items()}
-    norms = [mean_norm(word_embeddings(model, each), each["attention_mask"]) for each in (inputs, wider)]
-    assert norms[0] == norms[1] > 0
+    norms = [mean_norm(word_embeddings(model, each), each["attention_mask"]).item() for each in (inputs, wider)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and norms[0] > 0
+
+
+def test_what_a_row_gets_depends_on_its_place_among_the_rows_of_all_processes(monkeypatch) -> None:
+    """Not on the process that has it, nor on the length to which it is padded there."""
+    like = torch.zeros(6, 5, 4)
+    alone = [draw(like) for draws in [Draws(1, 7, 9)] for draw in (draws.normal, draws.uniform)]
+    assert [list(drawn.shape) for drawn in alone] == [[6, 5, 4], [6, 5, 1]]
+    assert len(set(alone[0].flatten().tolist())) == 6 * 5 * 4, "every number once"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        draws = Draws(1, 7, 9)
+        for drawn, expected in zip((draws.normal(like[:2, :3]), draws.uniform(like[:2, :3])), alone, strict=True):
+            assert torch.equal(drawn, expected[2 * rank : 2 * rank + 2, :3])
 
 
 def test_a_method_uses_the_settings_that_it_says(make_config) -> None:
