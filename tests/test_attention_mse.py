@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from support.cases import LAYOUTS, Case, attention_case
-from support.rules import check_case, check_strides_and_forms
+from support.rules import check_case, check_pairs_without_upstream, check_strides_and_forms
 from support.strategies import DTYPES, REDUCTIONS
 
 import ear_ops
@@ -55,6 +55,10 @@ def test_features(name: str, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_reductions(reduction: str, dtype: torch.dtype, device: str) -> None:
     check_case(attention_case(17, 20, lengths=([20, 3], [11, 20]), reduction=reduction), dtype, device, device)
+
+
+def test_a_pair_without_upstream_gradient(dtype: torch.dtype, device: str) -> None:
+    check_pairs_without_upstream(attention_case(5, 7), dtype, device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

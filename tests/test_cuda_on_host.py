@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import cuda_on_host
 from support.cases import LAYOUTS, Case, attention_case, pooled_case, qk_case
-from support.rules import check_case, check_strides_and_forms
+from support.rules import check_case, check_pairs_without_upstream, check_strides_and_forms
 from support.strategies import MASK_KINDS, REDUCTIONS, cases
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -141,6 +141,11 @@ def test_only_the_gradients_asked_for(dim: int) -> None:
         for needed, gradient, expected in zip(needs, gradients, all_gradients, strict=True):
             assert (gradient is not None) == needed
             assert not needed or torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("make", [qk_case, attention_case, pooled_case], ids=["qk", "attention", "pooled"])
+def test_a_pair_without_upstream_gradient(make, dtype: torch.dtype) -> None:
+    check_pairs_without_upstream(make(7, 9, pairs=2), dtype, "cpu")
 
 
 def test_small_gradients_survive_float16() -> None:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from support.cases import Case, pooled_case
-from support.rules import check_case, check_strides_and_forms
+from support.rules import check_case, check_pairs_without_upstream, check_strides_and_forms
 from support.strategies import DTYPES, REDUCTIONS
 
 import ear_ops
@@ -48,6 +48,10 @@ def test_features(name: str, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_reductions(reduction: str, dtype: torch.dtype, device: str) -> None:
     check_case(pooled_case(17, lengths=([17, 3, 0], [11, 17, 5]), reduction=reduction), dtype, device, device)
+
+
+def test_a_pair_without_upstream_gradient(dtype: torch.dtype, device: str) -> None:
+    check_pairs_without_upstream(pooled_case(5, 7), dtype, device)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "length_first", "slices", "every_second", "expanded"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from measuring import peak_memory
 from support.cases import LAYOUTS, Case, qk_case
-from support.rules import check_case, check_gradient, check_strides_and_forms
+from support.rules import check_case, check_gradient, check_pairs_without_upstream, check_strides_and_forms
 from support.strategies import DTYPES, REDUCTIONS
 
 import ear_ops
@@ -127,6 +127,10 @@ def test_features(name: str, dtype: torch.dtype, device: str) -> None:
 def test_reductions(reduction: str, dtype: torch.dtype, device: str) -> None:
     case = qk_case(17, 20, 8, lengths=([20, 3], [11, 20]), reduction=reduction)
     check_case(case, dtype, device, device)
+
+
+def test_a_pair_without_upstream_gradient(dtype: torch.dtype, device: str) -> None:
+    check_pairs_without_upstream(qk_case(7, 9, 8, heads=4, key_heads=2), dtype, device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

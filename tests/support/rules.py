@@ -101,6 +101,19 @@ def check_case(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu"
         check_gradient(name, actual, plain, expected, slack=slack)
 
 
+def check_pairs_without_upstream(case: Case, dtype: torch.dtype, device: str) -> None:
+    """A pair whose loss nobody uses has gradients of zeros, and the others' do not change."""
+    case = replace(case, reduction="none").to(dtype).to(device)
+    upstream = case.upstream()
+    _, expected = case.run(device, upstream=upstream)
+    upstream[0] = 0
+    _, gradients = case.run(device, upstream=upstream)
+    for gradient, unchanged in zip(gradients, expected, strict=True):
+        assert gradient is not None and unchanged is not None
+        assert unchanged[0].any() and not gradient[0].any()
+        assert torch.equal(gradient[1:], unchanged[1:])
+
+
 def check_strides_and_forms(case: Case, layout: str, stacked: bool, dtype: torch.dtype, device: str) -> None:
     """Strides, and both views in one tensor, change where numbers lie, not one bit of the results."""
     if layout == "expanded":
