@@ -156,6 +156,21 @@ def test_a_loss_function_of_ones_own_and_labels_of_all_rows(tmp_path: Path) -> N
     torch.testing.assert_close(weights(own.model), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_word_ids_go_to_the_regularisers_and_not_to_the_model(tmp_path: Path) -> None:
+    """With a word for each token the loss is that of tokens."""
+
+    def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = both_views(items)
+        return {**batch, "word_ids": torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])}
+
+    batch = both_views([Pairs()[i] for i in range(PAIRS)])
+    expected = descend(model(), lambda of: expected_loss(of, batch))
+    terms = [ear_ops.AttentionPull(1, 5.0, alignment="word"), ear_ops.EmbeddingPush(0.5)]
+    own = trainer(tmp_path, terms, options={"data_collator": collate})
+    own.train()
+    torch.testing.assert_close(weights(own.model), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_trainer_runs_the_teacher(tmp_path: Path) -> None:
     teacher = model(seed=1, layers=4)
     before = weights(teacher)
@@ -178,8 +193,10 @@ def test_the_trainer_runs_the_teacher(tmp_path: Path) -> None:
         [ear_ops.AttentionPull(2, 3.0)],
         options={"teacher": teacher.train(), "layer_map": {2: 4}, "data_collator": one_view},
     )
+    with_grad: list[bool] = []
+    teacher.register_forward_hook(lambda *call: with_grad.append(torch.is_grad_enabled()))
     own.train()
-    assert not teacher.training and torch.equal(weights(teacher), before)
+    assert not teacher.training and torch.equal(weights(teacher), before) and with_grad == [False]
     torch.testing.assert_close(weights(own.model), expected, rtol=1e-5, atol=1e-6)
     trainer(tmp_path, options={"teacher": model(seed=1), "data_collator": one_view}, remove_unused_columns=True)
 

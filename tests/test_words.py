@@ -9,8 +9,8 @@ from torch import nn
 from ear_ops import AttentionPull, attach, qk_attention_mse
 
 # Two pairs. In the first, word 1 is two pieces in x and three in x^a, and x has a padded token; in the second, word 3
-# was cut from x^a.
-WORDS = torch.tensor([[0, 1, 1, 2, 3, -1], [0, 1, 2, 3, 3, 4], [0, 1, 1, 1, 2, 3], [0, 1, 2, 2, 2, 4]])
+# is only in x, and the last word only in x^a.
+WORDS = torch.tensor([[0, 1, 1, 2, 3, -1], [0, 1, 2, 3, 3, 4], [0, 1, 1, 1, 2, 3], [0, 1, 2, 2, 4, 5]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 0], [1] * 6, [1] * 6, [1] * 6])
 
 

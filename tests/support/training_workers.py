@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
+
+import pytest
 
 OPEN_MPI = {
     "RANK": "OMPI_COMM_WORLD_RANK",
@@ -17,12 +20,15 @@ OPEN_MPI = {
 def train(settings: dict[str, Any], die_at: int | None = None, started_by_mpi: bool = False) -> Any:
     """The results of a run, or the name and message of what a user can mend.
 
+    The first process alone may write, the languages are shared, and the second process is late with its part of a
+    checkpoint.
+
     Args:
         settings: of the configuration.
         die_at: the processes are killed before this step.
         started_by_mpi: as `accelerate launch --cpu` does.
     """
-    from ear_ops.training import checkpoints, run
+    from ear_ops.training import checkpoints, processes, run
     from ear_ops.training.config import ConfigError, TrainConfig
     from ear_ops.training.folder import RunFolderError
 
@@ -30,6 +36,12 @@ def train(settings: dict[str, Any], die_at: int | None = None, started_by_mpi: b
         for name, their in OPEN_MPI.items():
             os.environ[their] = os.environ.pop(name)
     checkpoints._sync = lambda path: None  # waiting for the disk is most of a tiny run
+    scored: list[Any] = []
+    predict, save_random_state = run.predict, run.PairTrainer._save_rng_state
+    run.predict = lambda *args, **kwargs: (scored.append(args), predict(*args, **kwargs))[1]
+    if processes.rank():
+        checkpoints.write_atomically = lambda path, text: pytest.fail(f"the second process writes {path}")
+        run.PairTrainer._save_rng_state = lambda *args: (time.sleep(0.5), save_random_state(*args))[1]
     training_step = run.PairTrainer.training_step
 
     def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -39,7 +51,9 @@ def train(settings: dict[str, Any], die_at: int | None = None, started_by_mpi: b
 
     run.PairTrainer.training_step = dying  # type: ignore[method-assign]
     try:
-        return run.train(TrainConfig(**settings))
+        results = run.train(TrainConfig(**settings))
+        assert len(scored) <= -(-len(results["languages"]) // processes.count())
+        return results
     except (ConfigError, RunFolderError) as error:
         return type(error).__name__, str(error)
 
@@ -64,3 +78,27 @@ def first_step(settings: dict[str, Any]) -> float:
     run.PairTrainer.training_loss = keep  # type: ignore[method-assign]
     run.train(TrainConfig(**settings))
     return losses[0]
+
+
+def roles() -> dict[str, Any]:
+    """What each process gets and does."""
+    import torch
+
+    from ear_ops.training import processes
+
+    def fails() -> None:
+        raise ValueError(f"in process {processes.rank()}")
+
+    processes.start(bf16=False)
+    try:
+        processes.on_main(fails)
+        raised = None
+    except ValueError as error:
+        raised = str(error)
+    return {
+        "rank": processes.rank(),
+        "on main": processes.on_main(lambda: os.environ["RANK"]),
+        "raised": raised,
+        "gathered": processes.gather({f"key {processes.rank()}": processes.rank()}),
+        "sum": processes.add_up(torch.tensor([1.0, float(processes.rank())])).tolist(),
+    }

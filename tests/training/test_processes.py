@@ -79,7 +79,8 @@ def test_two_processes_take_the_steps_of_one_and_write_once(settings, tmp_path: 
     together = {**settings, "output_dir": str(folders[1])}
     with pytest.raises(AssertionError, match="left no result"):
         two_processes.run(training_workers.train, tmp_path, together, 6)
-    assert (folders[1] / "checkpoints" / "checkpoint-4").exists() and not (folders[1] / "model").exists()
+    files = json.loads((folders[1] / "checkpoints" / "checkpoint-4" / "complete.json").read_text())
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= files.keys() and not (folders[1] / "model").exists()
     printed = accelerate_launch(together)
     assert printed.count("Resuming from checkpoint-4.") == printed.count("Tables, configuration and model are in") == 1
     results = json.loads((folders[1] / "results.json").read_text())
@@ -116,6 +117,20 @@ def test_mistakes_stop_all_processes(settings, tmp_path: Path) -> None:
     assert odd[0] == odd[1] and odd[0][0] == "ConfigError" and "expected a multiple of 2, got 7" in odd[0][1]
     other = two_processes.run(training_workers.train, tmp_path, settings)
     assert other[0] == other[1] and other[0][0] == "RunFolderError", "batch_size: 7 there, 8 now"
+
+
+def test_who_does_what(tmp_path: Path) -> None:
+    both = two_processes.run(training_workers.roles, tmp_path)
+    assert [each.pop("rank") for each in both] == [0, 1]
+    expected = {"on main": "0", "raised": "in process 0", "gathered": {"key 0": 0, "key 1": 1}, "sum": [2.0, 1.0]}
+    assert both == [expected, expected]
+
+
+def test_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        processes.say(f"from {rank}")
+    assert capsys.readouterr().out == "from 0\n"
 
 
 def test_one_process_needs_no_others() -> None:

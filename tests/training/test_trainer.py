@@ -164,6 +164,23 @@ def test_gradient_accumulation_gives_the_mean_over_the_parts(make_config, tmp_pa
     assert losses[0]["grad_norm"] == pytest.approx(losses[1]["grad_norm"], rel=1e-4)
 
 
+def test_every_batch_has_a_number_of_its_own_also_after_a_resume(make_config, tmp_path: Path) -> None:
+    """What a method draws depends on it."""
+    trainer = make_trainer(make_config(method="finetune"), tmp_path, gradient_accumulation_steps=3)
+    numbers: list[int] = []
+    step = trainer.method.step
+
+    def spy(model: Any, inputs: Any, labels: Any, attached: Any, batch: int) -> Any:
+        numbers.append(batch)
+        return step(model, inputs, labels, attached, batch)
+
+    trainer.method.step = spy  # type: ignore[method-assign]
+    trainer.train()
+    assert numbers == [*range(8), *range(9, 17)], "8 batches an epoch in 3 steps, the last step has 2"
+    trainer.state.global_step = 4
+    assert trainer._next_batch() == 12
+
+
 def test_regularisers_are_silent_in_evaluation(make_config, tmp_path: Path) -> None:
     trainer = make_trainer(make_config(method="ear"), tmp_path)
     batch = PairCollator(trainer.data_collator.tokenizer, max_length=24)([trainer.train_dataset[i] for i in range(3)])
