@@ -47,14 +47,15 @@ def cuda_home() -> Path | None:
     """Where the CUDA toolkit lies, None without one."""
     nvcc = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
-    return next((Path(home) for home in homes if home and (Path(home) / "bin" / "nvcc").exists()), None)
+    parts = ("bin/nvcc", "include/cuda_runtime.h")  # an nvcc alone may be a script that calls one elsewhere
+    return next((Path(home) for home in homes if home and all((Path(home) / part).exists() for part in parts)), None)
 
 
 def builds_cuda() -> bool:
     import torch
 
     if BUILD == "cuda" and cuda_home() is None:
-        raise SystemExit("EAR_OPS_BUILD=cuda: there is no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
+        raise SystemExit("EAR_OPS_BUILD=cuda: no CUDA toolkit (nvcc, headers) on PATH, in CUDA_HOME or /usr/local/cuda")
     return BUILD == "cuda" or (BUILD == "auto" and torch.version.cuda is not None and cuda_home() is not None)
 
 

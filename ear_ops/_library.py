@@ -134,6 +134,11 @@ def why_unavailable(backend: str, op: str) -> str | None:
     return f"{extension.name} kernels hold no {op}" if extension.loaded else extension.reason
 
 
+def why_no_gpu() -> str:
+    """What to say where ``torch.cuda.is_available()`` is false."""
+    return "torch finds no GPU" if torch.version.cuda else f"this torch ({torch.__version__}) was built without CUDA"
+
+
 def select_backend(requested: str | None, tensor: Tensor, op: str, unsupported: str | None = None) -> str:
     """The backend that runs ``op`` on ``tensor``: ``"reference"``, ``"cpu"`` or ``"cuda"``.
 
@@ -159,7 +164,8 @@ def _why_not(backend: str, tensor: Tensor, op: str, unsupported: str | None) -> 
     if backend not in _EXTENSIONS:
         return f"there are no kernels for device {backend!r}"
     if tensor.device.type != backend:
-        return f"the tensors are on {tensor.device}"
+        no_device = f", and {why_no_gpu()}" if backend == "cuda" and not torch.cuda.is_available() else ""
+        return f"the tensors are on {tensor.device}{no_device}"
     if tensor.dtype not in _DTYPES[backend]:
         return f"it takes {', '.join(str(dtype) for dtype in _DTYPES[backend])}, got {tensor.dtype}"
     return unsupported or why_unavailable(backend, op)

@@ -40,7 +40,9 @@ def lines() -> list[str]:
         report.append(f"cuda builds   {info['cuda_architectures'] or 'none'}")
     for extension in (_extension.CPU, _extension.CUDA):
         state = "" if extension.loaded else "not available: "
-        report.append(f"{extension.name + ' kernels':<13} {state}{extension.reason}")
+        idle = extension is _extension.CUDA and extension.loaded and not torch.cuda.is_available()
+        why = f"; they cannot run: {_library.why_no_gpu()}" if idle else ""
+        report.append(f"{extension.name + ' kernels':<13} {state}{extension.reason}{why}")
     if _extension.CPU.loaded:
         report.append(f"cpu isa       {_cpu_isa()} (EAR_OPS_CPU_ISA={os.environ.get('EAR_OPS_CPU_ISA') or 'unset'})")
     if torch.cuda.is_available():
@@ -49,8 +51,9 @@ def lines() -> list[str]:
     else:
         report.append(f"cuda device   none (torch built for CUDA {torch.version.cuda or 'none'})")
     report.append(f"backend       EAR_OPS_BACKEND={os.environ.get('EAR_OPS_BACKEND') or 'unset'}")
+    here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     for op in _library.SCHEMAS:
-        runs = [backend for backend in ("cpu", "cuda") if _library.why_unavailable(backend, op) is None]
+        runs = [backend for backend in here if _library.why_unavailable(backend, op) is None]
         report.append(f"  {op:<28} {', '.join([*runs, 'reference'] if not op.endswith('_backward') else runs) or '-'}")
     return report
 

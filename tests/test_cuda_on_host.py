@@ -143,6 +143,16 @@ def test_only_the_gradients_asked_for(dim: int) -> None:
             assert not needed or torch.equal(gradient, expected)
 
 
+def test_heads_of_a_group_with_upstream_gradients_of_different_sizes() -> None:
+    """The largest sets the scale: under the first's, the others' gradients would leave the range of float16."""
+    case = qk_case(10, 12, 16, pairs=1, heads=2, key_heads=1, reduction="none").to(torch.float16)
+    for upstream in (torch.tensor([[1e-7, 1.0]]), torch.tensor([[1.0, 1e-7]])):
+        _, gradients = case.run("cpu", upstream=upstream)
+        _, expected = case.to(torch.float64).run("reference", upstream=upstream)
+        for gradient, reference in zip(gradients[1::2], expected[1::2], strict=True):  # of the keys
+            assert (gradient.double() - reference).norm() < 2e-3 * reference.norm()
+
+
 @pytest.mark.parametrize("make", [qk_case, attention_case, pooled_case], ids=["qk", "attention", "pooled"])
 def test_a_pair_without_upstream_gradient(make, dtype: torch.dtype) -> None:
     check_pairs_without_upstream(make(7, 9, pairs=2), dtype, "cpu")
