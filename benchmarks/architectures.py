@@ -51,6 +51,7 @@ SIZES: dict[str, Any] = {
 
 _SWIN = {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 4}
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+_LARGER = {"image_size": 2 * IMAGE}
 _MOBILE = {"image_size": 2 * IMAGE, "patch_size": 2, "hidden_act": "linear"}
 _DELTA = {"linear_head_dim": 8, "linear_num_heads": HEADS}
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -83,7 +84,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "yolos": {"image_size": [IMAGE, IMAGE]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
-    **{name: {"image_size": 2 * IMAGE} for name in ("convnext", "convnextv2", "pvt", "pvt_v2", "segformer")},
+    **{
+        name: {"image_size": 2 * IMAGE}
+        for name in ("convnext", "convnextv2", "pvt", "pvt_v2", "segformer", "swiftformer")
+    },
     **dict.fromkeys(["mobilevit", "mobilevitv2"], _MOBILE),
     "reformer": {"axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},

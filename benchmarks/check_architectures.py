@@ -97,7 +97,8 @@ def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
         "(and the attention pull made of it) and the one that eager attention returns, over all layers that have one, "
         "padded on the right and on the left. The model's own output is bit-identical with and without the recorder. "
         "FlashAttention runs on no CPU: its column is a stand-in in plain torch, registered under its name, which gets "
-        "its masks; a dash means that the model does not run under it.",
+        "its masks; a dash means that the model does not run under it, or attends differently under it, and then what "
+        "is captured is what the stand-in computed (`stand_in` in architectures.json).",
         "",
         "| kind | correct | refused | wrong |",
         "|---|---|---|---|",

@@ -166,7 +166,7 @@ def test_two_models_at_once(tools, batch, expected):
 def test_a_model_in_each_thread(tools, batch, expected):
     """Attached, run and detached at the same time."""
     models = [tools.build_model("bert", seed=seed) for seed in (0, 1)]
-    start, results = threading.Barrier(2), {0: [], 1: []}
+    start, results = threading.Barrier(2, timeout=60), {0: [], 1: []}
 
     def work(index):
         for _ in range(3):
