@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import facts, keep_freed_memory, peak_memory
+from measuring import facts, peak_memory
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 import ear_ops
+from ear_ops.training.memory import keep_freed_memory
 
 TINY = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 12}
 

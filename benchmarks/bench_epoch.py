@@ -27,6 +27,7 @@ from transformers.utils import logging
 from ear_ops.data import PairCollator
 from ear_ops.training import run
 from ear_ops.training.config import TrainConfig
+from ear_ops.training.memory import keep_freed_memory
 from ear_ops.training.methods import METHODS
 from ear_ops.training.sources import load_training_data
 from ear_ops.training.trainer import PairTrainer, Schedule
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
     logging.disable_progress_bar()
+    keep_freed_memory()  # as the command does
     root = os.environ.get("XTREME_DATA")
     with tempfile.TemporaryDirectory() as folder:
         configs = {

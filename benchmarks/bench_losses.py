@@ -15,10 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measuring import keep_freed_memory, max_error, measurer
+from measuring import max_error, measurer
 from operations import EAGER_BYTES, OPERATIONS, Inputs, Loss, Operation
 from presets import PRESETS, Preset
 from torch import Tensor
+
+from ear_ops.training.memory import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("forward", "forward+backward")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import keep_freed_memory, measurer
+from measuring import measurer
 from presets import PRESETS
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from ear_ops.data import PairCollator, PairViews, SynonymAugmenter, get_task, lo
 from ear_ops.data.mini import mini_data_dir
 from ear_ops.models.classifier import load_classifier
 from ear_ops.models.vocabulary import prune_vocabulary
+from ear_ops.training.memory import keep_freed_memory
 
 PAIRS, PRUNED_TO, MAX_LENGTH, LAYER = 32, 9600, 128, 6
 DTYPES = ("float32", "bfloat16")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import platform
 import statistics
@@ -27,16 +26,6 @@ def measurer(device: str) -> ModuleType:
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch.cuda.is_available() is false")
     return importlib.import_module("measuring" if device == "cpu" else "measuring_cuda")
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks, for all ways alike: else each call pays for fresh pages from the kernel."""
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):
-        print("the C library has no mallopt: times include fresh pages")
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:

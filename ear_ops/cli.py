@@ -219,6 +219,9 @@ def _run_module() -> Any:
     """The heavy half, without the progress bars that transformers draws for every file that it loads or saves."""
     from transformers.utils import logging
 
+    from ear_ops.training.memory import keep_freed_memory
+
+    keep_freed_memory()
     logging.disable_progress_bar()
     from ear_ops.training import run
 

@@ -124,6 +124,17 @@ def test_choices_are_shown_with_their_candidates(make_report) -> None:
     assert all(row["accuracies"]["en"][0] == pytest.approx(13 / 15) for row in content["sections"][1]["rows"])
 
 
+def test_a_run_that_collapsed_is_marked(make_report, tmp_path: Path) -> None:
+    make_report({"name": "a", "grid": {"alpha": [1.0, 9.0]}}, wrong=lambda settings: dict.fromkeys(LANGUAGES, 5))
+    for path in (tmp_path / "study").glob("*/results.json"):
+        results = json.loads(path.read_text())
+        write_json(path, {**results, "collapsed": results["config"]["alpha"] == 9.0})
+    content = report(tmp_path / "study")
+    assert [row["collapsed"] for row in content["sections"][0]["rows"]] == [[], [1]]
+    text = (tmp_path / "study" / "report.md").read_text()
+    assert "| **9.0** * | here" in text and "| **1.0** | here" in text
+
+
 def test_weights_that_follow_from_ratios_stand_beside_the_terms(make_report, tmp_path: Path) -> None:
     def wrong(settings: dict[str, Any]) -> dict[str, int]:
         return dict.fromkeys(LANGUAGES, 5)

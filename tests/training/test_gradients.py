@@ -8,7 +8,7 @@ from transformers import BertForSequenceClassification
 
 from ear_ops.regularizers import AttentionPull, EmbeddingPush
 from ear_ops.training import run
-from ear_ops.training.gradients import gradient_ratios
+from ear_ops.training.gradients import gradient_ratios, gradient_squares
 
 B, L = 3, 6
 
@@ -73,8 +73,12 @@ def test_ratios_at_the_embeddings_are_those_of_plain_autograd(model, batch) -> N
 
 
 def test_several_batches_add_up_in_squares(model, batch) -> None:
-    once = gradient_ratios(model, [EmbeddingPush(1.0)], 1, [batch])
-    assert gradient_ratios(model, [EmbeddingPush(1.0)], 1, [batch, batch]) == pytest.approx(once)
+    terms, other = [EmbeddingPush(1.0)], {**batch, "labels": batch["labels"].flip(0)}
+    first, second, both = (gradient_squares(model, terms, 1, each) for each in ([batch], [other], [batch, other]))
+    for place, at in both.items():
+        assert at == pytest.approx({name: first[place][name] + second[place][name] for name in at})
+    assert first["embeddings"]["cross_entropy"] != second["embeddings"]["cross_entropy"]
+    assert gradient_ratios(model, terms, 1, [batch, batch]) == pytest.approx(gradient_ratios(model, terms, 1, [batch]))
 
 
 def test_a_run_measures_before_and_after_and_is_not_changed_by_it(make_config, tmp_path) -> None:
