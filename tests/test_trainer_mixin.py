@@ -167,7 +167,10 @@ def test_word_ids_go_to_the_regularisers_and_not_to_the_model(tmp_path: Path) ->
     expected = descend(model(), lambda of: expected_loss(of, batch))
     terms = [ear_ops.AttentionPull(1, 5.0, alignment="word"), ear_ops.EmbeddingPush(0.5)]
     own = trainer(tmp_path, terms, options={"data_collator": collate})
+    given: list[set[str]] = []
+    own.model.register_forward_pre_hook(lambda *call: given.append(set(call[2])), with_kwargs=True)
     own.train()
+    assert given and all("word_ids" not in names and "input_ids" in names for names in given)
     torch.testing.assert_close(weights(own.model), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -240,6 +243,13 @@ def test_evaluation_is_the_trainers(tmp_path: Path) -> None:
     expected = F.cross_entropy(own.model.eval()(**{**batch, "labels": None}).logits, batch["labels"])
     assert own.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert own.means.pop() == {}
+
+
+def test_no_items_are_counted(tmp_path: Path) -> None:
+    """The loss is a mean over pairs; a count of labels would be gathered from all processes in every step."""
+    own = trainer(tmp_path)
+    batch = both_views([Pairs()[i] for i in range(4)])
+    assert own._get_num_items_in_batch([batch, batch], torch.device("cpu")) is None
 
 
 def test_a_term_that_stays_zero_warns_once(tmp_path: Path) -> None:

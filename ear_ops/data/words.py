@@ -36,8 +36,7 @@ def pair_word_ids(encoded: BatchEncoding, texts: Sequence[tuple[str, str]]) -> t
         specials = 0
         for position, sequence in enumerate(encoded.sequence_ids(row)):
             if sequence is not None:
-                start, end = offsets[position]
-                word = bisect_right(of_pair[sequence], max(start, end - 1))  # words that end before the last character
+                word = bisect_right(of_pair[sequence], offsets[position][0])  # how many end before the piece begins
                 ids[row, position] = sequence * size + min(word, max(len(of_pair[sequence]) - 1, 0))
             elif real[position]:
                 ids[row, position] = 2 * size + specials

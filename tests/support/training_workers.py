@@ -95,8 +95,11 @@ def roles() -> dict[str, Any]:
         raised = None
     except ValueError as error:
         raised = str(error)
+    called: list[int] = []
+    processes.on_main(lambda: called.append(processes.rank()))
     return {
         "rank": processes.rank(),
+        "called": called,
         "on main": processes.on_main(lambda: os.environ["RANK"]),
         "raised": raised,
         "gathered": processes.gather({f"key {processes.rank()}": processes.rank()}),

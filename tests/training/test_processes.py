@@ -122,6 +122,7 @@ def test_mistakes_stop_all_processes(settings, tmp_path: Path) -> None:
 def test_who_does_what(tmp_path: Path) -> None:
     both = two_processes.run(training_workers.roles, tmp_path)
     assert [each.pop("rank") for each in both] == [0, 1]
+    assert [each.pop("called") for each in both] == [[0], []]
     expected = {"on main": "0", "raised": "in process 0", "gathered": {"key 0": 0, "key 1": 1}, "sum": [2.0, 1.0]}
     assert both == [expected, expected]
 
