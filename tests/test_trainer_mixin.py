@@ -171,6 +171,9 @@ def test_word_ids_go_to_the_regularisers_and_not_to_the_model(tmp_path: Path) ->
     own.model.register_forward_pre_hook(lambda *call: given.append(set(call[2])), with_kwargs=True)
     own.train()
     assert given and all("word_ids" not in names and "input_ids" in names for names in given)
+    given_batch = collate([Pairs()[i] for i in range(PAIRS)])
+    own.compute_loss(own.model.train(), given_batch)
+    assert "word_ids" in given_batch and len(given_batch["labels"]) == PAIRS, "the caller's batch stays as it is"
     torch.testing.assert_close(weights(own.model), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -302,6 +305,12 @@ def test_streams_are_dispatched_unless_told_otherwise(tmp_path: Path, monkeypatc
     with pytest.raises(ValueError, match="None dispatches iterable data sets"):
         trainer(tmp_path, options={"train_dataset": Stream()})
     trainer(tmp_path, options={"train_dataset": Stream()}, accelerator_config={"dispatch_batches": False})
+
+
+def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="do not run under DataParallel: show one GPU"):
+        trainer(tmp_path)
 
 
 def test_labels_that_fit_neither_pairs_nor_rows(tmp_path: Path) -> None:
