@@ -22,7 +22,7 @@ from support import training_workers, two_processes
 from ear_ops.training import processes, run
 from ear_ops.training.config import ConfigError
 
-QUICK = {"evaluations_per_epoch": 1, "languages": "en"}
+QUICK = {"evaluations_per_epoch": 1, "languages": "en,de"}
 
 
 @pytest.fixture
