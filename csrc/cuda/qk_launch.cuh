@@ -1,7 +1,8 @@
 // Starts the qk_attention_mse kernels of one element type and tile width.
 #pragma once
 
-#include "qk_attention_mse.cuh"
+#include "qk_backward.cuh"
+#include "qk_forward.cuh"
 #include "qk_kernels.h"
 
 namespace ear_ops::cuda {

@@ -1,0 +1,124 @@
+// Tiles one after the other: where a block is, what is on its way to it, and the scores of each.
+#pragma once
+
+#include "qk_scores.cuh"
+
+namespace ear_ops::cuda {
+
+// Where a block is on its way over everything it visits: the heads of the group, tiles of columns, chunks of the head
+// dimension. Tiles without a pair to compare are passed over; the block's own chunk comes last.
+template <int kN, Role kOwner>
+struct Steps {
+  static constexpr Role kVisited = kOwner == Role::kQueries ? Role::kKeys : Role::kQueries;
+  const QKArgs& a;
+  int64_t pair;
+  int first_row, chunks, own_chunk;
+  int head, end_head, first_column, chunk;
+
+  // Heads [head, end_head): of the queries for an owner of keys, one otherwise; `key_head` of both.
+  EAR_OPS_DEVICE Steps(const QKArgs& a, int64_t pair, int first_row, int head, int end_head, int chunks, int own_chunk)
+      : a(a),
+        pair(pair),
+        first_row(first_row),
+        chunks(chunks),
+        own_chunk(own_chunk),
+        head(head),
+        end_head(end_head),
+        first_column(0),
+        chunk(0) {
+    find_tile();
+  }
+  EAR_OPS_DEVICE bool done() const { return head >= end_head; }
+  EAR_OPS_DEVICE bool is_first_chunk() const { return chunk == 0; }
+  EAR_OPS_DEVICE bool is_last_chunk() const { return chunk == chunks - 1; }
+  EAR_OPS_DEVICE int dim_offset(int kD) const { return (own_chunk + 1 + chunk) % chunks * kD; }
+  EAR_OPS_DEVICE Rows<kVisited> visited() const {
+    return {a, pair, kOwner == Role::kQueries ? head / (a.heads / a.key_heads) : head};
+  }
+  EAR_OPS_DEVICE void advance() {
+    if (++chunk < chunks) return;
+    chunk = 0;
+    first_column += kN;
+    find_tile();
+  }
+
+ private:
+  EAR_OPS_DEVICE bool compares() const {
+    const bool queries = kOwner == Role::kQueries;
+    if (!Structure(a).allows_any(queries ? first_row : first_column, queries ? kBlockRows : kN,
+                                 queries ? first_column : first_row, queries ? kN : kBlockRows))
+      return false;
+    const bool masked = kVisited == Role::kKeys ? a.key_mask != nullptr : a.counted_queries != nullptr;
+    return !masked || Real<kN>(visited(), first_column).any();
+  }
+  EAR_OPS_DEVICE void find_tile() {
+    for (; head < end_head; ++head, first_column = 0)
+      for (; first_column < visited().count(); first_column += kN)
+        if (compares()) return;
+  }
+};
+
+// Two stages in shared memory: while one is worked on, the next is on its way. What a block owns is loaded once, or, in
+// several chunks, with every stage.
+template <typename T, int kD, int kN, Role kOwner>
+struct Stages {
+  static constexpr int kOwned = tile_bytes<T, kD>();
+  static constexpr int kVisited = 2 * Tile<T, kD>::bytes(kN);
+  static constexpr int kStats = kOwner == Role::kKeys ? kRowStats * kN * 4 : 0;
+  static EAR_OPS_CONSTANT int64_t bytes(int chunks) {
+    return chunks == 1 ? kOwned + 2 * (kVisited + kStats) : 2 * (kOwned + kVisited + kStats);
+  }
+
+  const Rows<kOwner>& rows;
+  int first_row, chunks;
+
+  EAR_OPS_DEVICE char* visited(int stage) const { return shared_memory() + stage * (kVisited + kStats); }
+  EAR_OPS_DEVICE char* stats(int stage) const { return visited(stage) + kVisited; }
+  EAR_OPS_DEVICE char* owned(int stage) const {
+    return shared_memory() + 2 * (kVisited + kStats) + (chunks == 1 ? 0 : stage) * kOwned;
+  }
+
+  EAR_OPS_DEVICE void fill(int stage, const Steps<kN, kOwner>& step, bool first) const {
+    const int offset = step.dim_offset(kD);
+    copy_rows<T, kD, kN>(visited(stage), step.visited(), step.first_column, offset);
+    if (first || chunks > 1) copy_rows<T, kD, kBlockRows>(owned(stage), rows, first_row, offset);
+    if (kOwner == Role::kQueries) return;
+    const QKArgs& a = rows.args;
+    for (int i = thread_index(); i < kRowStats * kN; i += kThreads) {
+      const int query = step.first_column + i % kN;
+      const bool there = query < a.queries;
+      const float* from = a.row_stats;
+      if (there) from += i / kN * stats_step(a) + stats_index(a, step.pair, step.head, query);
+      copy_async<4>(stats(stage) + i * 4, from, there);
+    }
+  }
+};
+
+// body(step, scores, stage) for every tile, the scores raw; owned and visited of the block's own chunk are in the
+// stage.
+template <typename T, int kD, int kN, Role kOwner, typename Body>
+EAR_OPS_DEVICE void for_tiles(const Stages<T, kD, kN, kOwner>& stages, Steps<kN, kOwner> step, const Body& body) {
+  if (step.done()) return;
+  Steps<kN, kOwner> ahead = step;
+  stages.fill(0, ahead, true);
+  commit_copies();
+  ahead.advance();
+  float scores[2][kN / 8][4];
+  for (int stage = 0; !step.done(); stage ^= 1) {
+    if (!ahead.done()) {
+      stages.fill(stage ^ 1, ahead, false);
+      ahead.advance();
+    }
+    commit_copies();
+    wait_copies<1>();
+    sync_block();
+    if (step.is_first_chunk()) clear(scores);
+    add_scores<T, kD, kN>(stages.owned(stage), stages.visited(stage), scores);
+    if (step.is_last_chunk()) body(step, scores, stage);
+    sync_block();
+    step.advance();
+  }
+  wait_copies<0>();
+}
+
+}  // namespace ear_ops::cuda
