@@ -131,6 +131,13 @@ class RegularizedTrainerMixin(_Trainer):
             raise ValueError("model_init: every train() would build another model, without regularisers; pass model")
         if args.n_gpu > 1:
             raise ValueError("the regularisers do not run under DataParallel: show one GPU, or start with torchrun")
+        own_loss = getattr(self, "compute_loss_func", None) is not None
+        if own_loss and args.gradient_accumulation_steps > 1 and not hasattr(type(self), "loss_is_scaled_for_ga"):
+            raise ValueError(
+                "compute_loss_func: this version of transformers takes such a loss for one that is divided by the "
+                "accumulation steps already, which the regularisers' is not: upgrade transformers, override "
+                "training_loss, or leave out gradient_accumulation_steps"
+            )
         if not two_views:
             return
         if args.remove_unused_columns:

@@ -135,6 +135,17 @@ def test_a_step_reads_no_more_from_the_device_than_the_model_does(tmp_path: Path
     assert reads.found == ["aten::index", "aten::_local_scalar_dense"], "the counter counts"
 
 
+def test_a_loss_function_that_an_older_trainer_would_not_divide_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(transformers.Trainer, "loss_is_scaled_for_ga", raising=False)
+    options = {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum()}
+    with pytest.raises(ValueError, match=r"compute_loss_func: .*upgrade transformers"):
+        trainer(tmp_path, options=options, gradient_accumulation_steps=2)
+    trainer(tmp_path, options=options, gradient_accumulation_steps=1).detach()
+
+
+@pytest.mark.skipif(not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"), reason="refused by this transformers")
 def test_a_loss_function_of_ones_own_and_labels_of_all_rows(tmp_path: Path) -> None:
     def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = both_views(items)
