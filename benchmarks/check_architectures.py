@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import multiprocessing.connection
+import re
 import resource
 from collections import Counter
 from datetime import date
@@ -65,7 +66,8 @@ def _work(model_type: str, sending: Any) -> None:
     try:
         row = check(model_type)
     except Exception as error:
-        row = _failed(model_type, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        said = re.sub(r" from '[^']*'", "", " ".join(str(error).split()))  # where a module lies on this machine
+        row = _failed(model_type, f"{type(error).__name__}: {said[:200]}")
     sending.send(row)
 
 
