@@ -140,15 +140,16 @@ def _differences(section: dict[str, Any]) -> list[str]:
             languages = [name for name in difference if name not in ("seeds", "average")]
             first = languages[0]
             cells = [points(difference[first]), points(difference["average"])]
-            rows.append([_settings_text(row["settings"]), _listed(difference["seeds"]), first, *cells])
+            by_seed = ", ".join(f"{seed}: {100 * value:+.1f}" for seed, value in difference["seeds"].items())
+            rows.append([_settings_text(row["settings"]), first, *cells, by_seed])
     if not rows:
         return []
-    header = ["row", "seeds", "first language", "there", "average"]
+    header = ["row", "first language", "there", "average", "average by seed"]
     return [
         "",
         f"Difference from {_settings_text(section['baseline'])} in points, with the 95% interval of a paired bootstrap "
         f"over items ({DRAWS:,} draws, runs paired by seed and averaged over seeds). How much a run changes with its "
-        "seed is not in the interval: the deviation above tells. All languages are in `report.json`.",
+        "seed is not in the interval: the seeds one by one tell. All languages are in `report.json`.",
         "",
         markdown_table(header, rows),
     ]

@@ -207,7 +207,7 @@ def _entry(row: Row) -> dict[str, Any]:
 
 
 def _difference(row: Row, baseline: Row, folder: Path, data_dir: str | None) -> dict[str, Any] | None:
-    """By language and on average, over the seeds that both have."""
+    """By language and on average, over the seeds that both have; and the average of each seed alone."""
     seeds = sorted(row.results.keys() & baseline.results.keys())
     if not seeds:
         return None
@@ -215,7 +215,8 @@ def _difference(row: Row, baseline: Row, folder: Path, data_dir: str | None) -> 
         [correct_items(folder / run.name, results, data_dir) for run, results in (side.results[seed] for seed in seeds)]
         for side in (row, baseline)
     ]
-    return {"seeds": seeds, **accuracy_differences(sides[0], sides[1])}
+    by_seed = {seed: row.results[seed][1]["average"] - baseline.results[seed][1]["average"] for seed in seeds}
+    return {"seeds": by_seed, **accuracy_differences(sides[0], sides[1])}
 
 
 def _provenance(plan: Plan, folder: Path) -> dict[str, Any]:
