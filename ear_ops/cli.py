@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from ear_ops.training import processes
-from ear_ops.training.config import ConfigError, TrainConfig
+from ear_ops.training.config import TrainConfig
+from ear_ops.training.errors import ConfigError
 
 try:
     import typer

@@ -31,7 +31,8 @@ from typing import Any, get_type_hints
 import yaml
 
 from ear_ops.study.tables import TABLES
-from ear_ops.training.config import ConfigError, TrainConfig
+from ear_ops.training.config import TrainConfig
+from ear_ops.training.errors import ConfigError
 from ear_ops.training.methods import METHODS, OWN_SETTINGS
 
 Settings = dict[str, Any]

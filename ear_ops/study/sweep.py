@@ -19,7 +19,7 @@ from ear_ops.data import DataError
 from ear_ops.models import OfflineModelError
 from ear_ops.study.definition import Plan, Run, Study, load_study
 from ear_ops.training import checkpoints, run
-from ear_ops.training.config import ConfigError
+from ear_ops.training.errors import ConfigError
 from ear_ops.training.folder import FolderInUseError, RunFolderError, locked, read_json
 
 STUDY_FILE = "study.yaml"

@@ -7,11 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ear_ops.data.tasks import TASKS
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names it, what was expected and what came."""
-
+from ear_ops.training.errors import ConfigError
 
 # alpha weighs the embedding push, beta the attention pull. `paper` is Ding et al. (COLING 2022) with every term as a
 # mean; `equations` scales the two terms as equations 1 and 2 are printed; `released` is what the authors' scripts do.

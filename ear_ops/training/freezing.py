@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ear_ops.regularizers import attach
-from ear_ops.training.config import ConfigError
+from ear_ops.training.errors import ConfigError
 
 
 def freeze_word_embeddings(model: Any, regularizers: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ear_ops.training.config import ConfigError
+from ear_ops.training.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor

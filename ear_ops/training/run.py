@@ -15,8 +15,9 @@ from ear_ops.data import PairCollator, PairExample, PairViews, get_task
 from ear_ops.models.classifier import load_classifier
 from ear_ops.models.vocabulary import prune_vocabulary
 from ear_ops.training import checkpoints, processes
-from ear_ops.training.config import RATIOS, ConfigError, TrainConfig
+from ear_ops.training.config import RATIOS, TrainConfig
 from ear_ops.training.diagnosis import chance_level, collapse_notice, last_quarter
+from ear_ops.training.errors import ConfigError
 from ear_ops.training.evaluation import predict, score
 from ear_ops.training.folder import RunFolderError, claim, load_config, locked, read_json, versions
 from ear_ops.training.freezing import freeze_word_embeddings

@@ -17,7 +17,8 @@ import torch
 from ear_ops.data import PairViews
 from ear_ops.regularizers import AttentionPull, EmbeddingPush
 from ear_ops.training.checkpoints import write_json
-from ear_ops.training.config import RATIOS, ConfigError, TrainConfig
+from ear_ops.training.config import RATIOS, TrainConfig
+from ear_ops.training.errors import ConfigError
 from ear_ops.training.folder import read_json
 from ear_ops.training.gradients import Batch, gradient_ratios, gradient_squares
 from ear_ops.training.methods import METHODS

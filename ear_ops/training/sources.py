@@ -22,7 +22,8 @@ from ear_ops.data import (
     read_variants,
     write_variants,
 )
-from ear_ops.training.config import MINI, ConfigError, TrainConfig
+from ear_ops.training.config import MINI, TrainConfig
+from ear_ops.training.errors import ConfigError
 
 
 @dataclass

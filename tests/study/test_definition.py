@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ear_ops.study.definition import Run, Study, load_study
-from ear_ops.training.config import ConfigError
+from ear_ops.training.errors import ConfigError
 
 
 def names(study: Study, **accuracies: float) -> list[str]:

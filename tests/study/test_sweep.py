@@ -20,7 +20,8 @@ from ear_ops.study import sweep as sweep_module
 from ear_ops.study.report import report
 from ear_ops.study.sweep import StudyError, sweep
 from ear_ops.training import checkpoints, run
-from ear_ops.training.config import ConfigError, TrainConfig
+from ear_ops.training.config import TrainConfig
+from ear_ops.training.errors import ConfigError
 from ear_ops.training.folder import locked
 
 METHODS = {"name": "methods", "table": "1", "grid": {"method": ["finetune", "ear"], "seed": [1, 2]}}

@@ -29,7 +29,8 @@ def train(settings: dict[str, Any], die_at: int | None = None, started_by_mpi: b
         started_by_mpi: as `accelerate launch --cpu` does.
     """
     from ear_ops.training import checkpoints, processes, run
-    from ear_ops.training.config import ConfigError, TrainConfig
+    from ear_ops.training.config import TrainConfig
+    from ear_ops.training.errors import ConfigError
     from ear_ops.training.folder import RunFolderError
 
     if started_by_mpi:

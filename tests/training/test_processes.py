@@ -20,7 +20,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 from support import training_workers, two_processes
 
 from ear_ops.training import processes, run
-from ear_ops.training.config import ConfigError
+from ear_ops.training.errors import ConfigError
 
 QUICK = {"evaluations_per_epoch": 1, "languages": "en,de"}
 

@@ -12,7 +12,8 @@ import pytest
 
 from ear_ops.data import DataError
 from ear_ops.training import run
-from ear_ops.training.config import ConfigError, TrainConfig
+from ear_ops.training.config import TrainConfig
+from ear_ops.training.errors import ConfigError
 from ear_ops.training.folder import RunFolderError, claim, locked
 
 

@@ -14,7 +14,8 @@ from ear_ops.data import PairCollator
 from ear_ops.functional import robust_cross_entropy
 from ear_ops.regularizers import AttentionPull, EmbeddingPush
 from ear_ops.training import gradients, run, scale
-from ear_ops.training.config import ConfigError, TrainConfig
+from ear_ops.training.config import TrainConfig
+from ear_ops.training.errors import ConfigError
 from ear_ops.training.freezing import freeze_word_embeddings
 from ear_ops.training.methods import METHODS
 from ear_ops.training.sources import load_training_data

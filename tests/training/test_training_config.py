@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from ear_ops.models.classifier import OFFLINE_MODEL as CLASSIFIER_OFFLINE_MODEL
-from ear_ops.training.config import OFFLINE_MODEL, PRESETS, ConfigError, TrainConfig
+from ear_ops.training.config import OFFLINE_MODEL, PRESETS, TrainConfig
+from ear_ops.training.errors import ConfigError
 
 
 def test_presets_are_those_of_the_paper_its_equations_and_the_released_code() -> None:
