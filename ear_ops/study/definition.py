@@ -57,7 +57,9 @@ class Run:
             ConfigError: a setting is unknown or cannot be used.
         """
         config = TrainConfig.from_dict({name: _typed(name, settings[name]) for name in settings}, output_dir="-")
-        used = METHODS[config.method].uses
+        method = METHODS[config.method]
+        measured = {"layer", "reduction"} if config.measure_gradients and method.two_views else set()
+        used = method.uses | measured
         complete = config.to_dict()
         if not used & _WEIGHTING:
             complete["preset"] = _DEFAULTS["preset"]
@@ -125,11 +127,19 @@ class Selection:
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a study as far as they are known. `waits_for`: the group whose choice decides the rest, or None."""
+    """The runs of a study as far as they are known.
+
+    Attributes:
+        members: of all groups that are known.
+        selections: made so far.
+        waits_for: the group whose choice decides the rest, or None.
+        may_keep_more: whether a group of the rest keeps models, maybe of runs that are known already.
+    """
 
     members: list[Member]
     selections: list[Selection]
     waits_for: Group | None
+    may_keep_more: bool
 
     @property
     def runs(self) -> list[Run]:
@@ -158,16 +168,16 @@ class Study:
         """
         members: list[Member] = []
         selections: list[Selection] = []
-        for group in self.groups:
+        for number, group in enumerate(self.groups, start=1):
             own = [Member(group, settings, self._run(group, settings, selections)) for settings in group.combinations()]
             _check_cells(group, own)
             members += own
             if group.select:
                 selection = _select(group, own, dev_accuracy)
                 if selection is None:
-                    return Plan(members, selections, group)
+                    return Plan(members, selections, group, any(each.keep_model for each in self.groups[number:]))
                 selections.append(selection)
-        return Plan(members, selections, None)
+        return Plan(members, selections, None, False)
 
     def _run(self, group: Group, own: Settings, selections: list[Selection]) -> Run:
         settings = {**self.base, **own}
@@ -250,19 +260,24 @@ def _group(entry: Any, where: str) -> Group:
     cases = entry.get("cases", [{}])
     if not isinstance(cases, list) or not cases:
         raise ConfigError(f"{where}: cases: expected a list of settings, got {cases!r}")
+    select = entry.get("select") or []
+    if not isinstance(select, list):
+        raise ConfigError(f"{where}: select: expected a list of settings, got {select!r}")
     group = Group(
         name=entry["name"],
         table=table,
         settings=_settings(entry.get("settings"), f"{where}: settings"),
         cases=tuple(_settings(case, f"{where}: cases") for case in cases),
         grid=grid,
-        select=tuple(_settings(dict.fromkeys(entry.get("select", ())), f"{where}: select")),
+        select=tuple(_settings(dict.fromkeys(select), f"{where}: select")),
         only_for=_settings(entry.get("for"), f"{where}: for"),
         baseline=_settings(entry.get("baseline"), f"{where}: baseline"),
         keep_model=bool(entry.get("keep_model", False)),
     )
     if missing := [name for name in group.select if name not in group.axes]:
         raise ConfigError(f"{where}: select: {', '.join(missing)} does not vary in this group, so there is no choice")
+    if missing := [name for name in group.select if any(name not in each for each in group.combinations())]:
+        raise ConfigError(f"{where}: select: {', '.join(missing)} is missing in one of the cases: give it in each")
     return group
 
 

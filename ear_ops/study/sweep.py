@@ -8,6 +8,7 @@ complete checkpoint, in whatever process comes next. Nothing else is shared.
 from __future__ import annotations
 
 import errno
+import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,11 +21,14 @@ from ear_ops.models import OfflineModelError
 from ear_ops.study.definition import Plan, Run, Study, load_study
 from ear_ops.training import checkpoints, run
 from ear_ops.training.errors import ConfigError
-from ear_ops.training.folder import FolderInUseError, RunFolderError, locked, read_json
+from ear_ops.training.folder import FolderInUseError, RunFolderError, check_config, locked, read_json
+
+logger = logging.getLogger(__name__)
 
 STUDY_FILE = "study.yaml"
+PREVIOUS_STUDY_FILE = "study.previous.yaml"
 
-_OF_THE_RUN = (DataError, ConfigError, RunFolderError, OfflineModelError, OSError)  # the next run may be all right
+_EXPLAINED = (DataError, ConfigError, RunFolderError, OfflineModelError, OSError)  # their messages say it all
 _OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # the next run would fare no better
 
 
@@ -41,9 +45,16 @@ class Progress:
 
 
 def results_of(folder: Path, run: Run) -> dict[str, Any] | None:
-    """The results of a finished run, None of one that is not."""
+    """The results of a finished run, None of one that is not.
+
+    Raises:
+        RunFolderError: they are of other settings, from a version with other defaults.
+    """
     path = folder / run.name / "results.json"
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    check_config(path.parent, run.config(folder))
+    return read_json(path)
 
 
 def plan_of(study: Study, folder: Path) -> Plan:
@@ -61,8 +72,8 @@ def sweep(
 ) -> Progress:
     """Run what is not finished, and return when all of it is, by this process or by others.
 
-    A run that fails by a fault of its own (data, settings, model) is reported, and the others go on. A full disk, like
-    anything unforeseen, stops the process. Whatever happens, finished runs stay, and the same call goes on.
+    A run that fails is reported, and the others go on; the same call tries it again. A full disk stops the process.
+    Whatever happens, finished runs stay.
 
     Args:
         study_file: see `ear_ops.study.definition`.
@@ -75,10 +86,11 @@ def sweep(
         StudyError: the disk is full or cannot be written.
     """
     study, folder = load_study(study_file), Path(folder)
-    plan_of(study, folder)  # a mistake in the file should show before anything runs
+    study.plan(lambda run: 0.0)  # a mistake in the file should show before anything runs, whatever will be chosen
+    plan_of(study, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with suppress(FolderInUseError), locked(folder):  # whoever is in there writes the same
-        checkpoints.write_atomically(folder / STUDY_FILE, study.text)
+        _write_study(study, folder, say)
     progress = Progress()
     while True:
         plan = plan_of(study, folder)
@@ -94,21 +106,34 @@ def sweep(
                     results = run.train(each.config(folder))
                     progress.finished.append(each.name)
                     say(f"[{number}/{len(plan.runs)}] {each.name}: {100 * results['average']:.1f} on average")
-                if each.name not in plan.kept_models:
+                if each.name not in plan.kept_models and not plan.may_keep_more:
                     _drop_model(folder / each.name)
             except FolderInUseError:
                 busy = True
-            except _OF_THE_RUN as error:
+            except Exception as error:
                 if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
                     raise StudyError(
                         f"{each.name}: {error}. Finished runs are kept; the same command goes on"
                     ) from error
-                progress.failed[each.name] = str(error)
-                say(f"[{number}/{len(plan.runs)}] {each.name} FAILED: {error}")
+                reason = str(error)
+                if not isinstance(error, _EXPLAINED):  # memory of the device, a fault of ours: the others may do well
+                    reason = f"{type(error).__name__}: {error}"
+                    logger.exception("%s", each.name)
+                progress.failed[each.name] = reason
+                say(f"[{number}/{len(plan.runs)}] {each.name} FAILED: {reason}")
         if busy:
             time.sleep(wait)
         elif len(progress.finished) == before and (plan.waits_for is None or plan == plan_of(study, folder)):
             return progress
+
+
+def _write_study(study: Study, folder: Path, say: Callable[[str], None]) -> None:
+    """Keep the study with its runs, for the report; what it replaces stays under another name."""
+    path = folder / STUDY_FILE
+    if path.exists() and (before := path.read_text(encoding="utf-8")) != study.text:
+        checkpoints.write_atomically(folder / PREVIOUS_STUDY_FILE, before)
+        say(f"{folder} held another study, which is now {PREVIOUS_STUDY_FILE} there; reports will be of this one.")
+    checkpoints.write_atomically(path, study.text)
 
 
 def _drop_model(folder: Path) -> None:

@@ -50,6 +50,12 @@ def claim(folder: Path, config: TrainConfig) -> None:
             )
         write_json(folder / "config.json", {"config": config.to_dict(), "versions": versions()})
         return
+    check_config(folder, config)
+
+
+def check_config(folder: Path, config: TrainConfig) -> None:
+    """Raises RunFolderError where the folder holds a run of another configuration; the message lists the settings that
+    differ."""
     saved, now = load_config(folder).to_dict(), config.to_dict()
     differing = [name for name in now if saved[name] != now[name]]
     if differing:

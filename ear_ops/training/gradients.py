@@ -23,19 +23,20 @@ def gradient_ratios(model: Any, regularizers: Sequence[Any], layer: int, batches
     queries and keys of block `layer`. Norms are taken over all batches together. Arguments as for `gradient_squares`.
 
     Returns:
-        Ratios by `TERM at embeddings`, `TERM at query`, `TERM at key`; a place that a term does not reach is left out.
+        Ratios by `TERM at embeddings`, `TERM at query`, `TERM at key`; a place that the term or the cross-entropy does
+        not reach is left out.
     """
     squares = gradient_squares(model, regularizers, layer, batches)
     return {
         f"{name} at {place}": math.sqrt(value / at["cross_entropy"])
         for place, at in squares.items()
         for name, value in at.items()
-        if name != "cross_entropy"
+        if name != "cross_entropy" and at.get("cross_entropy")
     }
 
 
 def gradient_squares(
-    model: Any, regularizers: Sequence[Any], layer: int, batches: Iterable[Batch]
+    model: Any, regularizers: Sequence[Any], layer: int | None, batches: Iterable[Batch]
 ) -> dict[str, dict[str, float]]:
     """Squared norms of the gradients of CE(x) + CE(x^a) and of each unweighted term, summed over the batches.
 
@@ -44,7 +45,7 @@ def gradient_squares(
     Args:
         model: a classifier, logits [2B, K].
         regularizers: their terms, without weights.
-        layer: block whose queries and keys are looked at, counted from 1.
+        layer: block whose queries and keys are looked at, counted from 1; None for the embeddings alone.
         batches: of two views; on the model's device.
 
     Returns:
@@ -56,8 +57,10 @@ def gradient_squares(
     """
     root = unwrap(model)
     layout = Layout(root)
-    embeddings, attention = layout.embeddings(), layout.attention(layer)
-    recorder = Recorder(root, [embeddings, attention, *(each.site(layout) for each in regularizers)])
+    embeddings = layout.embeddings()
+    attention = [] if layer is None else [layout.attention(layer)]
+    terms = [each.site(layout) for each in regularizers]
+    recorder = Recorder(root, [embeddings, *attention, *terms])
     squares: dict[str, dict[str, float]] = {}
     training = root.training
     root.eval()
@@ -68,18 +71,16 @@ def gradient_squares(
             with torch.enable_grad():
                 logits = root(**inputs).logits
                 (record,) = recorder.take()
-                queries = attention.read(record, "attention")
-                if not isinstance(queries, AttentionInputs):
-                    raise ValueError(
-                        f"layer: layer {layer} computes its attention itself and gives no queries and keys"
-                    )
-                places = {
-                    "embeddings": embeddings.read(record, "embeddings")[0],
-                    "query": queries.query,
-                    "key": queries.key,
-                }
+                places = {"embeddings": embeddings.read(record, "embeddings")[0]}
+                for site in attention:
+                    queries = site.read(record, "attention")
+                    if not isinstance(queries, AttentionInputs):
+                        raise ValueError(
+                            f"layer: layer {layer} computes its attention itself and gives no queries and keys"
+                        )
+                    places |= {"query": queries.query, "key": queries.key}
                 losses = {"cross_entropy": robust_cross_entropy(logits, batch["labels"])}
-                for regularizer, site in zip(regularizers, recorder.sites[2:], strict=True):
+                for regularizer, site in zip(regularizers, terms, strict=True):
                     losses[regularizer.name] = regularizer.term(site.read(record, regularizer.name), None)
             for name, loss in losses.items():
                 found = torch.autograd.grad(loss, list(places.values()), retain_graph=True, allow_unused=True)

@@ -65,7 +65,7 @@ def chosen_weights(
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # where the Trainer will put it
     terms = terms_of(config)
     batches = _first_batches(WEIGHING_BATCHES, config.batch_size, model, collate, views)
-    squares = gradient_squares(model, terms, config.layer, batches)
+    squares = gradient_squares(model, terms, config.layer if "beta" in wanted else None, batches)
     weights = {}
     for term in terms:
         weight, places = ("alpha", ("embeddings",)) if isinstance(term, EmbeddingPush) else ("beta", ("query", "key"))

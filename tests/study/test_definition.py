@@ -64,6 +64,19 @@ def test_what_would_compute_the_same_is_one_run(write_study) -> None:
     ]
 
 
+def test_a_measurement_at_a_layer_tells_runs_apart_that_the_layer_does_not(write_study) -> None:
+    """The gradients of push and pull are measured whether or not the method has them."""
+    groups = [{"name": "a", "grid": {"method": ["finetune", "rs-da"], "layer": [1, 2], "reduction": ["mean", "sum"]}}]
+    assert settings(load_study(write_study(*groups)), "method", "layer", "reduction") == [
+        ("finetune", 6, "mean"),
+        ("rs-da", 6, "mean"),
+    ]
+    assert settings(load_study(write_study(*groups, measure_gradients=1)), "method", "layer", "reduction") == [
+        ("finetune", 6, "mean"),
+        *(("rs-da", layer, reduction) for layer in (1, 2) for reduction in ("mean", "sum")),
+    ]
+
+
 def test_ratios_are_an_axis_of_the_methods_that_have_the_weight(write_study) -> None:
     study = load_study(
         write_study(
@@ -158,6 +171,11 @@ def test_environment_variables_are_put_in(tmp_path: Path, monkeypatch: pytest.Mo
         ({"name": "a", "settings": {"output_dir": "x"}}, ["output_dir"]),
         ({"name": "a", "table": "7"}, ["table '7'", "A.1"]),
         ({"name": "a", "select": ["beta"]}, ["select", "beta", "does not vary"]),
+        ({"name": "a", "grid": {"beta": [1]}, "select": "beta"}, ["group 1 (a): select", "list", "'beta'"]),
+        (
+            {"name": "a", "cases": [{"beta": 1}, {"alpha": 1}], "select": ["beta"]},
+            ["select", "beta", "one of the cases"],
+        ),
         ({"name": "a", "settings": {"method": "eer"}}, ["group 'a'", "unknown method 'eer'"]),
         ({"name": "a", "settings": {"beta": "much"}}, ["group 'a'", "beta", "'much'"]),
         (

@@ -44,6 +44,7 @@ def finish(folder: Path, name: str, settings: dict[str, Any], wrong: dict[str, i
         "date": "2026-01-02",
     }
     (folder / name).mkdir(parents=True, exist_ok=True)
+    write_json(folder / name / "config.json", {"config": settings})
     write_json(folder / name / "predictions.json", predictions)
     write_json(folder / name / "results.json", results)
 

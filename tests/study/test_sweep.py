@@ -22,7 +22,7 @@ from ear_ops.study.sweep import StudyError, sweep
 from ear_ops.training import checkpoints, run
 from ear_ops.training.config import TrainConfig
 from ear_ops.training.errors import ConfigError
-from ear_ops.training.folder import locked
+from ear_ops.training.folder import RunFolderError, claim, locked
 
 METHODS = {"name": "methods", "table": "1", "grid": {"method": ["finetune", "ear"], "seed": [1, 2]}}
 
@@ -50,12 +50,13 @@ def outcome(folder: Path) -> tuple[str, list[Any]]:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stands in for training: a run is its name in this list, and a `results.json`."""
+    """Stands in for training: a run is its name in this list, a `config.json` and a `results.json`."""
     names: list[str] = []
 
     def train(config: TrainConfig) -> dict[str, Any]:
         folder = Path(config.output_dir)
         with locked(folder):
+            claim(folder, config)
             names.append(folder.name)
             results = {"average": 0.5, "best": {"dev_accuracy": 0.5, "step": 1}}
             checkpoints.write_json(folder / "results.json", results)
@@ -111,6 +112,28 @@ def test_groups_share_runs_and_keep_the_models_that_are_wanted(write_study, tmp_
     assert kept == [trained[0], trained[2]], "seed 1 with beta 0.1 belongs to both groups"
 
 
+def test_models_that_a_group_behind_a_choice_keeps_are_not_deleted_before_it(
+    write_study, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = run.train
+
+    def with_model(config: TrainConfig) -> dict[str, Any]:
+        results = train(config)
+        (Path(config.output_dir) / "model").mkdir()
+        checkpoints.mark_complete(Path(config.output_dir) / "model")
+        return results
+
+    monkeypatch.setattr(run, "train", with_model)
+    study = write_study(
+        {"name": "rate", "grid": {"learning_rate": [0.1, 0.2]}, "select": ["learning_rate"]},
+        {"name": "kept", "grid": {"method": ["finetune", "rs-da"]}, "keep_model": True},
+        method="finetune",
+    )
+    sweep(study, tmp_path / "study")
+    kept = [name for name in trained if (tmp_path / "study" / name / "model").exists()]
+    assert len(trained) == 3 and kept == [trained[0], trained[2]], "the best rate's run is one of the group `kept`"
+
+
 def test_a_choice_opens_the_groups_that_wait_for_it(write_study, tmp_path: Path, trained: list[str]) -> None:
     study = write_study(
         {"name": "rate", "grid": {"learning_rate": [0.1, 0.2]}, "select": ["learning_rate"]},
@@ -145,8 +168,12 @@ def test_a_run_in_other_hands_is_waited_for(
     write_study, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = write_study(METHODS)
-    with monkeypatch.context() as patch, pytest.raises(StopIteration):
-        patch.setattr(run, "train", lambda config: next(iter(())))
+
+    def interrupted(config: TrainConfig) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "train", interrupted)
         sweep(study, tmp_path / "study")
     first = sweep_module.plan_of(sweep_module.load_study(study), tmp_path / "study").runs[0].name
     held = locked(tmp_path / "study" / first)
@@ -179,6 +206,48 @@ def test_a_full_disk_stops_the_sweep_and_loses_nothing(write_study, tmp_path: Pa
     assert len(trained) == 2
     sweep(study, tmp_path / "study")
     assert len(trained) == len(set(trained)) == 4
+
+
+def test_what_nobody_foresaw_in_one_run_leaves_the_others(
+    write_study, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = run.train
+
+    def out_of_memory(config: TrainConfig) -> dict[str, Any]:
+        if config.method == "finetune" and config.seed == 1:
+            raise RuntimeError("CUDA out of memory")
+        return train(config)
+
+    monkeypatch.setattr(run, "train", out_of_memory)
+    progress = sweep(write_study(METHODS), tmp_path / "study")
+    assert list(progress.failed.values()) == ["RuntimeError: CUDA out of memory"] and len(progress.finished) == 3
+    assert "in out_of_memory" in caplog.text, "the traceback is for whoever has to find the fault"
+
+
+def test_a_finished_run_of_other_settings_is_not_taken(write_study, tmp_path: Path, trained: list[str]) -> None:
+    """A run has the name that a version with other defaults gave it."""
+    study = write_study(METHODS)
+    sweep(study, tmp_path / "study")
+    path = tmp_path / "study" / trained[0] / "config.json"
+    content = json.loads(path.read_text())
+    content["config"]["warmup_ratio"] = 0.5
+    path.write_text(json.dumps(content))
+    told = rf"{trained[0]}.*warmup_ratio: 0.5 there, 0.0 now.*delete it"
+    (name, reason), *others = sweep(study, tmp_path / "study").failed.items()
+    assert name == trained[0] and re.search(told, reason) and not others
+    with pytest.raises(RunFolderError, match=told):
+        report(tmp_path / "study")
+
+
+def test_a_study_that_is_replaced_is_kept_aside(write_study, tmp_path: Path, trained: list[str]) -> None:
+    said: list[str] = []
+    text = write_study(METHODS).read_text()
+    sweep(write_study(METHODS), tmp_path / "study", say=said.append)
+    assert not any("another study" in line for line in said)
+    sweep(write_study({**METHODS, "name": "renamed"}), tmp_path / "study", say=said.append)
+    assert sum("another study" in line for line in said) == 1
+    assert (tmp_path / "study" / "study.previous.yaml").read_text() == text
+    assert "renamed" in (tmp_path / "study" / "study.yaml").read_text()
 
 
 def test_a_fault_of_one_run_leaves_the_others(write_study, data_dir: Path, tmp_path: Path) -> None:
@@ -219,8 +288,13 @@ def test_a_fault_of_one_run_leaves_the_others(write_study, data_dir: Path, tmp_p
     assert len(again.finished) == 1 and len(again.failed) == 3
 
 
-def test_a_mistake_in_the_study_shows_before_anything_runs(write_study, tmp_path: Path, trained: list[str]) -> None:
-    study = write_study({"name": "a"}, {"name": "b", "grid": {"method": ["eer"]}})
+@pytest.mark.parametrize("select", [[], ["beta"]])
+def test_a_mistake_in_the_study_shows_before_anything_runs(
+    write_study, tmp_path: Path, trained: list[str], select: list[str]
+) -> None:
+    study = write_study(
+        {"name": "a", "grid": {"beta": [0.1, 0.2]}, "select": select}, {"name": "b", "grid": {"method": ["eer"]}}
+    )
     with pytest.raises(ConfigError, match="group 'b'"):
         sweep(study, tmp_path / "study")
     assert not trained and not (tmp_path / "study").exists()

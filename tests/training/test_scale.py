@@ -71,6 +71,17 @@ def test_the_weighted_terms_have_the_wanted_gradient_norms(weigh, method: str) -
     assert (squares["pull at QK"] / squares["CE at QK"]) ** 0.5 == pytest.approx(0.02, rel=1e-4)
 
 
+def test_the_weight_of_the_push_alone_looks_at_no_attention(weigh) -> None:
+    weights = [weigh(method="ear-no-apt", push_ratio=0.1, layer=layer)[0] for layer in (1, 99)]
+    assert list(weights[0]) == ["alpha"] and weights[0] == weights[1]
+
+
+def test_where_the_cross_entropy_has_no_gradient_there_is_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    squares = {"embeddings": {"cross_entropy": 4.0, "pull": 1.0}, "query": {"cross_entropy": 0.0, "pull": 1.0}}
+    monkeypatch.setattr(gradients, "gradient_squares", lambda *arguments: squares)
+    assert gradients.gradient_ratios(None, [], 1, []) == {"pull at embeddings": 0.5}
+
+
 def test_weights_follow_the_scale_of_the_cross_entropy_and_undo_that_of_the_term(weigh, monkeypatch) -> None:
     once = weigh(push_ratio=0.1, pull_ratio=0.1)[0]
     assert weigh(push_ratio=0.2, pull_ratio=0.3)[0] == pytest.approx(
