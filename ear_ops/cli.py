@@ -32,7 +32,15 @@ app = typer.Typer(
 )
 
 # By name: their modules are heavy.
-_USER_ERRORS = {"ConfigError", "DataError", "RunFolderError", "FolderInUseError", "OfflineModelError", "StudyError"}
+_USER_ERRORS = {
+    "ConfigError",
+    "DataError",
+    "FolderInUseError",
+    "NotComparableError",
+    "OfflineModelError",
+    "RunFolderError",
+    "StudyError",
+}
 _DATA_SETTINGS = (
     "task",
     "source_language",

@@ -9,7 +9,7 @@ from typing import Any
 from ear_ops.study.statistics import DRAWS, Difference, Estimate
 from ear_ops.training.reports import markdown_table
 
-_AVERAGES = {"average": "avg", "average_translated": "avg w/o NS"}
+_AVERAGES = {"average": "avg", "average_other": "avg w/o source", "average_translated": "avg w/o NS"}
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -22,7 +22,8 @@ def markdown(content: dict[str, Any]) -> str:
         "",
         "Accuracy in %, mean ± sample standard deviation over seeds. The paper's rows are its own numbers, on the test "
         "sets, with other models: they stand here for the pattern, not for the level. * marks runs whose cross-entropy "
-        "stayed at chance.",
+        "stayed at chance. Dev of the language trained on (the source) has chosen each checkpoint, and the settings "
+        "below: what is scored on it is a little too good.",
     ]
     for selection in content["selections"]:
         lines += _selection(selection)
@@ -133,23 +134,27 @@ def _missing(section: dict[str, Any]) -> list[str]:
 
 
 def _differences(section: dict[str, Any]) -> list[str]:
-    rows = []
+    averages = ("average", "average_other")
+    rows, missing = [], []
     for row in section["rows"]:
-        if row.get("difference"):
-            difference = row["difference"]
-            languages = [name for name in difference if name not in ("seeds", "average")]
-            first = languages[0]
-            cells = [points(difference[first]), points(difference["average"])]
+        difference = row.get("difference") or {}
+        if "missing" in difference:
+            missing += ["", f"No difference for {_settings_text(row['settings'])}: {difference['missing']}."]
+        elif difference:
+            first = next(name for name in difference if name not in ("seeds", *_AVERAGES))
+            cells = [points(difference[name]) if name in difference else "" for name in (first, *averages)]
             by_seed = ", ".join(f"{seed}: {100 * value:+.1f}" for seed, value in difference["seeds"].items())
             rows.append([_settings_text(row["settings"]), first, *cells, by_seed])
     if not rows:
-        return []
-    header = ["row", "first language", "there", "average", "average by seed"]
+        return missing
+    header = ["row", "first language", "there", *(_AVERAGES[name] for name in averages), "avg by seed"]
     return [
+        *missing,
         "",
         f"Difference from {_settings_text(section['baseline'])} in points, with the 95% interval of a paired bootstrap "
-        f"over items ({DRAWS:,} draws, runs paired by seed and averaged over seeds). How much a run changes with its "
-        "seed is not in the interval: the seeds one by one tell. All languages are in `report.json`.",
+        f"over items ({DRAWS:,} draws; items with one first sentence are drawn together, in all languages; runs "
+        "are paired by seed and averaged over seeds). How much a run changes with its seed is not in the interval: the "
+        "seeds one by one tell. All languages are in `report.json`.",
         "",
         markdown_table(header, rows),
     ]
@@ -185,6 +190,9 @@ def _provenance(content: dict[str, Any]) -> list[str]:
     lines += [markdown_table(["setting of all runs", "value"], shared)]
     for versions in content["versions"]:
         lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
+    for run in content["runs"]:
+        for notice in run["notices"]:
+            lines += ["", f"{run['name']}: {notice}."]
     dates = sorted({run["date"] for run in content["runs"]})
     lines += ["", f"Date: {dates[0]} to {dates[-1]}." if dates else "Date: nothing was run."]
     lines += ["", "## Study", "", "```yaml", content["study"].rstrip(), "```"]

@@ -6,19 +6,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ear_ops.data import get_task, load_split
+from ear_ops.data import DataError, get_task, load_split
 from ear_ops.data.mini import mini_data_dir
 from ear_ops.study.definition import Group, Member, Plan, Run, Settings, load_study
 from ear_ops.study.rendering import figure_6, markdown, points
-from ear_ops.study.statistics import Correct, accuracy_differences, estimate
+from ear_ops.study.statistics import Estimate, Items, accuracy_differences, estimate
 from ear_ops.study.sweep import STUDY_FILE, StudyError, plan_of, results_of
 from ear_ops.study.tables import TABLES, paper_rows, same_row
 from ear_ops.training.checkpoints import write_atomically, write_json
 from ear_ops.training.config import MINI
+from ear_ops.training.errors import NotComparableError
 from ear_ops.training.folder import read_json
 from ear_ops.training.reports import Table
 
@@ -32,7 +35,7 @@ class Row:
     results: dict[int, tuple[Run, dict[str, Any]]]
 
 
-def correct_items(folder: Path, results: dict[str, Any], data_dir: str | None = None) -> Correct:
+def scored_items(folder: Path, results: dict[str, Any], data_dir: str | None = None) -> Items:
     """Whether each item of a finished run was right, by language.
 
     Args:
@@ -47,21 +50,31 @@ def correct_items(folder: Path, results: dict[str, Any], data_dir: str | None = 
     found = data_dir or results["config"]["data_dir"]
     if found is None:
         raise StudyError(f"{folder}: its data came from the Hub: pass --data-dir with the same data as files")
+    place = (str(mini_data_dir()) if found == MINI else found, results["task"], results["split"])
     correct = {}
     for language, predicted in predictions.items():
-        labels = _labels(str(mini_data_dir()) if found == MINI else found, results["task"], results["split"], language)
-        if len(labels) != len(predicted):
+        labels, groups = _labels_and_groups(*place, language)
+        counted = results["languages"][language]
+        if len(labels) != len(predicted) or int((labels == np.array(predicted)).sum()) != counted["correct"]:
             raise StudyError(
-                f"{folder}: {len(predicted)} predictions in {language}, and {len(labels)} items in {found}: these are "
-                "not the data that the run was scored on"
+                f"{folder}: {counted['correct']} of {len(predicted)} predictions in {language} were right, which the "
+                f"{len(labels)} items in {found} do not say: these are not the data that the run was scored on"
             )
-        correct[language] = np.array(predicted) == np.array(labels)
-    return correct
+        correct[language] = labels == np.array(predicted)
+    source = results["config"].get("source_language", "en")  # which older runs do not name
+    _, groups = _labels_and_groups(*place, source if source in correct else next(iter(correct)))
+    return Items(correct, groups, source)
 
 
 @lru_cache(maxsize=64)
-def _labels(data_dir: str, task: str, split: str, language: str) -> tuple[int, ...]:
-    return tuple(example.label for example in load_split(data_dir, get_task(task), split, language))
+def _labels_and_groups(
+    data_dir: str, task: str, split: str, language: str
+) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """The label of each item, and its group: of those with the same first sentence. [items], [items]"""
+    examples = load_split(data_dir, get_task(task), split, language)
+    numbers: dict[str, int] = {}
+    groups = [numbers.setdefault(example.text1, len(numbers)) for example in examples]
+    return np.array([example.label for example in examples]), np.array(groups)
 
 
 def differences_table(folders: Sequence[Path], baseline: Path, data_dir: str | None, table: Table) -> str:
@@ -69,17 +82,20 @@ def differences_table(folders: Sequence[Path], baseline: Path, data_dir: str | N
 
     Raises:
         RunFolderError, DataError, StudyError: a run is not finished, or its data are not there.
-        ValueError: the runs were not scored on the same items.
+        NotComparableError: the runs were not scored on the same items.
     """
     sides = {
-        folder: correct_items(folder, read_json(folder / "results.json"), data_dir) for folder in (*folders, baseline)
+        folder: scored_items(folder, read_json(folder / "results.json"), data_dir) for folder in (*folders, baseline)
     }
+    languages, source = list(sides[baseline].correct), sides[baseline].source
+    header = [f"points over {baseline}", *languages, "avg", f"avg w/o {source}"]
     rows = []
     for folder in folders:
         if folder != baseline:
-            differences = accuracy_differences([sides[folder]], [sides[baseline]])
-            rows.append([str(folder), *(points(differences[name]) for name in differences)])
-    return table([f"points over {baseline}", *sides[baseline], "avg"], rows)
+            found = accuracy_differences([sides[folder]], [sides[baseline]])
+            names = [*languages, "average", "average_other"]
+            rows.append([str(folder), *(points(found[name]) if name in found else "" for name in names)])
+    return table(header, rows)
 
 
 def report(folder: str | Path, data_dir: str | None = None) -> dict[str, Any]:
@@ -94,7 +110,8 @@ def report(folder: str | Path, data_dir: str | None = None) -> dict[str, Any]:
 
     Raises:
         StudyError: the folder holds no study.
-        DataError, ConfigError: data or study cannot be read.
+        ConfigError: the study cannot be read.
+        RunFolderError: a finished run is damaged, or of other settings than the study's.
     """
     folder = Path(folder)
     if not (folder / STUDY_FILE).is_file():
@@ -184,10 +201,7 @@ def _entry(row: Row) -> dict[str, Any]:
         entry["accuracies"] = {
             name: estimate([each["languages"][name]["accuracy"] for each in finished]) for name in languages
         }
-        for average in ("average", "average_other", "average_translated"):
-            values = [each[average] for each in finished if each.get(average) is not None]
-            if len(values) == len(finished):
-                entry[average] = estimate(values)
+        entry.update(_averages(finished, languages))
         shared = set.intersection(*(set(each["terms"]) for each in finished))
         entry["terms"] = {
             name: estimate([each["terms"][name] for each in finished])
@@ -206,17 +220,43 @@ def _entry(row: Row) -> dict[str, Any]:
     return entry
 
 
+def _averages(finished: Sequence[dict[str, Any]], languages: Sequence[str]) -> dict[str, Estimate]:
+    """Over these languages, which all the runs have; `average_other` leaves out the one trained on, and
+    `average_translated` the rows without a translation."""
+    values: dict[str, list[float]] = {}
+    for each in finished:
+        scores = {name: each["languages"][name] for name in languages}
+        source = each["config"].get("source_language", "en")
+        parts = {
+            "average": [score["accuracy"] for score in scores.values()],
+            "average_other": [score["accuracy"] for name, score in scores.items() if name != source],
+            "average_translated": [s["translated"]["accuracy"] for s in scores.values() if "translated" in s],
+        }
+        for name, part in parts.items():
+            if part:
+                values.setdefault(name, []).append(mean(part))
+    return {name: estimate(each) for name, each in values.items() if len(each) == len(finished)}
+
+
 def _difference(row: Row, baseline: Row, folder: Path, data_dir: str | None) -> dict[str, Any] | None:
-    """By language and on average, over the seeds that both have; and the average of each seed alone."""
+    """By language and on average, over the seeds that both have; and the average of each seed alone. Accuracies stand
+    without their data: where those are not there, `missing` says why."""
     seeds = sorted(row.results.keys() & baseline.results.keys())
     if not seeds:
         return None
-    sides = [
-        [correct_items(folder / run.name, results, data_dir) for run, results in (side.results[seed] for seed in seeds)]
-        for side in (row, baseline)
-    ]
+    try:
+        sides = [
+            [
+                scored_items(folder / run.name, results, data_dir)
+                for run, results in (side.results[seed] for seed in seeds)
+            ]
+            for side in (row, baseline)
+        ]
+        differences = accuracy_differences(sides[0], sides[1])
+    except (DataError, StudyError, NotComparableError) as error:
+        return {"missing": str(error)}
     by_seed = {seed: row.results[seed][1]["average"] - baseline.results[seed][1]["average"] for seed in seeds}
-    return {"seeds": by_seed, **accuracy_differences(sides[0], sides[1])}
+    return {"seeds": by_seed, **differences}
 
 
 def _provenance(plan: Plan, folder: Path) -> dict[str, Any]:

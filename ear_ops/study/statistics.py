@@ -9,9 +9,24 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ear_ops.training.errors import NotComparableError
+
 DRAWS = 2000
 
-Correct = Mapping[str, NDArray[np.bool_]]  # whether each item was right, by language: [items], parallel line by line
+
+class Items(NamedTuple):
+    """What a run was scored on.
+
+    Attributes:
+        correct: whether each item was right, by language: [items], parallel line by line.
+        groups: the group of each item, from 0: [items]. Items with one first sentence, as the three of a premise in
+            XNLI, are no independent draws.
+        source: the language trained on.
+    """
+
+    correct: Mapping[str, NDArray[np.bool_]]
+    groups: NDArray[np.integer]
+    source: str
 
 
 class Estimate(NamedTuple):
@@ -36,43 +51,60 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean(values), stdev(values) if len(values) > 1 else None)
 
 
-def paired_bootstrap(differences: NDArray[np.floating], draws: int = DRAWS, seed: int = 0) -> Difference:
-    """Percentile bootstrap of a mean (Efron and Tibshirani, 1993) over paired differences of items.
+def paired_bootstrap(
+    differences: NDArray[np.floating], groups: NDArray[np.integer], draws: int = DRAWS, seed: int = 0
+) -> Difference:
+    """Percentile bootstrap of a mean over paired differences of items, drawn by groups (Davison and Hinkley, 1997,
+    section 3.8).
 
     Args:
         differences: [items], at least one.
+        groups: of each item, from 0, none of them empty: [items].
     """
     rng = np.random.default_rng(seed)
-    items = len(differences)
-    means = [differences[rng.integers(0, items, items)].mean() for _ in range(draws)]
+    sums, sizes = np.bincount(groups, weights=differences), np.bincount(groups)
+    count = len(sizes)
+    drawn = (rng.integers(0, count, count) for _ in range(draws))
+    means = [sums[each].sum() / sizes[each].sum() for each in drawn]
     low, high = np.percentile(means, [2.5, 97.5])
     return Difference(float(differences.mean()), float(low), float(high))
 
 
-def accuracy_differences(runs: Sequence[Correct], baselines: Sequence[Correct]) -> dict[str, Difference]:
-    """Difference in accuracy, as a share, between runs and their baselines: by language, and `average` over languages.
+def accuracy_differences(runs: Sequence[Items], baselines: Sequence[Items]) -> dict[str, Difference]:
+    """Difference in accuracy, as a share, between runs and their baselines: by language, `average` over languages, and
+    `average_other` over those that none of the runs was trained on, if there are any.
 
-    An item is drawn in all languages at once, since it is one item and its translations. Several pairs of runs are
-    averaged item by item first: how much a run changes with its seed is not in the interval.
+    An item is drawn in all languages at once, since it is one item and its translations, and with the other items of
+    its group. Several pairs of runs are averaged item by item first: how much a run changes with its seed is not in the
+    interval.
 
     Args:
         runs, baselines: pairs, as the seeds match; the same languages everywhere, as many items in each.
 
     Raises:
-        ValueError: the lists or the items do not match.
+        NotComparableError: the runs were not scored on the same items.
+        ValueError: not as many runs as baselines.
     """
     if not runs or len(runs) != len(baselines):
         raise ValueError(f"expected as many runs as baselines, at least one, got {len(runs)} and {len(baselines)}")
-    languages = list(runs[0])
-    shapes = {
-        (tuple(sorted(each)), tuple(sorted({len(items) for items in each.values()}))) for each in (*runs, *baselines)
-    }
-    if len(shapes) != 1 or len(next(iter(shapes))[1]) != 1:
-        raise ValueError("the runs must be scored on the same languages, with as many items in each")
+    languages, groups = list(runs[0].correct), runs[0].groups
+    for each in (*runs, *baselines):
+        if sorted(each.correct) != sorted(languages):
+            raise NotComparableError(
+                f"runs that were scored in the same languages can be compared, got {', '.join(languages)} and "
+                f"{', '.join(each.correct)}"
+            )
+        if {len(right) for right in each.correct.values()} != {len(groups)}:
+            raise NotComparableError("the runs must be scored on as many items in every language, translated in order")
     paired = [
-        np.stack([run[name].astype(float) - baseline[name] for name in languages])  # [languages, items]
+        np.stack([run.correct[name].astype(float) - baseline.correct[name] for name in languages])  # [languages, items]
         for run, baseline in zip(runs, baselines, strict=True)
     ]
     differences = np.mean(paired, axis=0)
-    by_language = {name: paired_bootstrap(rows) for name, rows in zip(languages, differences, strict=True)}
-    return {**by_language, "average": paired_bootstrap(differences.mean(axis=0))}
+    result = {name: paired_bootstrap(rows, groups) for name, rows in zip(languages, differences, strict=True)}
+    result["average"] = paired_bootstrap(differences.mean(axis=0), groups)
+    sources = {each.source for each in (*runs, *baselines)}
+    others = [row for name, row in zip(languages, differences, strict=True) if name not in sources]
+    if others:
+        result["average_other"] = paired_bootstrap(np.mean(others, axis=0), groups)
+    return result

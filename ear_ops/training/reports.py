@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from ear_ops.training.errors import NotComparableError
 from ear_ops.training.evaluation import LanguageScore, Score
 
 Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
@@ -66,12 +67,12 @@ def comparison(runs: Sequence[dict[str, Any]], table: Table = text_table) -> str
     """Runs by languages in one table, accuracies in percent; the languages that any of the runs has.
 
     Raises:
-        ValueError: the runs were not scored on the same task and split.
+        NotComparableError: the runs were not scored on the same task and split.
     """
     for key in ("task", "split"):
         values = sorted({run[key] for run in runs})
         if len(values) != 1:
-            raise ValueError(f"runs of one {key} can be compared, got {', '.join(values)}")
+            raise NotComparableError(f"runs of one {key} can be compared, got {', '.join(values)}")
     languages = list(dict.fromkeys(language for run in runs for language in run["languages"]))
     sources = {_source(run) for run in runs}
     source = sources.pop() if len(sources) == 1 else "source"
