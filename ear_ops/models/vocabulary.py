@@ -71,6 +71,39 @@ def prune_vocabulary(
     return model, pruned
 
 
+@torch.no_grad()
+def restore_vocabulary(
+    pruned: PreTrainedModel,
+    small: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Give a trained model its whole vocabulary back, so that it splits texts of any kind as it did before.
+
+    The pieces that were dropped have their old embeddings, which training without weight decay would not have changed
+    either: no text had them.
+
+    Args:
+        pruned: trained after `prune_vocabulary`; not changed.
+        small: its tokenizer.
+        model: as it was before it was pruned; takes the weights of `pruned` in place.
+        tokenizer: of `model`.
+
+    Raises:
+        ValueError: the tokenizer lacks pieces of `small`, so `pruned` was not made from this model.
+    """
+    pieces = small.convert_ids_to_tokens(list(range(len(small))))
+    rows = cast("list[int]", tokenizer.convert_tokens_to_ids(pieces))
+    if len(set(rows)) != len(rows):
+        raise ValueError("tokenizer: lacks pieces of the pruned one: expected the tokenizer that was pruned")
+    state = model.state_dict()  # its tensors are the model's own
+    for name, trained in pruned.state_dict().items():
+        if trained.shape == state[name].shape:
+            state[name].copy_(trained)
+        else:
+            state[name][rows] = trained.to(state[name])
+
+
 def _unigram_ids(model: dict[str, Any], tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> set[int]:
     # Unigram takes the segmentation with the highest sum of log-probabilities. Removing pieces only removes candidates:
     # the best one, all of whose pieces stay, is still the best, and so is every beginning of it.

@@ -14,13 +14,13 @@ from ear_ops.analysis.figures import scatter_panels
 from ear_ops.analysis.states import alignment_by_layer, sentence_states, word_vectors
 from ear_ops.data import get_task, load_parallel, load_synonyms
 from ear_ops.models.classifier import load_classifier
+from ear_ops.models.vocabulary import restore_vocabulary
 from ear_ops.study.sweep import StudyError
 from ear_ops.training import checkpoints
+from ear_ops.training.config import TrainConfig
 from ear_ops.training.folder import load_config, versions
-from ear_ops.training.methods import METHODS
 from ear_ops.training.reports import markdown_table
 from ear_ops.training.run import initial_model
-from ear_ops.training.sources import load_training_data
 
 PICTURED_SENTENCES = 25  # of each language
 PICTURED_LANGUAGES = 6
@@ -37,8 +37,8 @@ def analyse(
 ) -> dict[str, Any]:
     """Measure the model of each run before and after its training, and draw figures 3, 4 and 5 for each.
 
-    The model before training is made as the run made it, with the vocabulary that the run kept, so that both are asked
-    about the same pieces.
+    Both are asked with the whole vocabulary, also where the run has pruned it: the parallel sentences are not the texts
+    that it was pruned to, and the pieces that were dropped would have come out of training as they went in.
 
     Args:
         folders: of finished runs that still have their models (`keep_model: true` in a study).
@@ -61,18 +61,17 @@ def analyse(
     for folder in runs.values():
         load_config(folder)
         if not checkpoints.is_complete(folder / "model"):
-            raise StudyError(f"{folder} holds no complete model: in a study, `keep_model: true` keeps it")
+            raise StudyError(
+                f"{folder} holds no complete model: in a study, `keep_model: true` keeps it; of a run that is finished "
+                "without it, delete the folder and sweep again"
+            )
     parallel, output_dir = load_parallel(parallel_dir, limit), Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     groups = _synonym_groups(synonyms) if synonyms is not None else []
     content: dict[str, Any] = {"versions": versions(), "runs": {}}
     for name, folder in runs.items():
         config = load_config(folder)
-        data = load_training_data(config, METHODS[config.method].two_views)
-        models = {
-            "before": initial_model(config, data),
-            "after": load_classifier(str(folder / "model"), len(get_task(config.task).labels)),
-        }
+        models = {"before": initial_model(config, None), "after": _trained_model(config, folder)}
         for model, _ in models.values():
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         content["runs"][name] = {
@@ -80,10 +79,20 @@ def analyse(
             "seed": config.seed,
             **{when: alignment_by_layer(model, tokenizer, parallel) for when, (model, tokenizer) in models.items()},
         }
+        checkpoints.write_json(output_dir / "analysis.json", content)  # of every run as soon as it is measured
+        checkpoints.write_atomically(output_dir / "analysis.md", analysis_markdown(content))
         _draw(output_dir, name, models, parallel, groups)
-    checkpoints.write_json(output_dir / "analysis.json", content)
-    checkpoints.write_atomically(output_dir / "analysis.md", analysis_markdown(content))
     return content
+
+
+def _trained_model(config: TrainConfig, folder: Path) -> tuple[Any, Any]:
+    """The run's model and tokenizer, with the whole vocabulary."""
+    trained, tokenizer = load_classifier(str(folder / "model"), len(get_task(config.task).labels))
+    if not config.prune_vocabulary:
+        return trained, tokenizer
+    model, whole = initial_model(config, None)
+    restore_vocabulary(trained, tokenizer, model, whole)
+    return model, whole
 
 
 def analysis_markdown(content: dict[str, Any]) -> str:
@@ -132,9 +141,9 @@ def _draw(
     pictured = {
         language: pairs[:PICTURED_SENTENCES] for language, pairs in islice(parallel.items(), PICTURED_LANGUAGES)
     }
-    first = next(iter(pictured.values()))
-    sentences = [("en", english) for _, english in first]
+    sentences = [("en", english) for pairs in pictured.values() for _, english in pairs]
     sentences += [(language, sentence) for language, pairs in pictured.items() for sentence, _ in pairs]
+    sentences = list(dict.fromkeys(sentences))
     words = list(dict.fromkeys((language, word) for language, sentence in sentences for word in sentence.split()))
     for number, title, labelled in (
         (3, "Words of parallel sentences, embedding layer", words),

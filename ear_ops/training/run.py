@@ -161,15 +161,16 @@ def _newest_checkpoint(folder: Path) -> str | None:
     return str(complete[-1])
 
 
-def initial_model(config: TrainConfig, data: TrainingData) -> tuple[Any, Any]:
-    """Model and tokenizer as the run's training begins with them: the head drawn, the vocabulary pruned."""
+def initial_model(config: TrainConfig, data: TrainingData | None) -> tuple[Any, Any]:
+    """Model and tokenizer as the run's training begins with them: the head drawn, the vocabulary pruned to what the
+    data use; without data, whole."""
     set_seed(config.seed)  # the head's weights
     labels = get_task(config.task).labels
     model: Any
     tokenizer: Any
     pooling = cast("Literal['cls', 'mean'] | None", config.pooling)  # the configuration has checked it
     model, tokenizer = load_classifier(config.model, len(labels), pooling=pooling, label_names=labels)
-    if config.prune_vocabulary:
+    if config.prune_vocabulary and data is not None:
         before = len(tokenizer)
         texts = {*data.texts(config.epochs), *evaluation_texts(config)}
         model, tokenizer = prune_vocabulary(model, tokenizer, sorted(texts))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from ear_ops.models.classifier import MeanPoolingClassifier, MeanPoolingConfig
-from ear_ops.models.vocabulary import prune_vocabulary
+from ear_ops.models.vocabulary import prune_vocabulary, restore_vocabulary
 
 MakeUnigram = Callable[[list[tuple[str, float]]], PreTrainedTokenizerFast]
 MakeWordPiece = Callable[[list[str]], PreTrainedTokenizerFast]
@@ -88,6 +89,25 @@ def test_nothing_changes_on_the_given_texts(make_unigram: MakeUnigram, tmp_path:
     loaded, tokenizer = type(model).from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert pieces(tokenizer, TEXTS + OTHER) == pieces(small, TEXTS + OTHER)
     assert torch.equal(logits(loaded, tokenizer, TEXTS), before)
+
+
+@pytest.mark.parametrize("name", ["bert", "xlm-roberta", "mean"])
+def test_after_training_the_whole_vocabulary_can_come_back(make_unigram: MakeUnigram, name: str) -> None:
+    tokenizer = make_unigram(PIECES)
+    whole = classifiers(tokenizer)[name]
+    pruned, small = prune_vocabulary(copy.deepcopy(whole), tokenizer, TEXTS)
+    with torch.no_grad():  # training
+        for parameter in pruned.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    untrained = whole.get_input_embeddings().weight.detach().clone()
+    restore_vocabulary(pruned, small, whole, tokenizer)
+    assert torch.equal(logits(whole, tokenizer, TEXTS), logits(pruned, small, TEXTS))
+    changed = (whole.get_input_embeddings().weight != untrained).all(dim=1)
+    assert changed.sum() == len(small) and not changed[tokenizer.convert_tokens_to_ids(["▁sl", "ow", "ewest"])].any()
+
+    other = make_unigram([entry for entry in PIECES if entry[0] not in ("er", "est")])
+    with pytest.raises(ValueError, match="lacks pieces"):
+        restore_vocabulary(pruned, small, whole, other)
 
 
 def test_other_text_is_split_into_what_is_left(make_unigram: MakeUnigram) -> None:

@@ -16,8 +16,10 @@ from ear_ops.analysis.figures import tsne
 from ear_ops.analysis.states import alignment_by_layer
 from ear_ops.data import load_parallel
 from ear_ops.models.classifier import load_classifier
+from ear_ops.models.vocabulary import restore_vocabulary
 from ear_ops.study.analysis import analyse
 from ear_ops.study.sweep import StudyError, sweep
+from ear_ops.training.folder import load_config
 
 
 @pytest.fixture
@@ -39,8 +41,12 @@ def test_measures_and_figures_of_a_run(write_study, data_dir: Path, parallel_dir
     content = analyse([run], parallel_dir, output, synonyms=data_dir / "synonyms.json", limit=20)
 
     entry = content["runs"][name]
-    model, tokenizer = load_classifier(str(run / "model"), 3)
-    assert entry["after"] == alignment_by_layer(model, tokenizer, load_parallel(parallel_dir, 20))
+    model, small = load_classifier(str(run / "model"), 3)
+    whole, tokenizer = load_classifier(load_config(run).model, 3)
+    assert len(small) < len(tokenizer), "or the next line shows nothing"
+    assert entry["before"] == alignment_by_layer(whole, tokenizer, load_parallel(parallel_dir, 20))
+    restore_vocabulary(model, small, whole, tokenizer)
+    assert entry["after"] == alignment_by_layer(whole, tokenizer, load_parallel(parallel_dir, 20))
     assert entry["before"] != entry["after"] and entry["before"]["sentences"] == {"de": 20, "sw": 20}
     assert json.loads((output / "analysis.json").read_text())["runs"][name]["method"] == "ear"
 
