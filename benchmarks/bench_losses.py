@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from measuring import max_error, measurer
-from operations import EAGER_BYTES, OPERATIONS, Inputs, Loss, Operation
+from operations import OPERATIONS, Inputs, Loss, Operation
 from presets import PRESETS, Preset
 from torch import Tensor
 
@@ -34,10 +34,11 @@ def run(loss: Loss, inputs: Inputs, mode: str) -> tuple[Tensor, ...]:
     return (value, *torch.autograd.grad(value, inputs.tensors))
 
 
-def losses_of(operation: Operation, preset: Preset, compiled: bool) -> dict[str, Loss]:
-    """The ways to compute it that fit into memory; `compiled` adds torch.compile, compiled anew for each case."""
+def losses_of(operation: Operation, preset: Preset, compiled: bool, eager_bytes: float) -> dict[str, Loss]:
+    """The ways to compute it, plain PyTorch where it holds no more than `eager_bytes`; `compiled` adds torch.compile,
+    compiled anew for each case."""
     losses: dict[str, Loss] = {"fused": operation.fused}
-    if operation.eager_bytes(preset) <= EAGER_BYTES:
+    if operation.eager_bytes(preset) <= eager_bytes:
         losses["eager"] = operation.eager
         if compiled:
             torch._dynamo.reset()  # else it gives up after a handful of shapes and quietly runs eagerly
@@ -65,7 +66,7 @@ def measure(
     using = measurer(device)
     operation, preset, dtype = OPERATIONS[op], PRESETS[preset_name], DTYPES[dtype_name]
     inputs = operation.make(preset, dtype).to(device)
-    losses = losses_of(operation, preset, compiled)
+    losses = losses_of(operation, preset, compiled, using.eager_bytes())
     checked = check(operation, losses, inputs, mode)
     calls: dict[str, Callable[[], object]] = {
         name: lambda loss=loss: run(loss, inputs, mode) for name, loss in losses.items()

@@ -28,6 +28,11 @@ def measurer(device: str) -> ModuleType:
     return importlib.import_module("measuring" if device == "cpu" else "measuring_cuda")
 
 
+def eager_bytes() -> float:
+    """What plain PyTorch may hold at once, or it is not tried."""
+    return 8 << 30
+
+
 def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
     """Median, p20 and p80 in ms of each call, taken in turns so that ratios survive a noisy machine."""
     inner = {}

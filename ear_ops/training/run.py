@@ -124,6 +124,7 @@ def _fit(config: TrainConfig, folder: Path) -> None:
     terms = last_quarter(state.log_history, state.max_steps)
     regularised = bool(method.regularizers())
     notice = collapse_notice(terms, chance_level(data.labels), state.max_steps, regularised=regularised)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # measured as before, without autocast
     after = measured_ratios(config, model, collate, data.views)
     ratios = None if before is None else {"before": before, "after": after}
     training = {

