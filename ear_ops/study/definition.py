@@ -61,6 +61,8 @@ class Run:
         measured = {"layer", "reduction"} if config.measure_gradients and method.two_views else set()
         used = method.uses | measured
         complete = config.to_dict()
+        if not method.two_views:
+            complete["measure_gradients"] = 0
         if not used & _WEIGHTING:
             complete["preset"] = _DEFAULTS["preset"]
         for name in OWN_SETTINGS - used:
@@ -235,7 +237,7 @@ def _typed(name: str, value: Any) -> Any:
 
 def _with_environment(text: str, path: Path) -> str:
     def value(match: re.Match[str]) -> str:
-        if match[1] not in os.environ:
+        if not os.environ.get(match[1]):
             raise ConfigError(f"{path}: the environment variable {match[1]} is not set: set it to what the study needs")
         return os.environ[match[1]]
 

@@ -274,6 +274,7 @@ def _provenance(plan: Plan, folder: Path) -> dict[str, Any]:
             "name": run.name,
             "date": results["date"],
             "steps": results["steps"],
+            "pairs": results.get("pairs"),
             "best": results["best"],
             "notices": results["notices"],
             "settings": {name: value for name, value in results["config"].items() if name not in shared},

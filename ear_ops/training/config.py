@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from ear_ops.data.tasks import TASKS
 from ear_ops.training.errors import ConfigError
@@ -31,6 +31,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "variants": ("draw", "all"),
     "eval_split": ("dev", "test"),
 }
+
+
+_KINDS = {bool: "true or false", float: "a number", int: "a whole number", str: "a text"}
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -103,6 +106,7 @@ class TrainConfig:
     logging_steps: int = _setting(50, "Steps between two lines of the log.")
 
     def __post_init__(self) -> None:
+        self._check_types()
         _check_known("preset", self.preset, PRESETS)
         for weight, ratio in RATIOS.items():
             if getattr(self, weight) is not None and getattr(self, ratio) is not None:
@@ -121,6 +125,20 @@ class TrainConfig:
         if not self.output_dir:
             self.output_dir = f"runs/{self.task}-{self.method}-seed{self.seed}"
         self._check()
+
+    def _check_types(self) -> None:
+        """YAML reads `"false"` as a text and 9.6e3 too."""
+        types = get_type_hints(type(self))
+        for setting in fields(self):
+            name, value = setting.name, getattr(self, setting.name)
+            kinds = set(get_args(types[name])) or {types[name]}
+            if value is None and (type(None) in kinds or setting.default is None):
+                continue
+            if float in kinds:
+                kinds.add(int)  # 1 is a number too
+            if type(value) not in kinds:
+                wanted = next(words for kind, words in _KINDS.items() if kind in kinds)
+                raise ConfigError(f"{name} must be {wanted}, got {value!r}")
 
     def _check(self) -> None:
         from ear_ops.training.methods import METHODS  # here: it brings torch, and `--help` should be quick

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ear_ops.training.evaluation import wilson_interval
+
 CROSS_ENTROPIES = ("cross_entropy", "cross_entropy_augmented")
 TOLERANCE = 0.01  # of the chance level
 _NOT_TERMS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
@@ -36,7 +38,16 @@ def chance_level(labels: Iterable[int]) -> float:
     return sum(n / total * math.log(total / n) for n in counts.values())
 
 
-def collapse_notice(terms: dict[str, float], chance: float, steps: int, *, regularised: bool) -> str | None:
+def beats_majority(accuracy: float, labels: Sequence[int]) -> bool:
+    """Whether an accuracy on items with these labels is above that of always giving the most frequent one, by its 95%
+    interval."""
+    total, majority = len(labels), max(Counter(labels).values())
+    return wilson_interval(round(accuracy * total), total)[0] > majority / total
+
+
+def collapse_notice(
+    terms: dict[str, float], chance: float, steps: int, *, regularised: bool, perturbed: bool = False
+) -> str | None:
     """A warning when the mean cross-entropy of a view ended above 99% of the chance level, or is not a number.
 
     Args:
@@ -44,6 +55,7 @@ def collapse_notice(terms: dict[str, float], chance: float, steps: int, *, regul
         chance: from `chance_level`.
         steps: how many the run took.
         regularised: whether the method has regularisers, whose weights would be the first thing to look at.
+        perturbed: whether it perturbs embeddings, whose size would be.
     """
     views = [terms[name] for name in CROSS_ENTROPIES if name in terms]
     if not views:
@@ -51,11 +63,12 @@ def collapse_notice(terms: dict[str, float], chance: float, steps: int, *, regul
     mean = sum(views) / len(views)
     if mean < (1 - TOLERANCE) * chance:
         return None
-    advice = (
-        "the regulariser may overpower it; lower alpha/beta or choose another preset, or train longer"
-        if regularised
-        else "the model has not learnt the task; change the learning rate or train longer"
-    )
+    if perturbed:
+        advice = "the perturbation may be too large; lower it, change the learning rate or train longer"
+    elif regularised:
+        advice = "the regulariser may overpower it; lower alpha/beta or choose another preset, or train longer"
+    else:
+        advice = "the model has not learnt the task; change the learning rate or train longer"
     return (
         f"cross-entropy stayed at chance: its mean over the last quarter of training is {mean:.4f}, and {chance:.4f} "
         f"takes no look at the input: {advice} (this run took {steps} steps)"

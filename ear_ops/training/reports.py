@@ -118,6 +118,8 @@ def _remarks(results: dict[str, Any]) -> list[str]:
     if results.get("weights"):
         weights = ", ".join(f"{name} {weight:.4g}" for name, weight in results["weights"].items())
         remarks.append(f"Weights of the terms: {weights}, measured for the wanted ratios.")
+    if results.get("pairs"):
+        remarks.append(f"Trained on {results['pairs']:,} pairs.")
     if results.get("best"):
         best = results["best"]
         accuracy = _percent(best["dev_accuracy"])

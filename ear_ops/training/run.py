@@ -16,7 +16,7 @@ from ear_ops.models.classifier import load_classifier
 from ear_ops.models.vocabulary import prune_vocabulary
 from ear_ops.training import checkpoints, processes
 from ear_ops.training.config import RATIOS, TrainConfig
-from ear_ops.training.diagnosis import chance_level, collapse_notice, last_quarter
+from ear_ops.training.diagnosis import beats_majority, chance_level, collapse_notice, last_quarter
 from ear_ops.training.errors import ConfigError
 from ear_ops.training.evaluation import predict, score
 from ear_ops.training.folder import RunFolderError, claim, load_config, locked, read_json, versions
@@ -122,13 +122,18 @@ def _fit(config: TrainConfig, folder: Path) -> None:
 
     state = trainer.state
     terms = last_quarter(state.log_history, state.max_steps)
-    regularised = bool(method.regularizers())
-    notice = collapse_notice(terms, chance_level(data.labels), state.max_steps, regularised=regularised)
+    regularised, perturbed = bool(method.regularizers()), "perturbation" in method.uses
+    notice = collapse_notice(
+        terms, chance_level(data.labels), state.max_steps, regularised=regularised, perturbed=perturbed
+    )
+    if perturbed and beats_majority(state.best_metric or 0.0, [example.label for example in dev]):
+        notice = None  # its cross-entropy is that of perturbed embeddings, which may be hard without harm
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # measured as before, without autocast
     after = measured_ratios(config, model, collate, data.views)
     ratios = None if before is None else {"before": before, "after": after}
     training = {
         "steps": state.global_step,
+        "pairs": len(data.views),
         "best": {"step": state.best_global_step, "dev_accuracy": state.best_metric},
         "terms": terms,
         "collapsed": notice is not None,
@@ -282,8 +287,9 @@ def _write_results(
         **summarise(scores, config.source_language),
         "best": training["best"],
         "steps": training["steps"],
+        "pairs": training.get("pairs"),  # of runs of older versions not known, like what follows
         "terms": training["terms"],
-        "gradient_ratios": training.get("gradient_ratios"),  # of runs of older versions neither this nor the weights
+        "gradient_ratios": training.get("gradient_ratios"),
         "weights": training.get("weights", {}),
         "replaced": training["replaced"],
         "notices": training["notices"]

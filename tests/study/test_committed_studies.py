@@ -8,6 +8,7 @@ import pytest
 
 from ear_ops.study.definition import Study, load_study
 from ear_ops.study.tables import TABLES, paper_rows, same_row
+from ear_ops.training.methods import METHODS
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "studies"
 
@@ -32,10 +33,20 @@ def test_every_table_of_the_paper_has_a_group_with_its_rows(monkeypatch: pytest.
     assert not missing
 
 
-@pytest.mark.parametrize(("name", "runs"), [("xnli.yaml", 106), ("pawsx.yaml", 31), ("source-language.yaml", 9)])
+@pytest.mark.parametrize(
+    ("name", "runs"), [("xnli.yaml", 106), ("pawsx.yaml", 31), ("source-language.yaml", 13), ("scale.yaml", 29)]
+)
 def test_how_many_runs_there_are(name: str, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slip in a study costs days of computing: count what is planned."""
     assert len(load(name, monkeypatch).plan(lambda run: 0.5).runs) == runs
+
+
+@pytest.mark.parametrize("name", ["xnli.yaml", "pawsx.yaml", "source-language.yaml", "scale.yaml"])
+def test_every_study_chooses_its_learning_rate_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load(name, monkeypatch)
+    assert study.groups[0].select == ("learning_rate",) and study.groups[0].settings["method"] == "finetune"
+    rates = {run.settings["learning_rate"] for run in study.plan(lambda run: run.settings["learning_rate"]).runs[4:]}
+    assert rates == {4.0e-4}
 
 
 @pytest.mark.parametrize("name", ["xnli.yaml", "pawsx.yaml"])
@@ -56,6 +67,5 @@ def test_settings_of_the_papers_tables(monkeypatch: pytest.MonkeyPatch) -> None:
             assert settings[name] == value
     adv = [member.run for member in plan.members if member.group.name == "methods" and member.own["method"] == "adv"]
     assert {run.settings["adversarial_steps"] for run in adv} == {1}, "what the choice above said"
-    assert [run for run in plan.runs if run.name in plan.kept_models] == [
-        member.run for member in plan.members if member.group.name == "main-models"
-    ]
+    kept = {run.settings["method"] for run in plan.runs if run.name in plan.kept_models}
+    assert kept == set(METHODS) and len(plan.kept_models) == len(METHODS), "one model of each method, for the figures"

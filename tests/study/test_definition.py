@@ -71,7 +71,11 @@ def test_a_measurement_at_a_layer_tells_runs_apart_that_the_layer_does_not(write
         ("finetune", 6, "mean"),
         ("rs-da", 6, "mean"),
     ]
-    assert settings(load_study(write_study(*groups, measure_gradients=1)), "method", "layer", "reduction") == [
+    measured = load_study(write_study(*groups, measure_gradients=1))
+    assert names(measured)[0] == names(load_study(write_study(*groups)))[0], (
+        "finetune has one view: nothing is measured"
+    )
+    assert settings(measured, "method", "layer", "reduction") == [
         ("finetune", 6, "mean"),
         *(("rs-da", layer, reduction) for layer in (1, 2) for reduction in ("mean", "sum")),
     ]
@@ -152,6 +156,9 @@ def test_environment_variables_are_put_in(tmp_path: Path, monkeypatch: pytest.Mo
     path.write_text("base: {data_dir: '${SOME_DATA}/xnli', method: finetune}\ngroups: [{name: a}]\n")
     monkeypatch.delenv("SOME_DATA", raising=False)
     with pytest.raises(ConfigError, match=r"study\.yaml: the environment variable SOME_DATA is not set"):
+        load_study(path)
+    monkeypatch.setenv("SOME_DATA", "")
+    with pytest.raises(ConfigError, match="SOME_DATA is not set"):
         load_study(path)
     monkeypatch.setenv("SOME_DATA", "/there")
     study = load_study(path)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
+import random
 import re
 import signal
 import subprocess
@@ -95,6 +97,27 @@ def test_killed_while_another_process_works_in_the_folder(write_study, tmp_path:
     assert not list((tmp_path / "shared").glob("*/model")) and not list((tmp_path / "shared").glob("*/checkpoints"))
 
     assert sweep(study, tmp_path / "shared").finished == [], "a finished sweep has nothing to do"
+
+
+def test_killed_ten_times_at_random_moments(write_study, tmp_path: Path) -> None:
+    study = write_study(METHODS, epochs=2)
+    start = time.monotonic()
+    sweep(study, tmp_path / "undisturbed")
+    longest = (time.monotonic() - start) / 5  # ten of these, of half the length on average, do not reach the end
+    server = multiprocessing.get_context("forkserver")  # a process that has imported everything, and forks
+    server.set_forkserver_preload(["ear_ops.study.sweep"])
+    rng = random.Random(0)
+    for _ in range(10):
+        process = server.Process(target=sweep, args=(study, tmp_path / "killed"))
+        process.start()
+        process.join(longest * rng.random())
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it was at work"
+    progress = sweep(study, tmp_path / "killed")
+    assert not progress.failed and progress.finished
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
+    assert not list((tmp_path / "killed").glob("*/checkpoints"))
 
 
 def test_groups_share_runs_and_keep_the_models_that_are_wanted(write_study, tmp_path: Path, trained: list[str]) -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ear_ops.training.diagnosis import chance_level, collapse_notice, last_quarter
+from ear_ops.training.diagnosis import beats_majority, chance_level, collapse_notice, last_quarter
 
 
 def log(values: list[tuple[int, float, float]]) -> list[dict[str, float]]:
@@ -39,3 +39,10 @@ def test_a_cross_entropy_at_chance_is_noticed(value: float) -> None:
 def test_a_run_that_learnt_is_left_in_peace() -> None:
     terms = last_quarter(log([(50, 1.2, 1.2), (100, 0.9, 1.0)]), max_steps=100)
     assert collapse_notice(terms, math.log(3), 100, regularised=True) is None
+
+
+def test_an_accuracy_beats_the_majority_when_its_interval_does() -> None:
+    labels = [0] * 500 + [1] * 500
+    assert beats_majority(0.55, labels) and not beats_majority(0.52, labels)
+    assert not beats_majority(0.55, labels[:20] + labels[-20:]), "of forty items that says nothing"
+    assert not beats_majority(0.85, [0] * 900 + [1] * 100), "always 0 would have been better"

@@ -266,3 +266,13 @@ def test_bf16_trains_and_scores_under_autocast(make_config, tmp_path: Path, monk
     assert scored == [False] * 3 + [True] * 3
     assert half["terms"]["cross_entropy"] == pytest.approx(full["terms"]["cross_entropy"], rel=0.02)
     assert half["terms"] != full["terms"]
+
+
+@pytest.mark.parametrize(("method", "collapsed"), [("adv", False), ("finetune", True)])
+def test_a_model_that_beats_the_majority_may_fail_on_perturbed_embeddings(
+    make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, collapsed: bool
+) -> None:
+    monkeypatch.setattr(run, "collapse_notice", lambda *args, **kwargs: "cross-entropy stayed at chance")
+    monkeypatch.setattr(run, "beats_majority", lambda accuracy, labels: accuracy >= 0 and len(labels) == 15)
+    results = run.train(make_config(output_dir=str(tmp_path / "run"), epochs=1, method=method))
+    assert results["collapsed"] is collapsed and results["pairs"] == 60

@@ -33,6 +33,25 @@ def test_learning_rate_depends_on_the_model(model: str, given: float | None, exp
     assert TrainConfig(data_dir="mini", model=model, learning_rate=given).learning_rate == expected
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bf16": "false"}, "bf16 must be true or false, got 'false'"),
+        ({"bf16": 1}, "bf16 must be true or false, got 1"),
+        ({"max_train_examples": "9.6e3"}, "max_train_examples must be a whole number, got '9.6e3'"),
+        ({"max_train_examples": 9600.0}, "max_train_examples must be a whole number, got 9600.0"),
+        ({"seed": True}, "seed must be a whole number, got True"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+        ({"languages": ["en"]}, r"languages must be a text, got \['en'\]"),
+        ({"batch_size": None}, "batch_size must be a whole number, got None"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(settings: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TrainConfig(data_dir="mini", **settings)
+    assert TrainConfig(data_dir="mini", alpha=1, learning_rate=None, max_train_examples=None).alpha == 1
+
+
 def test_the_offline_model_has_the_name_that_the_loader_knows() -> None:
     assert OFFLINE_MODEL == CLASSIFIER_OFFLINE_MODEL
     assert TrainConfig(data_dir="mini", model=OFFLINE_MODEL).pooling == "mean"
