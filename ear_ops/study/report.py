@@ -214,7 +214,11 @@ def _entry(row: Row) -> dict[str, Any]:
         ratios = [each["gradient_ratios"] for each in finished if each.get("gradient_ratios")]
         if len(ratios) == len(finished):
             entry["gradient_ratios"] = {
-                when: {name: estimate([each[when][name] for each in ratios]) for name in ratios[0][when]}
+                when: {
+                    name: estimate([each[when][name] for each in ratios])
+                    for name in ratios[0][when]
+                    if all(name in each[when] for each in ratios)
+                }
                 for when in ratios[0]
             }
     return entry

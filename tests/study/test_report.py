@@ -151,6 +151,17 @@ def test_weights_that_follow_from_ratios_stand_beside_the_terms(make_report, tmp
     assert "| row | cross_entropy | alpha, chosen |" in lines and "| push_ratio 0.1 | 1.25 | 15 |" in lines
 
 
+def test_ratios_that_not_all_seeds_have_are_left_out(make_report, tmp_path: Path) -> None:
+    make_report({"name": "a", "grid": {"seed": [1, 2]}}, wrong=lambda settings: dict.fromkeys(LANGUAGES, 5))
+    for number, path in enumerate(sorted((tmp_path / "study").glob("*/results.json"))):
+        measured = {"pull at query": 1.0 + number} | ({"pull at key": 9.0} if number == 0 else {})
+        write_json(path, {**json.loads(path.read_text()), "gradient_ratios": {"before": measured, "after": measured}})
+    report(tmp_path / "study")
+    lines = (tmp_path / "study" / "report.md").read_text().splitlines()
+    assert "| row | cross_entropy | pull at query, before | pull at query, after |" in lines
+    assert any(line.endswith("| 1.25 | 1.5 | 1.5 |") for line in lines)
+
+
 def test_figure_6_is_drawn_from_table_6(make_report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need the extra `analysis`")
 
