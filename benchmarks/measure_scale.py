@@ -1,0 +1,79 @@
+"""How hard push and pull of each preset pull beside the cross-entropy, before and after the training of a run.
+
+    python benchmarks/measure_scale.py runs/xnli/xnli-ear-seed1-* --out benchmarks/results/scale/NAME.json
+
+Gradient norms over that of CE(x) + CE(x^a), without dropout, over the first training pairs: of the push at the
+embedding layer's output, of the pull at queries and keys of layer 6 together. `of the preset` has the preset's weight;
+one over the unweighted ratio is the weight that makes a term as strong as the task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from measuring import facts
+from transformers.utils import logging
+
+from ear_ops.data import PairCollator
+from ear_ops.models.classifier import load_classifier
+from ear_ops.regularizers import AttentionPull, EmbeddingPush
+from ear_ops.training.config import PRESETS
+from ear_ops.training.folder import load_config
+from ear_ops.training.gradients import gradient_squares
+from ear_ops.training.run import initial_model
+from ear_ops.training.sources import load_training_data
+
+
+def ratios(model: Any, collate: PairCollator, views: Any, preset: dict[str, Any], batches: int, size: int) -> dict:
+    """Of the unweighted and the weighted terms."""
+    terms = [EmbeddingPush(1.0, reduction=preset["reduction"])]
+    terms += [AttentionPull(preset["layer"], 1.0, reduction=preset["reduction"])]
+    made = (collate([views[i] for i in range(start, start + size)]) for start in range(0, batches * size, size))
+    squares = gradient_squares(model, terms, preset["layer"], made)
+    row = {}
+    for name, weight, places, term in (
+        ("push", preset["alpha"], ("embeddings",), terms[0].name),
+        ("pull", preset["beta"], ("query", "key"), terms[1].name),
+    ):
+        found, reference = (sum(squares[place][each] for place in places) for each in (term, "cross_entropy"))
+        row[name] = math.sqrt(found / reference)
+        row[f"{name} of the preset"] = weight * row[name]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run of two views that has its model")
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+    config = load_config(options.run)
+    views = load_training_data(config, two_views=True).views
+    models = {
+        "before": initial_model(config, None),
+        "after": load_classifier(str(options.run / "model"), len(set(example.label for example in views.examples))),
+    }
+    rows = []
+    for when, (model, tokenizer) in models.items():
+        for name, preset in PRESETS.items():
+            collate = PairCollator(tokenizer, max_length=config.max_length, padding=preset["padding"])
+            found = ratios(model, collate, views, preset, options.batches, config.batch_size)
+            rows.append({"when": when, "preset": name, "pairs": options.batches * config.batch_size, **found})
+            print(
+                f"{when:<7}{name:<10} push {found['push']:9.3g}, of the preset {found['push of the preset']:9.3g}   "
+                f"pull {found['pull']:9.3g}, of the preset {found['pull of the preset']:9.3g}",
+                flush=True,
+            )
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        content = {"facts": facts(), "config": config.to_dict(), "rows": rows}
+        options.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
