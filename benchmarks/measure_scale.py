@@ -18,30 +18,30 @@ from typing import Any
 from measuring import facts
 from transformers.utils import logging
 
-from ear_ops.data import PairCollator
+from ear_ops.data import PairCollator, PairViews, get_task
 from ear_ops.models.classifier import load_classifier
 from ear_ops.regularizers import AttentionPull, EmbeddingPush
 from ear_ops.training.config import PRESETS
 from ear_ops.training.folder import load_config
 from ear_ops.training.gradients import gradient_squares
 from ear_ops.training.run import initial_model
+from ear_ops.training.scale import first_batches, squares_where_it_acts
 from ear_ops.training.sources import load_training_data
 
 
-def ratios(model: Any, collate: PairCollator, views: Any, preset: dict[str, Any], batches: int, size: int) -> dict:
-    """Of the unweighted and the weighted terms."""
-    terms = [EmbeddingPush(1.0, reduction=preset["reduction"])]
-    terms += [AttentionPull(preset["layer"], 1.0, reduction=preset["reduction"])]
-    made = (collate([views[i] for i in range(start, start + size)]) for start in range(0, batches * size, size))
-    squares = gradient_squares(model, terms, preset["layer"], made)
+def ratios(model: Any, collate: PairCollator, views: PairViews, preset: dict[str, Any], count: int, size: int) -> dict:
+    """Of the unweighted and the weighted terms, over `count` batches of `size` pairs."""
+    terms = {
+        "push": EmbeddingPush(preset["alpha"], reduction=preset["reduction"]),
+        "pull": AttentionPull(preset["layer"], preset["beta"], reduction=preset["reduction"]),
+    }
+    batches = first_batches(count, size, model, collate, views)
+    squares = gradient_squares(model, list(terms.values()), preset["layer"], batches)
     row = {}
-    for name, weight, places, term in (
-        ("push", preset["alpha"], ("embeddings",), terms[0].name),
-        ("pull", preset["beta"], ("query", "key"), terms[1].name),
-    ):
-        found, reference = (sum(squares[place][each] for place in places) for each in (term, "cross_entropy"))
-        row[name] = math.sqrt(found / reference)
-        row[f"{name} of the preset"] = weight * row[name]
+    for (name, term), weight in zip(terms.items(), ("alpha", "beta"), strict=True):
+        own, reference = squares_where_it_acts(squares, term)
+        row[name] = math.sqrt(own / reference)
+        row[f"{name} of the preset"] = preset[weight] * row[name]
     return row
 
 
@@ -56,14 +56,16 @@ def main() -> None:
     views = load_training_data(config, two_views=True).views
     models = {
         "before": initial_model(config, None),
-        "after": load_classifier(str(options.run / "model"), len(set(example.label for example in views.examples))),
+        "after": load_classifier(str(options.run / "model"), len(get_task(config.task).labels)),
     }
     rows = []
     for when, (model, tokenizer) in models.items():
         for name, preset in PRESETS.items():
             collate = PairCollator(tokenizer, max_length=config.max_length, padding=preset["padding"])
             found = ratios(model, collate, views, preset, options.batches, config.batch_size)
-            rows.append({"when": when, "preset": name, "pairs": options.batches * config.batch_size, **found})
+            rows.append(
+                {"when": when, "preset": name, "pairs": min(options.batches * config.batch_size, len(views)), **found}
+            )
             print(
                 f"{when:<7}{name:<10} push {found['push']:9.3g}, of the preset {found['push of the preset']:9.3g}   "
                 f"pull {found['pull']:9.3g}, of the preset {found['pull of the preset']:9.3g}",

@@ -23,7 +23,7 @@ from ear_ops.training.checkpoints import write_atomically, write_json
 from ear_ops.training.config import MINI
 from ear_ops.training.errors import NotComparableError
 from ear_ops.training.folder import read_json
-from ear_ops.training.reports import Table
+from ear_ops.training.reports import Table, source_of
 
 
 @dataclass
@@ -53,7 +53,7 @@ def scored_items(folder: Path, results: dict[str, Any], data_dir: str | None = N
     place = (str(mini_data_dir()) if found == MINI else found, results["task"], results["split"])
     correct = {}
     for language, predicted in predictions.items():
-        labels, groups = _labels_and_groups(*place, language)
+        labels, _ = _labels_and_groups(*place, language)
         counted = results["languages"][language]
         if len(labels) != len(predicted) or int((labels == np.array(predicted)).sum()) != counted["correct"]:
             raise StudyError(
@@ -61,7 +61,7 @@ def scored_items(folder: Path, results: dict[str, Any], data_dir: str | None = N
                 f"{len(labels)} items in {found} do not say: these are not the data that the run was scored on"
             )
         correct[language] = labels == np.array(predicted)
-    source = results["config"].get("source_language", "en")  # which older runs do not name
+    source = source_of(results)
     _, groups = _labels_and_groups(*place, source if source in correct else next(iter(correct)))
     return Items(correct, groups, source)
 
@@ -230,10 +230,9 @@ def _averages(finished: Sequence[dict[str, Any]], languages: Sequence[str]) -> d
     values: dict[str, list[float]] = {}
     for each in finished:
         scores = {name: each["languages"][name] for name in languages}
-        source = each["config"].get("source_language", "en")
         parts = {
             "average": [score["accuracy"] for score in scores.values()],
-            "average_other": [score["accuracy"] for name, score in scores.items() if name != source],
+            "average_other": [score["accuracy"] for name, score in scores.items() if name != source_of(each)],
             "average_translated": [s["translated"]["accuracy"] for s in scores.values() if "translated" in s],
         }
         for name, part in parts.items():

@@ -74,7 +74,7 @@ def comparison(runs: Sequence[dict[str, Any]], table: Table = text_table) -> str
         if len(values) != 1:
             raise NotComparableError(f"runs of one {key} can be compared, got {', '.join(values)}")
     languages = list(dict.fromkeys(language for run in runs for language in run["languages"]))
-    sources = {_source(run) for run in runs}
+    sources = {source_of(run) for run in runs}
     source = sources.pop() if len(sources) == 1 else "source"
     averages = {"average": "avg", "average_other": f"avg w/o {source}", "average_translated": "avg w/o NS"}
     shown = [key for key in averages if any(run.get(key) is not None for run in runs)]
@@ -98,7 +98,7 @@ def _language_table(results: dict[str, Any], table: Table) -> str:
         row = [language, *_cells(score)]
         rows.append(row + _cells(score["translated"]) if "translated" in score else row + [""] * (3 * translated))
     rows.append(_average_row("average", results["average"], results.get("average_translated"), len(header)))
-    source = _source(results)
+    source = source_of(results)
     if results["average_other"] is not None and source in scores:
         rows.append(_average_row(f"average without {source}", results["average_other"], None, len(header)))
     return table(header, rows)
@@ -124,7 +124,7 @@ def _remarks(results: dict[str, Any]) -> list[str]:
         best = results["best"]
         accuracy = _percent(best["dev_accuracy"])
         remarks.append(
-            f"Checkpoint of step {best['step']} of {results['steps']}: best on {_source(results)} dev, {accuracy}."
+            f"Checkpoint of step {best['step']} of {results['steps']}: best on {source_of(results)} dev, {accuracy}."
         )
     return [line for remark in remarks for line in ("", remark)]
 
@@ -138,14 +138,15 @@ def _run_names(runs: Sequence[dict[str, Any]]) -> list[str]:
     names = []
     for run in runs:
         preset = f" ({run['config']['preset']})" if run["regularised"] else ""
-        source = "" if _source(run) == "en" else f", from {_source(run)}"
+        source = "" if source_of(run) == "en" else f", from {source_of(run)}"
         names.append(
             f"{run['config']['method']}{preset}{source}, seed {run['config']['seed']}{' *' * run['collapsed']}"
         )
     return names
 
 
-def _source(run: dict[str, Any]) -> str:
+def source_of(run: dict[str, Any]) -> str:
+    """The language that a run was trained on."""
     return run["config"].get("source_language", "en")  # which older runs do not name
 
 

@@ -37,7 +37,7 @@ def measured_ratios(config: TrainConfig, model: Any, collate: Collate, views: Pa
         EmbeddingPush(1.0, reduction=config.reduction),
         AttentionPull(config.layer, 1.0, reduction=config.reduction),
     ]
-    batches = _first_batches(config.measure_gradients, config.batch_size, model, collate, views)
+    batches = first_batches(config.measure_gradients, config.batch_size, model, collate, views)
     return gradient_ratios(model, terms, config.layer, batches)
 
 
@@ -64,22 +64,30 @@ def chosen_weights(
         return read_json(folder / WEIGHTS_FILE)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # where the Trainer will put it
     terms = terms_of(config)
-    batches = _first_batches(WEIGHING_BATCHES, config.batch_size, model, collate, views)
+    batches = first_batches(WEIGHING_BATCHES, config.batch_size, model, collate, views)
     squares = gradient_squares(model, terms, config.layer if "beta" in wanted else None, batches)
     weights = {}
     for term in terms:
-        weight, places = ("alpha", ("embeddings",)) if isinstance(term, EmbeddingPush) else ("beta", ("query", "key"))
+        weight = "alpha" if isinstance(term, EmbeddingPush) else "beta"
         if weight not in wanted:
             continue
-        own = sum(squares[place].get(term.name, 0.0) for place in places)
+        own, reference = squares_where_it_acts(squares, term)
         if not own > 0:
             raise ConfigError(
                 f"{RATIOS[weight]}: {term.name} has no gradient on the first {WEIGHING_BATCHES} batches (is any word "
                 f"replaced there?), so no weight gives it a ratio: pass {weight} instead"
             )
-        weights[weight] = wanted[weight] * math.sqrt(sum(squares[place]["cross_entropy"] for place in places) / own)
+        weights[weight] = wanted[weight] * math.sqrt(reference / own)
     write_json(folder / WEIGHTS_FILE, weights)
     return weights
+
+
+def squares_where_it_acts(squares: dict[str, dict[str, float]], term: Any) -> tuple[float, float]:
+    """Squared gradient norms of a term and of the cross-entropy, of what `gradient_squares` gives: for the push at the
+    embeddings, for a pull at queries and keys together."""
+    places = ("embeddings",) if isinstance(term, EmbeddingPush) else ("query", "key")
+    own = sum(squares[place].get(term.name, 0.0) for place in places)
+    return own, sum(squares[place]["cross_entropy"] for place in places)
 
 
 def terms_of(config: TrainConfig) -> list[Any]:
@@ -101,8 +109,9 @@ def _wanted(config: TrainConfig) -> dict[str, float]:
     return {weight: ratio for weight, ratio in ratios.items() if ratio is not None}
 
 
-def _first_batches(count: int, size: int, model: Any, collate: Collate, views: PairViews) -> Iterator[Batch]:
-    """In the order of the file, with the variants of the first epoch."""
+def first_batches(count: int, size: int, model: Any, collate: Collate, views: PairViews) -> Iterator[Batch]:
+    """At most `count` batches of `size` pairs, on the model's device: in the order of the file, with the variants of
+    the first epoch."""
     views.set_epoch(0)
     for start in range(0, min(count * size, len(views)), size):
         batch = collate([views[i] for i in range(start, min(start + size, len(views)))])
