@@ -22,10 +22,11 @@ def sentence_states(
         model: any model of transformers that gives `hidden_states`; it is put into evaluation mode.
     """
     model.eval()
+    by_length = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # neighbours need little padding
     pooled = []
     for start in range(0, len(texts), batch_size):
         inputs = tokenizer(
-            list(texts[start : start + batch_size]),
+            [texts[row] for row in by_length[start : start + batch_size]],
             padding=True,
             truncation=True,
             max_length=max_length,
@@ -33,7 +34,7 @@ def sentence_states(
         ).to(model.device)
         states = model(**inputs, output_hidden_states=True).hidden_states  # each [B, L, C]
         pooled.append(torch.stack([masked_mean(layer, inputs["attention_mask"]).float().cpu() for layer in states]))
-    return torch.cat(pooled, dim=1)
+    return torch.cat(pooled, dim=1)[:, torch.tensor(by_length).argsort()]
 
 
 @torch.inference_mode()

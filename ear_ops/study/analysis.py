@@ -69,15 +69,19 @@ def analyse(
     output_dir.mkdir(parents=True, exist_ok=True)
     groups = _synonym_groups(synonyms) if synonyms is not None else []
     content: dict[str, Any] = {"versions": versions(), "runs": {}}
+    before: dict[str, Any] = {}  # by pretrained model: runs of one differ by their heads, which are not measured
     for name, folder in runs.items():
         config = load_config(folder)
         models = {"before": initial_model(config, None), "after": _trained_model(config, folder)}
         for model, _ in models.values():
             model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if config.model not in before:
+            before[config.model] = alignment_by_layer(*models["before"], parallel)
         content["runs"][name] = {
             "method": config.method,
             "seed": config.seed,
-            **{when: alignment_by_layer(model, tokenizer, parallel) for when, (model, tokenizer) in models.items()},
+            "before": before[config.model],
+            "after": alignment_by_layer(*models["after"], parallel),
         }
         checkpoints.write_json(output_dir / "analysis.json", content)  # of every run as soon as it is measured
         checkpoints.write_atomically(output_dir / "analysis.md", analysis_markdown(content))

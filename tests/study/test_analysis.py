@@ -58,6 +58,29 @@ def test_measures_and_figures_of_a_run(write_study, data_dir: Path, parallel_dir
         assert (output / f"figure-{number}-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_of_one_pretrained_model_share_its_measures(
+    write_study, parallel_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = write_study(
+        {"name": "kept", "keep_model": True, "grid": {"seed": [1, 2]}},
+        method="finetune",
+        epochs=1,
+        learning_rate=3.0e-3,
+    )
+    folders = [tmp_path / "study" / name for name in sweep(study, tmp_path / "study").finished]
+    second = analyse(folders[1:], parallel_dir, tmp_path / "second")["runs"][folders[1].name]
+    measured = []
+
+    def counted(*args, **kwargs):
+        measured.append(alignment_by_layer(*args, **kwargs))
+        return measured[-1]
+
+    monkeypatch.setattr("ear_ops.study.analysis.alignment_by_layer", counted)
+    both = analyse(folders, parallel_dir, tmp_path / "both")["runs"]
+    assert len(measured) == 3
+    assert both[folders[1].name] == second and both[folders[0].name]["after"] != second["after"]
+
+
 def test_a_run_without_its_model_is_named(write_study, parallel_dir: Path, tmp_path: Path) -> None:
     (name,) = sweep(write_study({"name": "a"}, method="finetune", epochs=1), tmp_path / "study").finished
     with pytest.raises(StudyError, match=r"no complete model.*keep_model"):
