@@ -1,6 +1,6 @@
 """How hard push and pull of each preset pull beside the cross-entropy, before and after the training of a run.
 
-    python benchmarks/measure_scale.py runs/xnli/xnli-ear-seed1-* --out benchmarks/results/scale/NAME.json
+    python benchmarks/measure_scale.py RUN --out benchmarks/results/scale/NAME.json
 
 Gradient norms over that of CE(x) + CE(x^a), without dropout, over the first training pairs: of the push at the
 embedding layer's output, of the pull at queries and keys of layer 6 together. `of the preset` has the preset's weight;

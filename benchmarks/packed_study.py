@@ -194,7 +194,7 @@ def _collect(work: Path, out: Path) -> str:
                 (out / name).write_bytes((folder / name).read_bytes())
     finally:
         os.chdir(here)
-    waiting = f"; groups after {plan.waits_for.name} wait for its choice" if plan.waits_for else ""
+    waiting = "; waiting for a choice: " + ", ".join(group.name for group, _ in plan.waiting) if plan.waiting else ""
     return f"{len(finished)} of {len(plan.runs)} runs are finished{waiting}: {out}."
 
 

@@ -150,17 +150,22 @@ def compare(
 def sweep(
     study: Annotated[str, typer.Argument(metavar="STUDY.yaml", help="What to run; see docs/studies.md.")],
     output_dir: Annotated[str, typer.Option(help="Folder of the study.  [default: runs/NAME OF THE FILE]")] = "",
+    groups: Annotated[
+        list[str] | None,
+        typer.Option("--group", metavar="NAME", help="Only this group, and what chooses settings for it; repeatable."),
+    ] = None,
 ) -> None:
     """Run a study: every run once, going on where it stopped; several processes may share the folder."""
     folder = output_dir or f"runs/{Path(study).stem}"
     _run_module()
     from ear_ops.study.sweep import sweep as run_study
 
-    progress = run_study(study, folder)
+    progress = run_study(study, folder, groups=groups or ())
     if progress.failed:
         names = "; ".join(f"{name}: {reason}" for name, reason in progress.failed.items())
         sys.exit(f"error: {len(progress.failed)} runs failed ({names}). The others are kept; the same command goes on")
-    print(f"All runs of {study} are finished: `ear-ops report {folder}` makes the tables.")
+    part = f"{', '.join(groups)} in {study}" if groups else study
+    print(f"All runs of {part} are finished: `ear-ops report {folder}` makes the tables.")
 
 
 @app.command()
@@ -191,7 +196,7 @@ def augment(
 
 @app.command()
 def analyse(
-    folders: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of finished runs with models.")],
+    folders: Annotated[list[str], typer.Argument(metavar="FOLDER...", help="Studies, or finished runs with models.")],
     parallel: Annotated[str, typer.Option(help="Folder with XX-en.tsv: sentence, tab, English.")],
     output_dir: Annotated[str, typer.Option(help="Where tables and figures go.")] = "analysis",
     synonyms: Annotated[str | None, typer.Option(help="Dictionary whose words figure 4 shows.")] = None,

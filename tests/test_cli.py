@@ -137,9 +137,12 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, missing: str,
 def test_a_sweep_with_failed_runs_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from ear_ops.study import sweep
 
-    monkeypatch.setattr(sweep, "sweep", lambda study, folder: sweep.Progress(["a"], {"b": f"no file in {folder}"}))
+    monkeypatch.setattr(
+        sweep, "sweep", lambda study, folder, groups: sweep.Progress(["a"], {"b": f"no file in {folder}"})
+    )
     result = CliRunner().invoke(cli.app, ["sweep", "studies/one.yaml"])
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     assert "1 runs failed (b: no file in runs/one)" in str(result.output) + str(result.exception)
-    monkeypatch.setattr(sweep, "sweep", lambda study, folder: sweep.Progress(["a"]))
+    monkeypatch.setattr(sweep, "sweep", lambda study, folder, groups: sweep.Progress([*groups]))
     assert "ear-ops report there" in run("sweep", "studies/one.yaml", "--output-dir", "there")
+    assert "runs of a, b in studies/one.yaml" in run("sweep", "studies/one.yaml", "--group", "a", "--group", "b")

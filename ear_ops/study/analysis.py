@@ -15,7 +15,8 @@ from ear_ops.analysis.states import alignment_by_layer, sentence_states, word_ve
 from ear_ops.data import get_task, load_parallel, load_synonyms
 from ear_ops.models.classifier import load_classifier
 from ear_ops.models.vocabulary import restore_vocabulary
-from ear_ops.study.sweep import StudyError
+from ear_ops.study.definition import load_study
+from ear_ops.study.sweep import STUDY_FILE, StudyError, plan_of
 from ear_ops.training import checkpoints
 from ear_ops.training.config import TrainConfig
 from ear_ops.training.folder import load_config, versions
@@ -41,34 +42,31 @@ def analyse(
     that it was pruned to, and the pieces that were dropped would have come out of training as they went in.
 
     Args:
-        folders: of finished runs that still have their models (`keep_model: true` in a study).
+        folders: of finished runs that still have their models, or of studies: of these, the finished runs of the groups
+            with `keep_model: true`.
         parallel_dir: with `XX-en.tsv`, see `load_parallel`.
         output_dir: gets `analysis.json`, `analysis.md` and `figure-N-RUN.png`.
         synonyms: the dictionary whose words figure 4 shows; without it figure 4 is not drawn.
         limit: sentences a language; all by default.
 
     Returns:
-        What `analysis.json` holds: by run, `before` and `after` as `alignment_by_layer` gives them.
+        What `analysis.json` holds: by run, `before` and `after` as `alignment_by_layer` gives them; and `not_run`, the
+        runs of the studies whose models are still to come.
 
     Raises:
-        StudyError: a run has no model any more, or two runs have one name.
+        StudyError: a run has no model any more, a study has none yet, or two runs have one name.
+        ConfigError, RunFolderError: a study cannot be read, or a run of it is damaged.
         ModuleNotFoundError: scikit-learn or matplotlib is missing.
     """
     _need_extra()
-    runs = {Path(folder).name: Path(folder) for folder in folders}
-    if len(runs) != len(folders):
+    chosen, not_run = _runs_of(folders)
+    runs = {folder.name: folder for folder in chosen}
+    if len(runs) != len(chosen):
         raise StudyError("two of the runs have folders of the same name: rename one")
-    for folder in runs.values():
-        load_config(folder)
-        if not checkpoints.is_complete(folder / "model"):
-            raise StudyError(
-                f"{folder} holds no complete model: in a study, `keep_model: true` keeps it; of a run that is finished "
-                "without it, delete the folder and sweep again"
-            )
     parallel, output_dir = load_parallel(parallel_dir, limit), Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     groups = _synonym_groups(synonyms) if synonyms is not None else []
-    content: dict[str, Any] = {"versions": versions(), "runs": {}}
+    content: dict[str, Any] = {"versions": versions(), "not_run": not_run, "runs": {}}
     before: dict[str, Any] = {}  # by pretrained model: runs of one differ by their heads, which are not measured
     for name, folder in runs.items():
         config = load_config(folder)
@@ -87,6 +85,35 @@ def analyse(
         checkpoints.write_atomically(output_dir / "analysis.md", analysis_markdown(content))
         _draw(output_dir, name, models, parallel, groups)
     return content
+
+
+def _runs_of(folders: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+    """The runs to analyse, and the names of those that studies have still to come."""
+    runs: list[Path] = []
+    not_run: list[str] = []
+    for folder in map(Path, folders):
+        if not (folder / STUDY_FILE).is_file():
+            load_config(folder)
+            if not checkpoints.is_complete(folder / "model"):
+                raise StudyError(
+                    f"{folder} holds no complete model: in a study, `keep_model: true` keeps it; of a run that is "
+                    "finished without it, delete the folder and sweep again"
+                )
+            runs.append(folder)
+            continue
+        plan = plan_of(load_study(folder / STUDY_FILE), folder)
+        kept = {
+            run.name: checkpoints.is_complete(folder / run.name / "model")
+            for run in plan.runs
+            if run.name in plan.kept_models
+        }
+        if not any(kept.values()):
+            raise StudyError(
+                f"{folder}: no run of this study has its model yet: groups with `keep_model: true` keep them; sweep on"
+            )
+        runs += [folder / name for name, there in kept.items() if there]
+        not_run += [name for name, there in kept.items() if not there]
+    return runs, not_run
 
 
 def _trained_model(config: TrainConfig, folder: Path) -> tuple[Any, Any]:
@@ -123,6 +150,8 @@ def analysis_markdown(content: dict[str, Any]) -> str:
         lines += ["", f"## {name}: {run['method']}, seed {run['seed']}", ""]
         lines += [f"{len(run['before']['sentences'])} languages, {sentences:,} sentence pairs.", ""]
         lines += [markdown_table(header, rows)]
+    if content["not_run"]:
+        lines += ["", f"Not run yet: {', '.join(content['not_run'])}."]
     versions_text = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     return "\n".join([*lines, "", f"Versions: {versions_text}."]) + "\n"
 

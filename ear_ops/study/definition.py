@@ -22,8 +22,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -134,14 +134,12 @@ class Plan:
     Attributes:
         members: of all groups that are known.
         selections: made so far.
-        waits_for: the group whose choice decides the rest, or None.
-        may_keep_more: whether a group of the rest keeps models, maybe of runs that are known already.
+        waiting: groups that are not known yet, each with the name of a group whose choice it waits for.
     """
 
     members: list[Member]
     selections: list[Selection]
-    waits_for: Group | None
-    may_keep_more: bool
+    waiting: list[tuple[Group, str]]
 
     @property
     def runs(self) -> list[Run]:
@@ -152,6 +150,11 @@ class Plan:
     def kept_models(self) -> set[str]:
         return {member.run.name for member in self.members if member.group.keep_model}
 
+    @property
+    def may_keep_more(self) -> bool:
+        """Whether a group that is not known yet keeps models, maybe of runs that are known already."""
+        return any(group.keep_model for group, _ in self.waiting)
+
 
 @dataclass(frozen=True)
 class Study:
@@ -160,39 +163,66 @@ class Study:
     text: str  # the YAML, environment variables put in
 
     def plan(self, dev_accuracy: Callable[[Run], float | None]) -> Plan:
-        """Expand the groups, up to a choice that cannot be made yet.
+        """Expand the groups, but for those that wait for a choice that cannot be made yet.
 
         Args:
             dev_accuracy: of a finished run, on the source language; None of one that is not.
 
         Raises:
-            ConfigError: a combination of settings cannot be used, or two runs of a group would make one cell.
+            ConfigError: a combination of settings cannot be used, two runs of a group would make one cell, or a
+                baseline is no row of its group.
         """
-        members: list[Member] = []
-        selections: list[Selection] = []
-        for number, group in enumerate(self.groups, start=1):
-            own = [Member(group, settings, self._run(group, settings, selections)) for settings in group.combinations()]
-            _check_cells(group, own)
-            members += own
-            if group.select:
-                selection = _select(group, own, dev_accuracy)
-                if selection is None:
-                    return Plan(members, selections, group, any(each.keep_model for each in self.groups[number:]))
-                selections.append(selection)
-        return Plan(members, selections, None, False)
+        plan = Plan([], [], [])
+        open_choices: list[Group] = []
+        for group in self.groups:
+            chooser = next((each for each in open_choices if self._chooses_for(each, group)), None)
+            selection = None
+            if chooser is not None:
+                plan.waiting.append((group, chooser.name))
+            else:
+                own = [Member(group, each, self._run(group, each, plan.selections)) for each in group.combinations()]
+                _check_cells(group, own)
+                _check_baseline(group, own)
+                plan.members.extend(own)
+                selection = _select(group, own, dev_accuracy) if group.select else None
+            if selection is not None:
+                plan.selections.append(selection)
+            elif group.select:
+                open_choices.append(group)
+        return plan
+
+    def only(self, names: Sequence[str]) -> Study:
+        """The study with these groups alone, and those above them that choose a setting for them.
+
+        Raises:
+            ConfigError: there is no group of such a name.
+        """
+        if unknown := [name for name in names if name not in {group.name for group in self.groups}]:
+            known = ", ".join(group.name for group in self.groups)
+            raise ConfigError(f"group: the study has none called {', '.join(unknown)}; it has {known}")
+        kept: list[Group] = []
+        for group in reversed(self.groups):
+            if group.name in names or any(self._chooses_for(group, below) for below in kept):
+                kept.insert(0, group)
+        return replace(self, groups=tuple(kept))
+
+    def _chooses_for(self, group: Group, other: Group) -> bool:
+        return any(set(group.select) - own.keys() and self._is_for(group, other, own) for own in other.combinations())
+
+    def _is_for(self, chooser: Group, group: Group, own: Settings) -> bool:
+        """Whether what `chooser` chooses holds for the run of `group` with these settings of its own."""
+        settings = self._resolved(group, own).settings if chooser.only_for else {}
+        return all(settings[name] == _typed(name, value) for name, value in chooser.only_for.items())
 
     def _run(self, group: Group, own: Settings, selections: list[Selection]) -> Run:
-        settings = {**self.base, **own}
-        chosen = {
-            name: value
-            for selection in selections
-            if all(settings.get(name) == value for name, value in selection.group.only_for.items())
-            for name, value in selection.chosen.items()
-        }
+        chosen = [each.chosen for each in selections if self._is_for(each.group, group, own)]
+        return self._resolved(group, {name: value for each in chosen for name, value in each.items()} | own)
+
+    def _resolved(self, group: Group, settings: Settings) -> Run:
         try:
-            return Run.of({**self.base, **chosen, **own})
+            return Run.of({**self.base, **settings})
         except (ConfigError, TypeError) as error:
-            raise ConfigError(f"group {group.name!r}, {own}: {error}") from None
+            raise ConfigError(f"group {group.name!r}, {settings}: {error}") from None
 
 
 def load_study(path: str | Path) -> Study:
@@ -276,6 +306,8 @@ def _group(entry: Any, where: str) -> Group:
         baseline=_settings(entry.get("baseline"), f"{where}: baseline"),
         keep_model=bool(entry.get("keep_model", False)),
     )
+    if group.only_for and not group.select:
+        raise ConfigError(f"{where}: for: it restricts what `select` chooses, and there is no `select`")
     if missing := [name for name in group.select if name not in group.axes]:
         raise ConfigError(f"{where}: select: {', '.join(missing)} does not vary in this group, so there is no choice")
     if missing := [name for name in group.select if any(name not in each for each in group.combinations())]:
@@ -309,6 +341,15 @@ def _check_cells(group: Group, members: list[Member]) -> None:
                 f"table {group.table}: put them into different groups"
             )
         seen[cell] = member
+
+
+def _check_baseline(group: Group, members: list[Member]) -> None:
+    rows = [member.row() for member in members]
+    if not any(group.baseline.items() <= row.items() for row in rows):
+        raise ConfigError(
+            f"group {group.name!r}: baseline: expected what tells one of its rows apart, "
+            f"{', '.join(dict.fromkeys(map(str, rows)))}, got {group.baseline}"
+        )
 
 
 def _select(group: Group, members: list[Member], dev_accuracy: Callable[[Run], float | None]) -> Selection | None:

@@ -16,8 +16,8 @@ def markdown(content: dict[str, Any]) -> str:
     """The whole report, a section for each group of the study."""
     lines = ["# Report", ""]
     lines += [f"{content['finished']} of {content['planned']} runs are finished."]
-    if content["waits_for"]:
-        lines += [f"Groups after `{content['waits_for']}` wait for its choice and are not counted."]
+    if content["waiting"]:
+        lines += [f"Groups that wait for a choice are not counted: `{'`, `'.join(content['waiting'])}`."]
     lines += [
         "",
         "Accuracy in %, mean ± sample standard deviation over seeds. The paper's rows are its own numbers, on the test "
@@ -87,7 +87,7 @@ def _section(section: dict[str, Any], content: dict[str, Any]) -> list[str]:
     title = f"Table {section['table']}: {section['title']}" if section["table"] else section["title"]
     lines = ["", f"## {title} (group `{section['group']}`)", ""]
     if not section["rows"]:
-        return [*lines, f"Not run: it waits for the choice of `{content['waits_for']}`."]
+        return [*lines, f"Not run: it waits for the choice of `{content['waiting'][section['group']]}`."]
     ours = [name for row in section["rows"] for name in row.get("accuracies", {})]
     theirs = [name for row in _paper_rows(section) for name in row["accuracies"] if name != "avg"]
     languages = list(dict.fromkeys(theirs + ours))

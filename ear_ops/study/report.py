@@ -22,7 +22,7 @@ from ear_ops.study.tables import TABLES, paper_rows, same_row
 from ear_ops.training.checkpoints import write_atomically, write_json
 from ear_ops.training.config import MINI
 from ear_ops.training.errors import NotComparableError
-from ear_ops.training.folder import read_json
+from ear_ops.training.folder import RunFolderError, read_json
 from ear_ops.training.reports import Table, source_of
 
 
@@ -128,7 +128,7 @@ def report(folder: str | Path, data_dir: str | None = None) -> dict[str, Any]:
             }
             for selection in plan.selections
         ],
-        "waits_for": plan.waits_for.name if plan.waits_for else None,
+        "waiting": {group.name: chooser for group, chooser in plan.waiting},
         "sections": [_section(group, plan, folder, data_dir) for group in study.groups],
         "not_in_the_study": [
             {"table": table, "title": spec.title}
@@ -256,7 +256,7 @@ def _difference(row: Row, baseline: Row, folder: Path, data_dir: str | None) -> 
             for side in (row, baseline)
         ]
         differences = accuracy_differences(sides[0], sides[1])
-    except (DataError, StudyError, NotComparableError) as error:
+    except (DataError, StudyError, NotComparableError, RunFolderError, OSError) as error:
         return {"missing": str(error)}
     by_seed = {seed: row.results[seed][1]["average"] - baseline.results[seed][1]["average"] for seed in seeds}
     return {"seeds": by_seed, **differences}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +68,12 @@ def plan_of(study: Study, folder: Path) -> Plan:
 
 
 def sweep(
-    study_file: str | Path, folder: str | Path, *, wait: float = 10.0, say: Callable[[str], None] = print
+    study_file: str | Path,
+    folder: str | Path,
+    *,
+    groups: Sequence[str] = (),
+    wait: float = 10.0,
+    say: Callable[[str], None] = print,
 ) -> Progress:
     """Run what is not finished, and return when all of it is, by this process or by others.
 
@@ -78,22 +83,25 @@ def sweep(
     Args:
         study_file: see `ear_ops.study.definition`.
         folder: of the study; made if it is not there.
+        groups: run these alone, and the groups that choose a setting for them; by default all.
         wait: seconds between two looks at the runs that other processes work on.
         say: takes each line about the progress.
 
     Raises:
-        ConfigError: the study cannot be read, or a run of it has settings that cannot be used. Nothing has run then.
+        ConfigError: the study cannot be read, a run of it has settings that cannot be used, or it has no such group.
+            Nothing has run then.
         StudyError: the disk is full or cannot be written.
     """
     study, folder = load_study(study_file), Path(folder)
     study.plan(lambda run: 0.0)  # a mistake in the file should show before anything runs, whatever will be chosen
+    asked = study.only(groups) if groups else study
     plan_of(study, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with suppress(FolderInUseError), locked(folder):  # whoever is in there writes the same
         _write_study(study, folder, say)
     progress = Progress()
     while True:
-        plan = plan_of(study, folder)
+        plan, whole = plan_of(asked, folder), plan_of(study, folder)
         before, busy = len(progress.finished), False
         for number, each in enumerate(plan.runs, start=1):
             if each.name in progress.failed:
@@ -106,7 +114,7 @@ def sweep(
                     results = run.train(each.config(folder))
                     progress.finished.append(each.name)
                     say(f"[{number}/{len(plan.runs)}] {each.name}: {100 * results['average']:.1f} on average")
-                if each.name not in plan.kept_models and not plan.may_keep_more:
+                if each.name not in whole.kept_models and not whole.may_keep_more:
                     _drop_model(folder / each.name)
             except FolderInUseError:
                 busy = True
@@ -123,7 +131,7 @@ def sweep(
                 say(f"[{number}/{len(plan.runs)}] {each.name} FAILED: {reason}")
         if busy:
             time.sleep(wait)
-        elif len(progress.finished) == before and (plan.waits_for is None or plan == plan_of(study, folder)):
+        elif len(progress.finished) == before and plan == plan_of(asked, folder):
             return progress
 
 

@@ -177,6 +177,13 @@ class TrainConfig:
             )
         if self.variants == "all" and self.variants_file is None:
             raise ConfigError("variants='all' trains on every row of a variants file: pass --variants-file too")
+        if self.variants_file is not None:
+            for name, default in (("synonyms", None), ("match", "exact"), ("dictionary_scale", 1.0)):
+                if getattr(self, name) != default:
+                    raise ConfigError(
+                        f"{name}: got {getattr(self, name)!r} beside a variants_file, which has its words replaced "
+                        f"already: give {name} to `ear-ops augment`, or leave out the file"
+                    )
 
     @property
     def language_list(self) -> list[str] | None:

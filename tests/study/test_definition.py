@@ -130,25 +130,81 @@ def test_a_choice_holds_for_the_groups_below_that_do_not_say_otherwise(write_stu
         )
     )
     plan = study.plan(lambda run: None)
-    assert plan.waits_for.name == "rate" and len(plan.runs) == 4
+    assert [(group.name, chooser) for group, chooser in plan.waiting] == [("radius", "rate"), ("methods", "rate")]
+    assert len(plan.runs) == 4 + 1, "the group `own` takes nothing over, and need not wait"
     rates = {(1.0e-4, 1): 0.9, (1.0e-4, 2): 0.1, (2.0e-4, 1): 0.6, (2.0e-4, 2): 0.5}
 
     def first(run: Run) -> float | None:
         return rates.get((run.settings["learning_rate"], run.settings["seed"])) if "finetune" in run.name else None
 
     plan = study.plan(first)
-    assert plan.waits_for.name == "radius"
+    assert [(group.name, chooser) for group, chooser in plan.waiting] == [("methods", "radius")]
     assert plan.selections[0].chosen == {"learning_rate": 2.0e-4}, "the best on average over seeds, not the best run"
-    assert settings(study, "method", "learning_rate", dev=first)[4:] == [("adv", 2.0e-4)] * 2
+    assert settings(study, "method", "learning_rate", dev=first)[4:] == [("adv", 2.0e-4)] * 2 + [("adv", 0.5)]
 
     def both(run: Run) -> float | None:
         return first(run) if "finetune" in run.name else run.settings["perturbation"]
 
-    assert study.plan(both).waits_for is None
+    assert not study.plan(both).waiting
     assert settings(study, "method", "learning_rate", "perturbation", dev=both)[6:] == [
         ("rs-rp", 2.0e-4, 0.1),
         ("adv", 0.5, 0.7),
     ], "finetune and adv of the group `methods` are runs that the groups above have made already"
+
+
+def test_a_choice_for_some_runs_looks_at_what_they_are_in_the_end(write_study) -> None:
+    """`ear` is the default, and 2 is the 2.0 of a setting that is a number."""
+    study = load_study(
+        write_study(
+            {
+                "name": "a",
+                "grid": {"beta": [0.3, 0.7]},
+                "select": ["beta"],
+                "for": {"method": "ear", "alpha": 2, "seed": 1},
+            },
+            {"name": "b", "settings": {"alpha": "2e0"}, "grid": {"max_length": [30]}},
+            {"name": "c", "grid": {"max_length": [31]}},
+        )
+    )
+    found = settings(study, "beta", "max_length", dev=lambda run: run.settings["beta"])
+    assert found[2:] == [(0.7, 30), (0.1, 31)]
+
+
+def test_a_group_alone_comes_with_what_chooses_for_it(write_study) -> None:
+    radius = {"grid": {"perturbation": [0.1, 0.3]}, "select": ["perturbation"]}
+    study = load_study(
+        write_study(
+            {
+                "name": "rate",
+                "settings": {"method": "finetune"},
+                "grid": {"learning_rate": [1.0e-4, 2.0e-4]},
+                "select": ["learning_rate"],
+            },
+            {"name": "main", "grid": {"method": ["finetune", "ear"]}},
+            {"name": "adv-radius", "settings": {"method": "adv"}, **radius, "for": {"method": "adv"}},
+            {
+                "name": "rs-rp-radius",
+                "settings": {"method": "rs-rp", "learning_rate": 0.5},
+                **radius,
+                "for": {"method": "rs-rp"},
+            },
+            {"name": "methods", "grid": {"method": ["ear", "adv"]}},
+            {"name": "own", "settings": {"method": "rs-rp", "learning_rate": 0.1}},
+        )
+    )
+
+    def groups(*names: str) -> list[str]:
+        return [group.name for group in study.only(names).groups]
+
+    assert groups("main") == ["rate", "main"]
+    assert groups("methods") == ["rate", "adv-radius", "methods"], "the choice is made at the chosen rate"
+    assert groups("own") == ["rs-rp-radius", "own"]
+    assert groups("own", "main") == ["rate", "main", "rs-rp-radius", "own"]
+    whole = {run.name for run in study.plan(lambda run: 0.5).runs}
+    for name in ("main", "methods", "own"):
+        assert {run.name for run in study.only([name]).plan(lambda run: 0.5).runs} < whole, "the runs keep their names"
+    with pytest.raises(ConfigError, match=r"none called mein; it has rate, main, adv-radius"):
+        study.only(["mein"])
 
 
 def test_environment_variables_are_put_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +239,12 @@ def test_environment_variables_are_put_in(tmp_path: Path, monkeypatch: pytest.Mo
             {"name": "a", "cases": [{"beta": 1}, {"alpha": 1}], "select": ["beta"]},
             ["select", "beta", "one of the cases"],
         ),
+        ({"name": "a", "for": {"method": "ear"}}, ["group 1 (a): for", "no `select`"]),
+        (
+            {"name": "a", "grid": {"method": ["ear", "rs-da"]}, "baseline": {"method": "finetune"}},
+            ["group 'a': baseline", "{'method': 'ear'}, {'method': 'rs-da'}", "got {'method': 'finetune'}"],
+        ),
+        ({"name": "a", "grid": {"beta": [1]}, "baseline": {"alpha": 1.0}}, ["group 'a': baseline", "alpha"]),
         ({"name": "a", "settings": {"method": "eer"}}, ["group 'a'", "unknown method 'eer'"]),
         ({"name": "a", "settings": {"beta": "much"}}, ["group 'a'", "beta", "'much'"]),
         (

@@ -63,7 +63,7 @@ def test_a_packed_study_gives_the_same_runs_in_slices(study: Path, tmp_path: Pat
         (tmp_path / name).rename(tmp_path / f"{name}-that-the-other-machine-lacks")
 
     slices = {"archive": tmp_path / "packed" / "study.tar.gz", "work": tmp_path / "work", "out": tmp_path / "out"}
-    assert "0 of 1 runs are finished; groups after rate wait" in packed_study.run(**slices, seconds=0, processes=2)
+    assert "0 of 1 runs are finished; waiting for a choice: table" in packed_study.run(**slices, seconds=0, processes=2)
     assert "3 of 3 runs are finished:" in packed_study.run(**slices, seconds=500, processes=2)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *("log.txt", "report.json", "report.md", "runs.tar.gz")

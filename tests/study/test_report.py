@@ -199,6 +199,17 @@ def test_other_data_than_the_run_was_scored_on_are_refused(make_report, data_dir
         assert "No difference for method ear: " in text and "| 66.7 |" in text
 
 
+def test_accuracies_stand_without_predictions(make_report, tmp_path: Path) -> None:
+    content, _ = make_report(
+        {"name": "methods", "table": "1", "grid": {"method": ["finetune", "ear"]}},
+        wrong=lambda settings: dict.fromkeys(LANGUAGES, 5),
+    )
+    (name,) = content["sections"][0]["rows"][1]["runs"]
+    (tmp_path / "study" / name / "predictions.json").unlink()
+    row = report(tmp_path / "study")["sections"][0]["rows"][1]
+    assert "predictions.json is missing" in row["difference"]["missing"] and row["average"].mean == pytest.approx(2 / 3)
+
+
 def test_averages_are_over_the_languages_that_all_seeds_have(make_report, tmp_path: Path) -> None:
     make_report(
         {"name": "a", "grid": {"seed": [1, 2]}}, wrong=lambda settings: {"en": 3, "de": 6, "sw": 3 * settings["seed"]}

@@ -68,6 +68,21 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.fixture
+def trained_with_models(trained: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As `trained`, and each run leaves a model."""
+    train = run.train
+
+    def with_model(config: TrainConfig) -> dict[str, Any]:
+        results = train(config)
+        (Path(config.output_dir) / "model").mkdir()
+        checkpoints.mark_complete(Path(config.output_dir) / "model")
+        return results
+
+    monkeypatch.setattr(run, "train", with_model)
+    return trained
+
+
 def test_killed_while_another_process_works_in_the_folder(write_study, tmp_path: Path) -> None:
     """The other process takes over what the killed one began; nothing runs twice, nothing is lost."""
     study = write_study(METHODS, epochs=1)
@@ -107,6 +122,7 @@ def test_killed_ten_times_at_random_moments(write_study, tmp_path: Path) -> None
     server = multiprocessing.get_context("forkserver")  # a process that has imported everything, and forks
     server.set_forkserver_preload(["ear_ops.study.sweep"])
     rng = random.Random(0)
+    written: dict[Path, int] = {}  # when the results of each run were
     for _ in range(10):
         process = server.Process(target=sweep, args=(study, tmp_path / "killed"))
         process.start()
@@ -114,8 +130,11 @@ def test_killed_ten_times_at_random_moments(write_study, tmp_path: Path) -> None
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "it was at work"
+        for path in (tmp_path / "killed").glob("*/results.json"):
+            assert written.setdefault(path, path.stat().st_mtime_ns) == path.stat().st_mtime_ns, "it was run again"
     progress = sweep(study, tmp_path / "killed")
     assert not progress.failed and progress.finished
+    assert not {path.parent.name for path in written} & set(progress.finished), "it was run again"
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
     assert not list((tmp_path / "killed").glob("*/checkpoints"))
 
@@ -136,23 +155,15 @@ def test_groups_share_runs_and_keep_the_models_that_are_wanted(write_study, tmp_
 
 
 def test_models_that_a_group_behind_a_choice_keeps_are_not_deleted_before_it(
-    write_study, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+    write_study, tmp_path: Path, trained_with_models: list[str]
 ) -> None:
-    train = run.train
-
-    def with_model(config: TrainConfig) -> dict[str, Any]:
-        results = train(config)
-        (Path(config.output_dir) / "model").mkdir()
-        checkpoints.mark_complete(Path(config.output_dir) / "model")
-        return results
-
-    monkeypatch.setattr(run, "train", with_model)
     study = write_study(
         {"name": "rate", "grid": {"learning_rate": [0.1, 0.2]}, "select": ["learning_rate"]},
         {"name": "kept", "grid": {"method": ["finetune", "rs-da"]}, "keep_model": True},
         method="finetune",
     )
     sweep(study, tmp_path / "study")
+    trained = trained_with_models
     kept = [name for name in trained if (tmp_path / "study" / name / "model").exists()]
     assert len(trained) == 3 and kept == [trained[0], trained[2]], "the best rate's run is one of the group `kept`"
 
@@ -165,6 +176,37 @@ def test_a_choice_opens_the_groups_that_wait_for_it(write_study, tmp_path: Path,
     )
     sweep(study, tmp_path / "study")
     assert [name.split("-seed")[0] for name in trained] == ["xnli-ear", "xnli-ear", "xnli-finetune", "xnli-rs-da"]
+
+
+def test_a_group_alone_leaves_the_study_whole(write_study, tmp_path: Path, trained_with_models: list[str]) -> None:
+    """Groups that it does not need are not run, and those that want its models find them."""
+    trained = trained_with_models
+    study = write_study(
+        {
+            "name": "rate",
+            "settings": {"method": "finetune"},
+            "grid": {"learning_rate": [0.1, 0.2]},
+            "select": ["learning_rate"],
+        },
+        {
+            "name": "noise",
+            "settings": {"method": "nt+apt"},
+            "grid": {"perturbation": [0.1, 0.3]},
+            "select": ["perturbation"],
+            "for": {"method": "nt+apt"},
+        },
+        {"name": "one", "grid": {"method": ["ear", "rs-da"]}},
+        {"name": "kept", "settings": {"method": "ear"}, "keep_model": True},
+    )
+    sweep(study, tmp_path / "study", groups=["one"])
+    methods = [name.split("-seed")[0] for name in trained]
+    assert methods == ["xnli-finetune", "xnli-finetune", "xnli-ear", "xnli-rs-da"]
+    assert [name for name in trained if (tmp_path / "study" / name / "model").exists()] == [trained[2]]
+    assert (tmp_path / "study" / "study.yaml").read_text() == study.read_text()
+    with pytest.raises(ConfigError, match="none called two"):
+        sweep(study, tmp_path / "study", groups=["two"])
+    sweep(study, tmp_path / "study")
+    assert len(trained) == len(set(trained)) == 6
 
 
 def test_a_choice_needs_the_source_language_alone(write_study, tmp_path: Path) -> None:

@@ -29,19 +29,21 @@ def test_the_originals_do_not_depend_on_the_method(make_config) -> None:
 
 
 def test_a_variants_file_gives_one_variant_an_epoch_or_all_rows(make_config, variants_file: str) -> None:
-    drawn = load_training_data(make_config(variants_file=variants_file), True).views
+    drawn = load_training_data(make_config(synonyms=None, variants_file=variants_file), True).views
     assert len(drawn) == 60
     seen = set()
     for epoch in range(12):
         drawn.set_epoch(epoch)
         seen.add(drawn[0]["augmented"])
-    every = load_training_data(make_config(variants_file=variants_file, variants="all"), True).views
+    every = load_training_data(make_config(synonyms=None, variants_file=variants_file, variants="all"), True).views
     assert len(every) == 240
     assert seen == {every[i]["augmented"] for i in range(4)}
     assert {every[i]["original"] for i in range(4)} == {drawn[0]["original"]}
-    plain = load_training_data(make_config(variants_file=variants_file, variants="all"), False).views
+    plain = load_training_data(make_config(synonyms=None, variants_file=variants_file, variants="all"), False).views
     assert [plain[i]["original"] for i in range(240)] == [every[i]["original"] for i in range(240)]
-    first = load_training_data(make_config(variants_file=variants_file, variants="all", max_train_examples=2), True)
+    first = load_training_data(
+        make_config(synonyms=None, variants_file=variants_file, variants="all", max_train_examples=2), True
+    )
     assert len(first.views) == 8
 
 
@@ -53,7 +55,7 @@ def test_texts_are_all_that_the_run_can_show(make_config, variants_file: str) ->
         data.views.set_epoch(epoch)
         shown += [text for item in data.views for text in item["augmented"]]
     assert sorted(texts) == sorted(shown)
-    from_file = load_training_data(make_config(max_train_examples=5, variants_file=variants_file), True)
+    from_file = load_training_data(make_config(max_train_examples=5, synonyms=None, variants_file=variants_file), True)
     assert len(list(from_file.texts(epochs=1))) == 5 * (2 + 4 * 2)
     # 15 items of two texts in two splits and three languages
     assert len(list(evaluation_texts(make_config()))) == 15 * 2 * 2 * 3

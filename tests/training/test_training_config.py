@@ -75,6 +75,12 @@ def test_the_offline_model_has_the_name_that_the_loader_knows() -> None:
         ({"data_dir": None}, ["--data-dir", "train-en.tsv", "mini", "--hub"]),
         ({"hub": True}, ["hub", "data_dir"]),
         ({"variants": "all"}, ["--variants-file"]),
+        (
+            {"variants_file": "v.tsv", "synonyms": "s.json"},
+            ["synonyms", "'s.json'", "variants_file", "ear-ops augment"],
+        ),
+        ({"variants_file": "v.tsv", "match": "normalised"}, ["match", "variants_file"]),
+        ({"variants_file": "v.tsv", "dictionary_scale": 0.5}, ["dictionary_scale", "0.5", "variants_file"]),
         ({"alpha": 1.0, "push_ratio": 0.1}, ["either alpha or push_ratio", "1.0", "0.1"]),
         ({"beta": 0.0, "pull_ratio": 0.1}, ["either beta or pull_ratio"]),
         ({"pull_ratio": -0.1}, ["pull_ratio", "at least 0"]),
