@@ -93,8 +93,20 @@ def trainer_of(config: TrainConfig, folder: Path) -> PairTrainer:
     return trainer
 
 
-def measure(configs: dict[str, TrainConfig], folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Seconds by the clock and of the processor for each step, by name."""
+def size_of(trainer: PairTrainer) -> dict[str, int]:
+    """What an epoch runs through the model."""
+    masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
+    return {
+        "pieces_of_the_vocabulary": trainer.model.get_input_embeddings().num_embeddings,
+        "tokens": sum(int(mask.sum()) for mask in masks),
+        "tokens_with_padding": sum(mask.numel() for mask in masks),
+    }
+
+
+def measure(
+    configs: dict[str, TrainConfig], folder: Path
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, dict[str, int]]]:
+    """Seconds by the clock and of the processor for each step, and what the whole epoch holds, by name."""
     turns = Turns(list(configs))
     timed = {name: Timed(name, turns) for name in configs}
     failed: list[BaseException] = []
@@ -107,9 +119,10 @@ def measure(configs: dict[str, TrainConfig], folder: Path) -> dict[str, list[tup
             failed.append(error)
         turns.pass_on(leave=True)
 
-    threads = []
+    threads, sizes = [], {}
     for name, config in configs.items():
         trainer = trainer_of(config, folder / name)
+        sizes[name] = size_of(trainer)
         trainer.add_callback(timed[name])
         threads.append(threading.Thread(target=epoch, args=(name, trainer)))
     for thread in threads:
@@ -118,7 +131,7 @@ def measure(configs: dict[str, TrainConfig], folder: Path) -> dict[str, list[tup
         thread.join()
     if failed:
         raise failed[0]
-    return {name: each.steps for name, each in timed.items()}
+    return {name: each.steps for name, each in timed.items()}, sizes
 
 
 def main() -> None:
@@ -154,7 +167,7 @@ def main() -> None:
             )
             for method in options.methods.split(",")
         }
-        steps = measure(configs, Path(folder))
+        steps, sizes = measure(configs, Path(folder))
     counted = {name: each[options.warm_up :] for name, each in steps.items()}
     first = next(iter(counted.values()))
     rows = []
@@ -163,6 +176,7 @@ def main() -> None:
         row = {
             "method": name,
             "data": "XNLI" if root else "mini",
+            **sizes[name],
             "steps": len(each),
             "seconds": sum(clock for clock, _ in each),
             "processor_seconds": sum(processor for _, processor in each),
