@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 from ear_ops.training import processes
-from ear_ops.training.config import TrainConfig
+from ear_ops.training.config import SETTING_TYPES, TrainConfig
 from ear_ops.training.errors import ConfigError
 
 try:
@@ -80,15 +80,18 @@ def _settings_as_options(names: Sequence[str] | None = None) -> Callable[..., Ca
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function, eval_str=True).parameters.values()
         options = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
-        types = get_type_hints(TrainConfig)
         for setting in fields(TrainConfig):
             if names is None or setting.name in names:
-                flag = [f"--{setting.name.replace('_', '-')}"] if types[setting.name] is bool else []
+                kind = SETTING_TYPES[setting.name]
+                flag = [f"--{setting.name.replace('_', '-')}"] if kind is bool else []
                 shown = bool(setting.default)
                 default = typer.Option(setting.default, *flag, help=setting.metadata["help"], show_default=shown)
                 options.append(
                     inspect.Parameter(
-                        setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[setting.name]
+                        setting.name,
+                        inspect.Parameter.KEYWORD_ONLY,
+                        default=default,
+                        annotation=SETTING_TYPES[setting.name],
                     )
                 )
         function.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # what typer reads

@@ -26,19 +26,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 
 from ear_ops.study.tables import TABLES
-from ear_ops.training.config import TrainConfig
+from ear_ops.training.config import SETTING_TYPES, TrainConfig
 from ear_ops.training.errors import ConfigError
 from ear_ops.training.methods import METHODS, OWN_SETTINGS
 
 Settings = dict[str, Any]
 
 _WEIGHTING = {"alpha", "beta", "layer", "reduction"}  # what a preset says, besides the padding
-_TYPES = get_type_hints(TrainConfig)
 _DEFAULTS = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
 
 
@@ -257,7 +256,7 @@ def load_study(path: str | Path) -> Study:
 
 def _typed(name: str, value: Any) -> Any:
     """YAML reads 1 as an integer and 2e-5 as a text where a setting is a float."""
-    if _TYPES.get(name) not in (float, float | None) or value is None or isinstance(value, bool):
+    if SETTING_TYPES.get(name) not in (float, float | None) or value is None or isinstance(value, bool):
         return value
     try:
         return float(value)

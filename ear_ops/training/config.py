@@ -128,10 +128,9 @@ class TrainConfig:
 
     def _check_types(self) -> None:
         """YAML reads `"false"` as a text and 9.6e3 too."""
-        types = get_type_hints(type(self))
         for setting in fields(self):
             name, value = setting.name, getattr(self, setting.name)
-            kinds = set(get_args(types[name])) or {types[name]}
+            kinds = set(get_args(SETTING_TYPES[name])) or {SETTING_TYPES[name]}
             if value is None and (type(None) in kinds or setting.default is None):
                 continue
             if float in kinds:
@@ -203,6 +202,9 @@ class TrainConfig:
         for name in settings:
             _check_known("setting", name, known)
         return cls(**{**settings, "output_dir": output_dir})
+
+
+SETTING_TYPES = get_type_hints(TrainConfig)
 
 
 def _check_known(name: str, value: object, known: Any) -> None:
