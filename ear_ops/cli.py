@@ -87,12 +87,7 @@ def _settings_as_options(names: Sequence[str] | None = None) -> Callable[..., Ca
                 shown = bool(setting.default)
                 default = typer.Option(setting.default, *flag, help=setting.metadata["help"], show_default=shown)
                 options.append(
-                    inspect.Parameter(
-                        setting.name,
-                        inspect.Parameter.KEYWORD_ONLY,
-                        default=default,
-                        annotation=SETTING_TYPES[setting.name],
-                    )
+                    inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
                 )
         function.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # what typer reads
         function.__annotations__ = {option.name: option.annotation for option in options}
