@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from ear_ops.study.statistics import DRAWS, Difference, Estimate
+from ear_ops.study.statistics import DRAWS, Difference, Estimate, estimate
 from ear_ops.training.reports import markdown_table
 
 _AVERAGES = {"average": "avg", "average_other": "avg w/o source", "average_translated": "avg w/o NS"}
@@ -144,6 +144,8 @@ def _differences(section: dict[str, Any]) -> list[str]:
             first = next(name for name in difference if name not in ("seeds", *_AVERAGES))
             cells = [points(difference[name]) if name in difference else "" for name in (first, *averages)]
             by_seed = ", ".join(f"{seed}: {100 * value:+.1f}" for seed, value in difference["seeds"].items())
+            deviation = estimate(list(difference["seeds"].values())).deviation
+            by_seed += f" (± {100 * deviation:.1f})" if deviation is not None else ""
             rows.append([_settings_text(row["settings"]), first, *cells, by_seed])
     if not rows:
         return missing
@@ -154,7 +156,8 @@ def _differences(section: dict[str, Any]) -> list[str]:
         f"Difference from {_settings_text(section['baseline'])} in points, with the 95% interval of a paired bootstrap "
         f"over items ({DRAWS:,} draws; items with one first sentence are drawn together, in all languages; runs "
         "are paired by seed and averaged over seeds). How much a run changes with its seed is not in the interval: the "
-        "seeds one by one tell. All languages are in `report.json`.",
+        "seeds one by one tell, and their sample standard deviation; divided by the root of the number of seeds, it is "
+        "the standard error of the average. All languages are in `report.json`.",
         "",
         markdown_table(header, rows),
     ]

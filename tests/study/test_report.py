@@ -104,7 +104,7 @@ def test_means_deviations_and_the_paper_stand_in_one_table(make_report) -> None:
     assert lines[row + 2].startswith("| finetune | paper, XLM-R | 84 |")
     assert "| **adv** | here: not run |" in text
     assert "Not run: method rs-da (seeds 3); method adv (seeds 1, 2, 3)." in text
-    assert "| method rs-da | en | +20.0 [" in text and "| 1: +17.8, 2: +22.2 |" in text
+    assert "| method rs-da | en | +20.0 [" in text and "| 1: +17.8, 2: +22.2 (± 3.1) |" in text
     assert any(line.startswith("| ear | paper, mBERT |") for line in lines), "rows of the paper that the study lacks"
     for table in TABLES.keys() - {"1"}:
         assert f"## Table {table}: {TABLES[table].title}\n\nNot run: no group of the study fills it." in text
