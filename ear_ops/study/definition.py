@@ -171,24 +171,26 @@ class Study:
             ConfigError: a combination of settings cannot be used, two runs of a group would make one cell, or a
                 baseline is no row of its group.
         """
-        plan = Plan([], [], [])
+        members: list[Member] = []
+        selections: list[Selection] = []
+        waiting: list[tuple[Group, str]] = []
         open_choices: list[Group] = []
         for group in self.groups:
             chooser = next((each for each in open_choices if self._chooses_for(each, group)), None)
             selection = None
             if chooser is not None:
-                plan.waiting.append((group, chooser.name))
+                waiting.append((group, chooser.name))
             else:
-                own = [Member(group, each, self._run(group, each, plan.selections)) for each in group.combinations()]
+                own = [Member(group, each, self._run(group, each, selections)) for each in group.combinations()]
                 _check_cells(group, own)
                 _check_baseline(group, own)
-                plan.members.extend(own)
+                members += own
                 selection = _select(group, own, dev_accuracy) if group.select else None
             if selection is not None:
-                plan.selections.append(selection)
+                selections.append(selection)
             elif group.select:
                 open_choices.append(group)
-        return plan
+        return Plan(members, selections, waiting)
 
     def only(self, names: Sequence[str]) -> Study:
         """The study with these groups alone, and those above them that choose a setting for them.

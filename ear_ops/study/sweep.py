@@ -94,27 +94,28 @@ def sweep(
     """
     study, folder = load_study(study_file), Path(folder)
     study.plan(lambda run: 0.0)  # a mistake in the file should show before anything runs, whatever will be chosen
-    asked = study.only(groups) if groups else study
+    asked = study.only(groups).groups if groups else study.groups
     plan_of(study, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with suppress(FolderInUseError), locked(folder):  # whoever is in there writes the same
         _write_study(study, folder, say)
     progress = Progress()
     while True:
-        plan, whole = plan_of(asked, folder), plan_of(study, folder)
+        plan = plan_of(study, folder)
+        runs = list(dict.fromkeys(member.run for member in plan.members if member.group in asked))
         before, busy = len(progress.finished), False
-        for number, each in enumerate(plan.runs, start=1):
+        for number, each in enumerate(runs, start=1):
             if each.name in progress.failed:
                 continue
             try:
                 if results_of(folder, each) is None:
                     with locked(folder / each.name):
                         pass  # what other processes are at is not announced here
-                    say(f"[{number}/{len(plan.runs)}] {each.name}")
+                    say(f"[{number}/{len(runs)}] {each.name}")
                     results = run.train(each.config(folder))
                     progress.finished.append(each.name)
-                    say(f"[{number}/{len(plan.runs)}] {each.name}: {100 * results['average']:.1f} on average")
-                if each.name not in whole.kept_models and not whole.may_keep_more:
+                    say(f"[{number}/{len(runs)}] {each.name}: {100 * results['average']:.1f} on average")
+                if each.name not in plan.kept_models and not plan.may_keep_more:
                     _drop_model(folder / each.name)
             except FolderInUseError:
                 busy = True
@@ -128,10 +129,10 @@ def sweep(
                     reason = f"{type(error).__name__}: {error}"
                     logger.exception("%s", each.name)
                 progress.failed[each.name] = reason
-                say(f"[{number}/{len(plan.runs)}] {each.name} FAILED: {reason}")
+                say(f"[{number}/{len(runs)}] {each.name} FAILED: {reason}")
         if busy:
             time.sleep(wait)
-        elif len(progress.finished) == before and plan == plan_of(asked, folder):
+        elif len(progress.finished) == before and plan == plan_of(study, folder):
             return progress
 
 

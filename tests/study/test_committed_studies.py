@@ -58,7 +58,7 @@ def test_runs_that_only_choose_are_scored_in_english_alone(name: str, monkeypatc
         assert member.run.settings["languages"] == ("en" if member.group.select else None), member.own
 
 
-@pytest.mark.parametrize("path", FOLDER.glob("*.yaml"), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_group_can_be_run_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One command for each table: its runs are those of the whole study, whatever is chosen above."""
     study = load(path.name, monkeypatch)
