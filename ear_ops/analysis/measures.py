@@ -23,17 +23,31 @@ def retrieval_accuracy(queries: Tensor, candidates: Tensor) -> float:
 
 
 def centred_kernel_alignment(first: Tensor, second: Tensor) -> float:
-    """Linear centred kernel alignment of two sets of vectors (Kornblith et al., ICML 2019), 0 to 1.
+    """Linear centred kernel alignment of two sets of vectors (Kornblith et al., ICML 2019), debiased: 1 for sets that
+    are the same up to rotation, scale and position, 0 in expectation for unrelated ones.
 
-    Rotation, scale and position of either set do not matter. NaN where a set is a single point.
+    Each HSIC is the unbiased estimate of Song et al. (JMLR 2012), equation 5. With the biased one two unrelated sets
+    score far above 0 where there are not many more rows than dimensions: 0.56 at N = 300, C = 384. NaN where a set is a
+    single point.
 
     Args:
-        first, second: [N, C] and [N, C'], row i of one belongs to row i of the other.
+        first, second: [N, C] and [N, C'], row i of one belongs to row i of the other, at least 4 rows.
     """
     _check_pairs(first, second)
-    x, y = (each.double() - each.double().mean(dim=0) for each in (first, second))
-    cross = (x.T @ y).square().sum()
-    return (cross / ((x.T @ x).square().sum() * (y.T @ y).square().sum()).sqrt()).item()
+    n = len(first)
+    if n < 4:
+        raise ValueError(f"expected at least 4 rows, which the unbiased estimate needs, got {n}")
+    kernels = []
+    for each in (first, second):
+        centred = each.double() - each.double().mean(dim=0)  # no matter to the value; it keeps digits
+        kernels.append((centred @ centred.T).fill_diagonal_(0))
+
+    def hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+        apart = k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 * k.sum(dim=0) @ l.sum(dim=0) / (n - 2)
+        return (k * l).sum() + apart  # the factor 1 / (n (n - 3)) cancels below
+
+    x, y = kernels
+    return (hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()).item()
 
 
 def language_separation(vectors: Tensor, languages: Sequence[str]) -> float:

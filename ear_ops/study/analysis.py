@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -12,7 +13,7 @@ import torch
 
 from ear_ops.analysis.figures import scatter_panels
 from ear_ops.analysis.states import alignment_by_layer, sentence_states, word_vectors
-from ear_ops.data import get_task, load_parallel, load_synonyms
+from ear_ops.data import DataError, get_task, load_parallel, load_synonyms
 from ear_ops.models.classifier import load_classifier
 from ear_ops.models.vocabulary import restore_vocabulary
 from ear_ops.study.definition import load_study
@@ -47,7 +48,7 @@ def analyse(
         parallel_dir: with `XX-en.tsv`, see `load_parallel`.
         output_dir: gets `analysis.json`, `analysis.md` and `figure-N-RUN.png`.
         synonyms: the dictionary whose words figure 4 shows; without it figure 4 is not drawn.
-        limit: sentences a language; all by default.
+        limit: sentences a language, at least 4; all by default.
 
     Returns:
         What `analysis.json` holds: by run, `before` and `after` as `alignment_by_layer` gives them; and `not_run`, the
@@ -56,6 +57,7 @@ def analyse(
     Raises:
         StudyError: a run has no model any more, a study has none yet, or two runs have one name.
         ConfigError, RunFolderError: a study cannot be read, or a run of it is damaged.
+        DataError: no parallel sentences, or fewer than 4 of a language.
         ModuleNotFoundError: scikit-learn or matplotlib is missing.
     """
     _need_extra()
@@ -64,8 +66,11 @@ def analyse(
     if len(runs) != len(chosen):
         raise StudyError("two of the runs have folders of the same name: rename one")
     parallel, output_dir = load_parallel(parallel_dir, limit), Path(output_dir)
+    if short := [language for language, pairs in parallel.items() if len(pairs) < 4]:
+        raise DataError(f"{parallel_dir}: expected at least 4 sentences of each language, got fewer of {short[0]}")
     output_dir.mkdir(parents=True, exist_ok=True)
-    groups = _synonym_groups(synonyms) if synonyms is not None else []
+    english = {sentence for pairs in parallel.values() for _, sentence in pairs}
+    groups = _synonym_groups(synonyms, english) if synonyms is not None else []
     content: dict[str, Any] = {"versions": versions(), "not_run": not_run, "runs": {}}
     before: dict[str, Any] = {}  # by pretrained model: runs of one differ by their heads, which are not measured
     for name, folder in runs.items():
@@ -132,7 +137,8 @@ def analysis_markdown(content: dict[str, Any]) -> str:
         "# Alignment of languages by layer",
         "",
         "Layer 0 is the embedding layer; a sentence is the mean over its tokens. Retrieval: share of sentences whose "
-        "English translation is the nearest by cosine, in %. Alignment: linear centred kernel alignment with English. "
+        "English translation is the nearest by cosine, in %. Alignment: linear centred kernel alignment with English, "
+        "debiased. "
         "Separation: mean silhouette with the languages as clusters (lower: the languages lie within each other). "
         "Retrieval and alignment are means over languages; each language is in `analysis.json`.",
     ]
@@ -184,7 +190,7 @@ def _draw(
         (5, "Parallel sentences, last layer", sentences),
     ):
         texts = [text for _, text in labelled]
-        if not texts:
+        if len(texts) < 4:  # of no use as a t-SNE
             continue
         panels = {
             when: sentence_states(model, tokenizer, texts)[-1] if number == 5 else word_vectors(model, tokenizer, texts)
@@ -194,10 +200,19 @@ def _draw(
         scatter_panels(path, title, panels, [group for group, _ in labelled])
 
 
-def _synonym_groups(path: str | Path) -> list[tuple[str, str]]:
-    """(word, the word or a synonym) of the words with most synonyms: which they are depends on the dictionary alone."""
-    entries = sorted(load_synonyms(path).items(), key=lambda entry: (-len(entry[1]), entry[0]))[:PICTURED_WORDS]
-    return [(word, each) for word, neighbours in entries for each in (word, *neighbours)]
+def _synonym_groups(path: str | Path, sentences: Iterable[str]) -> list[tuple[str, str]]:
+    """(word, the word or a synonym): of the words that the sentences use those with most synonyms, the most frequent
+    first; none stands in two groups."""
+    counts = Counter(word for sentence in sentences for word in sentence.lower().split())
+    dictionary = load_synonyms(path)
+    groups: dict[str, str] = {}  # word or synonym: the word that it stands with
+    for word in sorted(counts.keys() & dictionary.keys(), key=lambda w: (-len(dictionary[w]), -counts[w], w)):
+        members = [word, *dictionary[word]]
+        if groups.keys().isdisjoint(members):
+            groups.update(dict.fromkeys(members, word))
+        if len(set(groups.values())) == PICTURED_WORDS:
+            break
+    return [(word, each) for each, word in groups.items()]
 
 
 def _need_extra() -> None:

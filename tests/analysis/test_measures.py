@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -20,18 +22,28 @@ def test_retrieval_counts_the_translations_that_are_nearest() -> None:
         retrieval_accuracy(english, english[:39])
 
 
-def test_alignment_is_the_normalised_hsic_of_linear_kernels() -> None:
-    x, y = vectors(0), vectors(1, c=5) + vectors(0)[:, :5]
-    n = len(x)
-    centre = torch.eye(n, dtype=torch.float64) - 1 / n
+def test_alignment_is_the_normalised_unbiased_hsic_of_linear_kernels() -> None:
+    x = vectors(0, n=7, c=3)
+    y = vectors(1, n=7, c=2) + x[:, :2]
     k, l = (each.double() @ each.double().T for each in (x, y))  # noqa: E741
 
-    def hsic(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.trace(a @ centre @ b @ centre)
+    def hsic(a: torch.Tensor, b: torch.Tensor) -> float:
+        """Its definition as a U-statistic: the mean over every ordered choice of four different rows."""
+        each = [
+            (a[i, j] * (b[i, j] + b[q, r] - 2 * b[i, q])).item() for i, j, q, r in itertools.permutations(range(7), 4)
+        ]
+        return sum(each) / len(each)
 
-    expected = (hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()).item()
+    expected = hsic(k, l) / (hsic(k, k) * hsic(l, l)) ** 0.5
     assert 0.1 < expected < 0.9
     assert centred_kernel_alignment(x, y) == pytest.approx(expected)
+
+
+def test_alignment_of_unrelated_vectors_is_zero_also_in_many_dimensions() -> None:
+    values = [centred_kernel_alignment(vectors(2 * i, c=60), vectors(2 * i + 1, c=60)) for i in range(50)]
+    assert abs(sum(values) / len(values)) < 0.01
+    with pytest.raises(ValueError, match="at least 4 rows"):
+        centred_kernel_alignment(vectors(0, n=3), vectors(1, n=3))
 
 
 def test_alignment_ignores_rotation_scale_and_position_but_not_order() -> None:

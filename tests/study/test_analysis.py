@@ -14,10 +14,10 @@ import torch
 
 from ear_ops.analysis.figures import tsne
 from ear_ops.analysis.states import alignment_by_layer
-from ear_ops.data import load_parallel
+from ear_ops.data import DataError, load_parallel
 from ear_ops.models.classifier import load_classifier
 from ear_ops.models.vocabulary import restore_vocabulary
-from ear_ops.study.analysis import analyse
+from ear_ops.study.analysis import _synonym_groups, analyse
 from ear_ops.study.definition import load_study
 from ear_ops.study.sweep import StudyError, plan_of, sweep
 from ear_ops.training.folder import load_config
@@ -104,6 +104,30 @@ def test_a_run_without_its_model_is_named(write_study, parallel_dir: Path, tmp_p
     with pytest.raises(StudyError, match=r"no complete model.*keep_model"):
         analyse([tmp_path / "study" / name], parallel_dir, tmp_path / "analysis")
     assert not (tmp_path / "analysis").exists()
+
+
+def test_figure_4_shows_words_that_the_sentences_use(tmp_path: Path) -> None:
+    synonyms = {
+        "unused": ["u1", "u2", "u3"],
+        "good": ["well", "nice", "fine"],
+        "well": ["good", "nice", "right"],  # stands with `good` already
+        "house": ["home"],
+        "often": ["always", "mostly", "daily"],
+    }
+    (tmp_path / "synonyms.json").write_text(json.dumps(synonyms))
+    groups = _synonym_groups(tmp_path / "synonyms.json", ["Good is good", "well often", "A house a house a house"])
+    assert groups == [
+        *(("good", each) for each in ("good", "well", "nice", "fine")),
+        *(("often", each) for each in ("often", "always", "mostly", "daily")),
+        *(("house", each) for each in ("house", "home")),
+    ]
+
+
+def test_too_few_sentences_are_named(write_study, parallel_dir: Path, tmp_path: Path) -> None:
+    study = write_study({"name": "kept", "keep_model": True}, method="finetune", epochs=1)
+    (name,) = sweep(study, tmp_path / "study").finished
+    with pytest.raises(DataError, match="expected at least 4 sentences of each language, got fewer of de"):
+        analyse([tmp_path / "study" / name], parallel_dir, tmp_path / "analysis", limit=3)
 
 
 def test_a_picture_is_the_same_twice() -> None:
