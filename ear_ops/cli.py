@@ -152,11 +152,17 @@ def sweep(
         list[str] | None,
         typer.Option("--group", metavar="NAME", help="Only this group, and what chooses settings for it; repeatable."),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what there is to run, and run nothing.")] = False,
 ) -> None:
     """Run a study: every run once, going on where it stopped; several processes may share the folder."""
     folder = output_dir or f"runs/{Path(study).stem}"
     _run_module()
+    from ear_ops.study.sweep import outline
     from ear_ops.study.sweep import sweep as run_study
+
+    if dry_run:
+        print(outline(study, folder, groups or ()))
+        return
 
     progress = run_study(study, folder, groups=groups or ())
     if progress.failed:

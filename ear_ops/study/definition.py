@@ -134,11 +134,13 @@ class Plan:
         members: of all groups that are known.
         selections: made so far.
         waiting: groups that are not known yet, each with the name of a group whose choice it waits for.
+        maybe_kept: method and seed of each run of these whose model is kept.
     """
 
     members: list[Member]
     selections: list[Selection]
     waiting: list[tuple[Group, str]]
+    maybe_kept: set[tuple[str, int]]
 
     @property
     def runs(self) -> list[Run]:
@@ -149,10 +151,9 @@ class Plan:
     def kept_models(self) -> set[str]:
         return {member.run.name for member in self.members if member.group.keep_model}
 
-    @property
-    def may_keep_more(self) -> bool:
-        """Whether a group that is not known yet keeps models, maybe of runs that are known already."""
-        return any(group.keep_model for group, _ in self.waiting)
+    def may_keep(self, run: Run) -> bool:
+        """Whether a group that is not known yet keeps models of this method and seed, so maybe this run's."""
+        return (run.settings["method"], run.settings["seed"]) in self.maybe_kept
 
 
 @dataclass(frozen=True)
@@ -174,12 +175,16 @@ class Study:
         members: list[Member] = []
         selections: list[Selection] = []
         waiting: list[tuple[Group, str]] = []
+        maybe_kept: set[tuple[str, int]] = set()
         open_choices: list[Group] = []
         for group in self.groups:
             chooser = next((each for each in open_choices if self._chooses_for(each, group)), None)
             selection = None
             if chooser is not None:
                 waiting.append((group, chooser.name))
+                if group.keep_model:
+                    settings = [self._resolved(group, own).settings for own in group.combinations()]
+                    maybe_kept |= {(each["method"], each["seed"]) for each in settings}
             else:
                 own = [Member(group, each, self._run(group, each, selections)) for each in group.combinations()]
                 _check_cells(group, own)
@@ -190,7 +195,7 @@ class Study:
                 selections.append(selection)
             elif group.select:
                 open_choices.append(group)
-        return Plan(members, selections, waiting)
+        return Plan(members, selections, waiting, maybe_kept)
 
     def only(self, names: Sequence[str]) -> Study:
         """The study with these groups alone, and those above them that choose a setting for them.
@@ -253,7 +258,14 @@ def load_study(path: str | Path) -> Study:
     names = [group.name for group in groups]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{path}: each group needs a name of its own, got {', '.join(repeated)} more than once")
-    return Study(base, groups, text)
+    study = Study(base, groups, text)
+    for number, group in enumerate(groups):
+        if group.only_for and not any(study._chooses_for(group, below) for below in groups[number + 1 :]):
+            raise ConfigError(
+                f"{path}: group {group.name!r}: for: no run of a group below takes over what is chosen for "
+                f"{group.only_for}: each has other settings, or gives {', '.join(group.select)} itself"
+            )
+    return study
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -305,8 +317,10 @@ def _group(entry: Any, where: str) -> Group:
         select=tuple(_settings(dict.fromkeys(select), f"{where}: select")),
         only_for=_settings(entry.get("for"), f"{where}: for"),
         baseline=_settings(entry.get("baseline"), f"{where}: baseline"),
-        keep_model=bool(entry.get("keep_model", False)),
+        keep_model=entry.get("keep_model", False),
     )
+    if not isinstance(group.keep_model, bool):
+        raise ConfigError(f"{where}: keep_model: expected true or false, got {group.keep_model!r}")
     if group.only_for and not group.select:
         raise ConfigError(f"{where}: for: it restricts what `select` chooses, and there is no `select`")
     if missing := [name for name in group.select if name not in group.axes]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,10 +19,12 @@ from typing import Any
 
 from ear_ops.data import DataError
 from ear_ops.models import OfflineModelError
-from ear_ops.study.definition import Plan, Run, Study, load_study
+from ear_ops.study.definition import Group, Plan, Run, Study, load_study
 from ear_ops.training import checkpoints, run
+from ear_ops.training.config import MINI
 from ear_ops.training.errors import ConfigError
 from ear_ops.training.folder import FolderInUseError, RunFolderError, check_config, locked, read_json
+from ear_ops.training.reports import text_table
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +63,12 @@ def results_of(folder: Path, run: Run) -> dict[str, Any] | None:
 def plan_of(study: Study, folder: Path) -> Plan:
     """The runs of the study, with the choices that the finished ones allow."""
 
-    def dev_accuracy(run: Run) -> float | None:
-        results = results_of(folder, run)
-        return None if results is None else results["best"]["dev_accuracy"]
+    return study.plan(lambda run: _dev_accuracy(folder, run))
 
-    return study.plan(dev_accuracy)
+
+def _dev_accuracy(folder: Path, run: Run) -> float | None:
+    results = results_of(folder, run)
+    return None if results is None else results["best"]["dev_accuracy"]
 
 
 def sweep(
@@ -99,10 +103,12 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     with suppress(FolderInUseError), locked(folder):  # whoever is in there writes the same
         _write_study(study, folder, say)
-    progress = Progress()
+    for path, count in _missing_inputs(study, asked).items():
+        say(f"{path} is not there: {count} runs need it and will fail")
+    progress, waited = Progress(), False
     while True:
         plan = plan_of(study, folder)
-        runs = list(dict.fromkeys(member.run for member in plan.members if member.group in asked))
+        runs = _of_groups(plan, asked)
         before, busy = len(progress.finished), False
         for number, each in enumerate(runs, start=1):
             if each.name in progress.failed:
@@ -115,7 +121,7 @@ def sweep(
                     results = run.train(each.config(folder))
                     progress.finished.append(each.name)
                     say(f"[{number}/{len(runs)}] {each.name}: {100 * results['average']:.1f} on average")
-                if each.name not in plan.kept_models and not plan.may_keep_more:
+                if each.name not in plan.kept_models and not plan.may_keep(each):
                     _drop_model(folder / each.name)
             except FolderInUseError:
                 busy = True
@@ -131,9 +137,44 @@ def sweep(
                 progress.failed[each.name] = reason
                 say(f"[{number}/{len(runs)}] {each.name} FAILED: {reason}")
         if busy:
+            if not waited:
+                say("What is left is in the hands of other processes: waiting for them.")
+            waited = True
             time.sleep(wait)
         elif len(progress.finished) == before and plan == plan_of(study, folder):
             return progress
+
+
+def outline(study_file: str | Path, folder: str | Path, groups: Sequence[str] = ()) -> str:
+    """What `sweep` would run: a row for each group, how many of its runs are finished, and what it waits for.
+
+    Raises:
+        ConfigError, RunFolderError: as `sweep`.
+    """
+    study, folder = load_study(study_file), Path(folder)
+    asked = study.only(groups).groups if groups else study.groups
+    waiting = {group.name: chooser for group, chooser in plan_of(study, folder).waiting}
+    plan = study.plan(lambda run: 0.0 if (known := _dev_accuracy(folder, run)) is None else known)
+    rows = []
+    for names, own in [*((group.name, (group,)) for group in asked), ("all, each once", asked)]:
+        runs = _of_groups(plan, own)
+        finished = sum(results_of(folder, run) is not None for run in runs)
+        rows.append([names, str(len(runs)), str(finished), waiting.get(names, "")])
+    missing = [f"{path} is not there: {count} runs need it" for path, count in _missing_inputs(study, asked).items()]
+    return "\n".join([text_table(["group", "runs", "finished", "waits for the choice of"], rows), *missing])
+
+
+def _of_groups(plan: Plan, groups: Sequence[Group]) -> list[Run]:
+    return list(dict.fromkeys(member.run for member in plan.members if member.group in groups))
+
+
+def _missing_inputs(study: Study, groups: Sequence[Group]) -> dict[str, int]:
+    """Files and folders that are not there, each with the number of runs that name it."""
+    runs = _of_groups(study.plan(lambda run: 0.0), groups)
+    named = [run.settings[name] for run in runs for name in ("data_dir", "synonyms", "variants_file")]
+    return {
+        path: count for path, count in Counter(named).items() if path not in (None, MINI) and not Path(path).exists()
+    }
 
 
 def _write_study(study: Study, folder: Path, say: Callable[[str], None]) -> None:

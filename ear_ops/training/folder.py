@@ -83,6 +83,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         FolderInUseError: another process is in there.
+        OSError: the file system has no locks.
     """
     try:
         import fcntl
@@ -93,7 +94,7 @@ def locked(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise FolderInUseError(f"{folder} is in use by another process: wait for it, or stop it first") from None
         yield
 

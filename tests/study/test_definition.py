@@ -241,6 +241,11 @@ def test_environment_variables_are_put_in(tmp_path: Path, monkeypatch: pytest.Mo
         ),
         ({"name": "a", "for": {"method": "ear"}}, ["group 1 (a): for", "no `select`"]),
         (
+            {"name": "a", "grid": {"beta": [1]}, "select": ["beta"], "for": {"method": "eer"}},
+            ["group 'a': for", "no run of a group below", "{'method': 'eer'}"],
+        ),
+        ({"name": "a", "keep_model": "no"}, ["group 1 (a): keep_model", "true or false", "'no'"]),
+        (
             {"name": "a", "grid": {"method": ["ear", "rs-da"]}, "baseline": {"method": "finetune"}},
             ["group 'a': baseline", "{'method': 'ear'}, {'method': 'rs-da'}", "got {'method': 'finetune'}"],
         ),

@@ -20,7 +20,7 @@ import pytest
 from ear_ops.data import DataError
 from ear_ops.study import sweep as sweep_module
 from ear_ops.study.report import report
-from ear_ops.study.sweep import StudyError, sweep
+from ear_ops.study.sweep import StudyError, outline, sweep
 from ear_ops.training import checkpoints, run
 from ear_ops.training.config import TrainConfig
 from ear_ops.training.errors import ConfigError
@@ -168,6 +168,20 @@ def test_models_that_a_group_behind_a_choice_keeps_are_not_deleted_before_it(
     assert len(trained) == 3 and kept == [trained[0], trained[2]], "the best rate's run is one of the group `kept`"
 
 
+def test_models_that_no_group_behind_a_choice_can_keep_are_deleted(
+    write_study, tmp_path: Path, trained_with_models: list[str]
+) -> None:
+    study = write_study(
+        {"name": "early", "grid": {"method": ["ear", "rs-da"], "seed": [1, 2]}},
+        {"name": "rate", "grid": {"learning_rate": [0.1, 0.2]}, "select": ["learning_rate"]},
+        {"name": "kept", "settings": {"method": "ear"}, "keep_model": True},
+        method="finetune",
+    )
+    sweep(study, tmp_path / "study", groups=["early"])
+    kept = [name for name in trained_with_models if (tmp_path / "study" / name / "model").exists()]
+    assert len(trained_with_models) == 4 and kept == trained_with_models[:1], "`ear` with seed 1"
+
+
 def test_a_choice_opens_the_groups_that_wait_for_it(write_study, tmp_path: Path, trained: list[str]) -> None:
     study = write_study(
         {"name": "rate", "grid": {"learning_rate": [0.1, 0.2]}, "select": ["learning_rate"]},
@@ -197,6 +211,7 @@ def test_a_group_alone_leaves_the_study_whole(write_study, tmp_path: Path, train
         },
         {"name": "one", "grid": {"method": ["ear", "rs-da"]}},
         {"name": "kept", "settings": {"method": "ear"}, "keep_model": True},
+        {"name": "noisy", "settings": {"method": "nt+apt"}},
     )
     sweep(study, tmp_path / "study", groups=["one"])
     methods = [name.split("-seed")[0] for name in trained]
@@ -254,7 +269,49 @@ def test_a_run_in_other_hands_is_waited_for(
     said: list[str] = []
     sweep(study, tmp_path / "study", wait=7.0, say=said.append)
     assert waited == [7.0] and trained[3] == first
-    assert [first in line for line in said] == [False] * 6 + [True] * 2, "announced when it is begun, and not before"
+    assert [first in line for line in said] == [False] * 7 + [True] * 2, "announced when it is begun, and not before"
+    assert "waiting" in said[6]
+
+
+def test_a_folder_that_cannot_be_locked_is_a_failure_and_not_waited_for(
+    write_study, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("nobody holds it"))
+    with pytest.raises(OSError, match="not supported"):
+        sweep(write_study(METHODS), tmp_path / "study")
+    assert not trained
+
+
+def test_inputs_that_are_not_there_are_named_before_anything_runs(
+    write_study, tmp_path: Path, trained: list[str]
+) -> None:
+    study = write_study(METHODS, synonyms=str(tmp_path / "none.json"))
+    said: list[str] = []
+    sweep(study, tmp_path / "study", say=said.append)
+    assert said[0] == f"{tmp_path / 'none.json'} is not there: 2 runs need it and will fail"
+    assert said[1].startswith("[1/4]")
+
+
+def test_what_there_is_to_run_can_be_asked(write_study, tmp_path: Path, trained: list[str]) -> None:
+    study = write_study(
+        {"name": "rate", "grid": {"learning_rate": [0.1, 0.2]}, "select": ["learning_rate"]},
+        METHODS,
+        method="finetune",
+    )
+
+    def cells(*groups: str) -> list[list[str]]:
+        return [line.split() for line in outline(study, tmp_path / "study", groups).splitlines()[2:]]
+
+    waiting = [["rate", "2", "0"], ["methods", "4", "0", "rate"], ["all,", "each", "once", "5", "0"]]
+    assert cells() == waiting, "one of the rates is that of `finetune` with seed 1"
+    assert not (tmp_path / "study").exists() and not trained
+    sweep(study, tmp_path / "study", groups=["rate"])
+    assert cells() == [["rate", "2", "2"], ["methods", "4", "1"], ["all,", "each", "once", "5", "2"]]
+    assert cells("rate") == [["rate", "2", "2"], ["all,", "each", "once", "2", "2"]]
 
 
 def test_a_full_disk_stops_the_sweep_and_loses_nothing(write_study, tmp_path: Path, trained, monkeypatch) -> None:
