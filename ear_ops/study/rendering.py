@@ -29,12 +29,10 @@ def markdown(content: dict[str, Any]) -> str:
         lines += _selection(selection)
     for section in content["sections"]:
         lines += _section(section, content)
-    for missing in content["not_in_the_study"]:
+    if content["not_in_the_study"]:
         lines += [
             "",
-            f"## Table {missing['table']}: {missing['title']}",
-            "",
-            "Not run: no group of the study fills it.",
+            f"Tables of the paper that no group of the study fills: {', '.join(content['not_in_the_study'])}.",
         ]
     return "\n".join([*lines, *_provenance(content)]) + "\n"
 
@@ -134,7 +132,7 @@ def _missing(section: dict[str, Any]) -> list[str]:
 
 
 def _differences(section: dict[str, Any]) -> list[str]:
-    averages = ("average", "average_other")
+    averages = {"average": "avg", "average_other": "avg w/o sources"}
     rows, missing = [], []
     for row in section["rows"]:
         difference = row.get("difference") or {}
@@ -149,7 +147,7 @@ def _differences(section: dict[str, Any]) -> list[str]:
             rows.append([_settings_text(row["settings"]), first, *cells, by_seed])
     if not rows:
         return missing
-    header = ["row", "first language", "there", *(_AVERAGES[name] for name in averages), "avg by seed"]
+    header = ["row", "first language", "there", *averages.values(), "avg by seed"]
     return [
         *missing,
         "",

@@ -87,8 +87,8 @@ def differences_table(folders: Sequence[Path], baseline: Path, data_dir: str | N
     sides = {
         folder: scored_items(folder, read_json(folder / "results.json"), data_dir) for folder in (*folders, baseline)
     }
-    languages, source = list(sides[baseline].correct), sides[baseline].source
-    header = [f"points over {baseline}", *languages, "avg", f"avg w/o {source}"]
+    languages = list(sides[baseline].correct)
+    header = [f"points over {baseline}", *languages, "avg", "avg w/o sources"]
     rows = []
     for folder in folders:
         if folder != baseline:
@@ -130,11 +130,7 @@ def report(folder: str | Path, data_dir: str | None = None) -> dict[str, Any]:
         ],
         "waiting": {group.name: chooser for group, chooser in plan.waiting},
         "sections": [_section(group, plan, folder, data_dir) for group in study.groups],
-        "not_in_the_study": [
-            {"table": table, "title": spec.title}
-            for table, spec in TABLES.items()
-            if not any(group.table == table for group in study.groups)
-        ],
+        "not_in_the_study": sorted(TABLES.keys() - {group.table for group in study.groups}),
         **_provenance(plan, folder),
         "study": study.text,
     }
@@ -279,6 +275,9 @@ def _provenance(plan: Plan, folder: Path) -> dict[str, Any]:
             "steps": results["steps"],
             "pairs": results.get("pairs"),
             "best": results["best"],
+            "accuracies": {language: score["accuracy"] for language, score in results["languages"].items()},
+            "average": results["average"],
+            "timing": results.get("timing"),
             "notices": results["notices"],
             "settings": {name: value for name, value in results["config"].items() if name not in shared},
         }
