@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ear_ops.study.definition import Run, Study, load_study
 from ear_ops.study.tables import TABLES, paper_rows, same_row
 from ear_ops.training.methods import METHODS
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "studies"
+DOCUMENTED = (Path(__file__).parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Study:
@@ -40,6 +43,18 @@ def test_every_table_of_the_paper_has_a_group_with_its_rows(monkeypatch: pytest.
 def test_how_many_runs_there_are(name: str, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slip in a study costs days of computing: count what is planned."""
     assert len(load(name, monkeypatch).plan(lambda run: 0.5).runs) == runs
+
+
+def test_the_documentation_says_how_many_runs_each_command_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = re.findall(
+        r"^\|[^|]*\|[^|]*\| (\d+) \| `ear-ops sweep benchmarks/studies/([\w.-]+) ?([^`]*)`", DOCUMENTED, re.M
+    )
+    assert len(rows) == 13
+    for count, name, options in rows:
+        study = load(name, monkeypatch)
+        groups = re.findall(r"--group (\S+)", options)
+        study = study.only(groups) if groups else study
+        assert len(study.plan(lambda run: 0.5).runs) == int(count), (name, options)
 
 
 @pytest.mark.parametrize("name", ["xnli.yaml", "pawsx.yaml", "source-language.yaml", "scale.yaml"])
@@ -73,6 +88,20 @@ def test_every_group_can_be_run_alone(path: Path, monkeypatch: pytest.MonkeyPatc
     if path.name == "xnli.yaml":
         assert [group.name for group in study.only(["ablation"]).groups] == ["learning-rate", "ablation"]
         assert [group.name for group in study.only(["targets"]).groups] == ["learning-rate", "noise", "targets"]
+
+
+@pytest.mark.parametrize("name", ["xnli.yaml", "pawsx.yaml"])
+def test_the_papers_side_is_a_few_lines_away(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What docs/studies.md says to change, so that variants are written once, and each is a pair of its own."""
+    load(name, monkeypatch)  # sets the variables
+    content = yaml.safe_load((FOLDER / name).read_text())
+    del content["base"]["synonyms"]
+    content["base"] |= {"variants_file": "variants.tsv.gz", "variants": "all", "warmup_ratio": 0.0}
+    content["groups"] = [group for group in content["groups"] if group["name"] != "dictionary"]
+    path = tmp_path / name
+    path.write_text(yaml.safe_dump(content).replace("'${", "${").replace("}'", "}"))
+    runs = load_study(path).plan(lambda run: 0.5).runs
+    assert {run.settings["variants"] for run in runs if run.settings["method"] != "finetune"} == {"all"}
 
 
 def test_settings_of_the_papers_tables(monkeypatch: pytest.MonkeyPatch) -> None:
