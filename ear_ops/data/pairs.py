@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ear_ops.data.tasks import Task
 
 _SUFFIXES = (".tsv", ".tsv.gz")
+_COLUMNS = ("text1", "text2", "label")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -31,7 +32,7 @@ class PairExample(NamedTuple):
     label: int
 
 
-def read_rows(path: str | Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+def read_rows(path: str | Path, columns: tuple[str, ...], optional: int = 0) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number from 1, fields) of every line of a tab-separated file, gzipped if its name ends in `.gz`.
 
     LF or CRLF ends a line and a byte order mark is skipped; fields are otherwise as they stand.
@@ -39,6 +40,7 @@ def read_rows(path: str | Path, columns: tuple[str, ...]) -> Iterator[tuple[int,
     Args:
         path: the file, UTF-8.
         columns: what the columns are called, for the message about a line with more or fewer.
+        optional: how many of the last columns a line may lack.
 
     Raises:
         DataError: no such file, no line in it, damaged gzip, bytes that are not UTF-8, wrong number of columns.
@@ -46,6 +48,7 @@ def read_rows(path: str | Path, columns: tuple[str, ...]) -> Iterator[tuple[int,
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
+    accepted = range(len(columns) - optional, len(columns) + 1)
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -57,10 +60,10 @@ def read_rows(path: str | Path, columns: tuple[str, ...]) -> Iterator[tuple[int,
                 except UnicodeDecodeError as error:
                     raise DataError(f"{path}:{number}: not UTF-8: {error}") from None
                 fields = line.split("\t")
-                if len(fields) != len(columns):
+                if len(fields) not in accepted:
                     raise DataError(
-                        f"{path}:{number}: expected {len(columns)} tab-separated columns ({', '.join(columns)}), "
-                        f"got {len(fields)}: {_shorten(line)}"
+                        f"{path}:{number}: expected {' or '.join(map(str, accepted))} tab-separated columns "
+                        f"({', '.join(columns)}), got {len(fields)}: {_shorten(line)}"
                     )
                 yield number, fields
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -87,7 +90,7 @@ def read_pairs(path: str | Path, task: Task) -> list[PairExample]:
     """
     return [
         PairExample(text1, text2, parse_label(path, number, label, task))
-        for number, (text1, text2, label) in read_rows(path, ("text1", "text2", "label"))
+        for number, (text1, text2, label) in read_rows(path, _COLUMNS)
     ]
 
 
@@ -104,10 +107,24 @@ def load_split(data_dir: str | Path, task: Task, split: str, language: str) -> l
         DataError: `data_dir` is not a folder, no such file (the message names the files looked for and the languages
             that the split has), or what `read_pairs` raises.
     """
+    return read_pairs(_find(data_dir, task, split, language), task)
+
+
+def load_texts(data_dir: str | Path, task: Task, split: str, language: str) -> Iterator[tuple[str, str]]:
+    """Yield the texts of the file that `load_split` reads. A line may lack its label, or have one of another task.
+
+    Raises:
+        DataError: as `load_split`, but for labels.
+    """
+    for _, (text1, text2, *_) in read_rows(_find(data_dir, task, split, language), _COLUMNS, optional=1):
+        yield text1, text2
+
+
+def _find(data_dir: str | Path, task: Task, split: str, language: str) -> Path:
     candidates = [folder / f"{split}-{language}{suffix}" for folder in _folders(data_dir, task) for suffix in _SUFFIXES]
     for path in candidates:
         if path.is_file():
-            return read_pairs(path, task)
+            return path
     present = ", ".join(available_languages(data_dir, task, split)) or "none"
     raise DataError(
         f"no {split} data of {task.name} in language {language!r}: looked for {', '.join(map(str, candidates))}; "

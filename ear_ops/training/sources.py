@@ -22,6 +22,7 @@ from ear_ops.data import (
     read_variants,
     write_variants,
 )
+from ear_ops.data.pairs import load_texts
 from ear_ops.training.config import MINI, TrainConfig
 from ear_ops.training.errors import ConfigError
 
@@ -105,12 +106,20 @@ def load_split_of(config: TrainConfig, split: str, languages: list[str] | None =
 
 
 def evaluation_texts(config: TrainConfig) -> Iterator[str]:
-    """Every dev and test text at hand, in all languages."""
+    """Every dev and test text at hand, in all languages.
+
+    Raises:
+        DataError: a file is malformed. Labels are looked at in the split of the final table alone: the test files of
+            XTREME's own script have none.
+    """
     task = get_task(config.task)
     for split in ("dev", "test"):
-        if config.hub or available_languages(_data_dir(config), task, split):
+        if config.hub or split == config.eval_split:
             for example in chain.from_iterable(load_split_of(config, split).values()):
                 yield from (example.text1, example.text2)
+        else:
+            for language in available_languages(_data_dir(config), task, split):
+                yield from chain.from_iterable(load_texts(_data_dir(config), task, split, language))
 
 
 def write_variants_file(config: TrainConfig, path: str, num_variants: int | None = None) -> str:

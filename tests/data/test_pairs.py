@@ -13,6 +13,7 @@ from ear_ops.data.pairs import (
     available_languages,
     is_untranslated,
     load_split,
+    load_texts,
     read_pairs,
 )
 from ear_ops.data.tasks import PAWSX, XNLI
@@ -139,6 +140,17 @@ def test_a_missing_folder_is_an_error() -> None:
     for call in (lambda: load_split("nowhere", XNLI, "dev", "en"), lambda: available_languages("nowhere", XNLI, "dev")):
         with pytest.raises(DataError, match="data_dir: nowhere is not a folder"):
             call()
+
+
+def test_texts_need_no_labels(write_file, tmp_path) -> None:
+    path = write_file("xnli/test-de.tsv", "a\tb\nc\td\tneutral\r\ne\tf\t\ng\th\t1\n")
+    assert list(load_texts(tmp_path, XNLI, "test", "de")) == [("a", "b"), ("c", "d"), ("e", "f"), ("g", "h")]
+    for line, got in (("a", 1), ("a\tb\tneutral\tc", 4)):
+        path.write_text(f"a\tb\n{line}\n")
+        with pytest.raises(DataError, match=rf"test-de\.tsv:2: expected 2 or 3 .*\(text1, text2, label\), got {got}"):
+            list(load_texts(tmp_path, XNLI, "test", "de"))
+    with pytest.raises(DataError, match="languages present in split 'test': de"):
+        list(load_texts(tmp_path, XNLI, "test", "it"))
 
 
 def test_untranslated_rows_are_kept_and_recognised(write_file) -> None:
