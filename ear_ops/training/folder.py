@@ -37,20 +37,24 @@ class FolderInUseError(RunFolderError):
 def claim(folder: Path, config: TrainConfig) -> None:
     """Make `folder` the folder of a run with this configuration, or find that it is already.
 
+    A folder with a config.json alone is of a run that computed nothing, such as one whose data were not found: it is
+    taken over. Call it under the lock of the folder.
+
     Raises:
         RunFolderError: it holds a run of another configuration (the message lists the settings that differ), or files
             that no run wrote. Nothing is overwritten.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.json").exists():
-        others = sorted(path.name for path in folder.iterdir() if path.name not in _OWN_FILES)
-        if others:
-            raise RunFolderError(
-                f"{folder} is not empty and holds no run (it has {', '.join(others[:5])}): choose another --output-dir"
-            )
-        write_json(folder / "config.json", {"config": config.to_dict(), "versions": versions()})
-        return
-    check_config(folder, config)
+    others = sorted(path.name for path in folder.iterdir() if path.name not in {*_OWN_FILES, "config.json"})
+    if (folder / "config.json").exists():
+        if others or load_config(folder).to_dict() == config.to_dict():
+            check_config(folder, config)
+            return
+    elif others:
+        raise RunFolderError(
+            f"{folder} is not empty and holds no run (it has {', '.join(others[:5])}): choose another --output-dir"
+        )
+    write_json(folder / "config.json", {"config": config.to_dict(), "versions": versions()})
 
 
 def check_config(folder: Path, config: TrainConfig) -> None:

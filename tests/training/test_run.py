@@ -120,6 +120,7 @@ def test_a_finished_run_is_returned_and_not_trained_again(
 def test_a_folder_of_another_configuration_is_refused_with_what_differs(make_config) -> None:
     config = make_config(seed=1)
     claim(Path(config.output_dir), config)
+    (Path(config.output_dir) / "checkpoints" / "checkpoint-4").mkdir(parents=True)
     before = (Path(config.output_dir) / "config.json").read_bytes()
     with pytest.raises(RunFolderError) as error:
         run.train(make_config(seed=2, beta=0.5))
@@ -136,12 +137,43 @@ def test_a_setting_that_is_newer_than_the_run_has_its_default(make_config) -> No
     del saved["config"]["warmup_ratio"]
     (folder / "config.json").write_text(json.dumps(saved))
     claim(folder, config)
+    (folder / "training.json").write_text("{}")
     with pytest.raises(RunFolderError, match=r"warmup_ratio: 0\.0 there, 0\.5 now"):
         claim(folder, make_config(warmup_ratio=0.5))
     saved["config"]["learnign_rate"] = 1
     (folder / "config.json").write_text(json.dumps(saved))
     with pytest.raises(ConfigError, match="unknown setting 'learnign_rate'"):
         claim(folder, config)
+
+
+def test_a_first_attempt_that_computed_nothing_leaves_the_folder_free(make_config, tmp_path: Path) -> None:
+    config = make_config(method="finetune", epochs=1)
+    with pytest.raises(DataError, match="nope is not a folder"):
+        run.train(make_config(data_dir=str(tmp_path / "nope")))
+    run.train(config)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["config"] == config.to_dict()
+    with pytest.raises(RunFolderError, match="holds a run of another configuration"):
+        run.train(make_config())
+
+
+@pytest.mark.parametrize("name", ["checkpoints/checkpoint-4/complete.json", "weights.json", "results.json", "notes"])
+def test_a_folder_with_anything_computed_is_not_taken_over(make_config, tmp_path: Path, name: str) -> None:
+    claim(tmp_path / "run", make_config())
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "run" / name).write_text("{}")
+    with pytest.raises(RunFolderError, match="seed: 1 there, 2 now"):
+        claim(tmp_path / "run", make_config(seed=2))
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_a_config_of_something_else_is_not_overwritten(make_config, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("not a run's")
+    with pytest.raises(RunFolderError, match="damaged"):
+        claim(tmp_path / "run", make_config())
+    assert (tmp_path / "run" / "config.json").read_text() == "not a run's"
 
 
 def test_a_folder_with_other_files_is_refused(make_config, tmp_path: Path) -> None:
