@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ear_ops.data.tasks import Task
+from ear_ops.data.tasks import TASKS, Task
 
 _SUFFIXES = (".tsv", ".tsv.gz")
 _COLUMNS = ("text1", "text2", "label")
@@ -73,13 +73,19 @@ def read_rows(path: str | Path, columns: tuple[str, ...], optional: int = 0) -> 
 
 
 def parse_label(path: str | Path, number: int, label: str, task: Task) -> int:
-    """Return the class index of a label that stands on line `number` of `path`; raises DataError naming both."""
+    """Return the class index of a label that stands on line `number` of `path`.
+
+    Raises:
+        DataError: the label is empty or not one of the task's. The message names file and line, and the task that has
+            the label.
+    """
     if not label:
         raise DataError(f"{path}:{number}: the label is empty; {task.name} has {', '.join(map(repr, task.labels))}")
     try:
         return task.label_id(label)
     except ValueError as error:
-        raise DataError(f"{path}:{number}: {error}") from None
+        fitting = [f"; the labels of {name} have it: --task {name}" for name in TASKS if label in TASKS[name].labels]
+        raise DataError(f"{path}:{number}: {error}{''.join(fitting)}") from None
 
 
 def read_pairs(path: str | Path, task: Task) -> list[PairExample]:

@@ -65,7 +65,8 @@ def test_file_variations_read_the_same(write_file, content, name) -> None:
         ("a\tb\t", "the label is empty; xnli has 'contradiction', 'entailment', 'neutral'"),
         ("a\tb\t\r", "the label is empty"),
         ("a\tb\tNeutral", "unknown label 'Neutral': xnli has 'contradiction', 'entailment', 'neutral'"),
-        ("a\tb\tneutral ", "unknown label 'neutral '"),
+        ("a\tb\tneutral ", "unknown label 'neutral ': xnli has 'contradiction', 'entailment', 'neutral'$"),
+        ("a\tb\t1", "unknown label '1': xnli has .*; the labels of pawsx have it: --task pawsx$"),
         (b"a\tb\xff\tneutral", "not UTF-8"),
     ],
 )
