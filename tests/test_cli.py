@@ -74,6 +74,8 @@ def test_train_prints_the_configuration_first(monkeypatch: pytest.MonkeyPatch) -
         (["analyse", "no-such-run", "--parallel", "p"], ["error:", "no-such-run holds no run"]),
         (["compare", "no-such-run"], ["error:", "results.json is missing"]),
         (["augment", "--data-dir", "no-such-data", "--output", "x.tsv", "--synonyms", "s.json"], ["no-such-data"]),
+        (["augment", "--data-dir", "mini", "--output", "x.tsv", "--num-variants", "0"], ["num_variants", "at least 1"]),
+        (["augment", "--data-dir", "no-such-data", "--output", "x.csv"], ["output", ".tsv or .tsv.gz, got 'x.csv'"]),
     ],
 )
 def test_mistakes_end_with_one_line(arguments: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

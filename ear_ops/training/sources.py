@@ -126,11 +126,20 @@ def write_variants_file(config: TrainConfig, path: str, num_variants: int | None
     """Write variants of the training pairs (`ear-ops augment`); returns a line that says what was written.
 
     Args:
+        path: the file to write, .tsv or .tsv.gz.
         num_variants: of each pair; by default the paper's number, 3 for XNLI and 10 for PAWS-X.
+
+    Raises:
+        ConfigError: another suffix, or fewer variants than one. Nothing has been read then.
+        DataError: the training data are missing or malformed.
     """
     task = get_task(config.task)
     if num_variants is None:
         num_variants = {"pawsx": 10}.get(task.name, 3)
+    if num_variants < 1:
+        raise ConfigError(f"num_variants must be at least 1, got {num_variants}")
+    if not path.endswith((".tsv", ".tsv.gz")):
+        raise ConfigError(f"output: expected a file name that ends in .tsv or .tsv.gz, got {path!r}")
     examples = _load(config, task, "train", config.source_language)[: config.max_train_examples]
     augmenter = load_augmenter(config)
     lines = write_variants(path, examples, task, augmenter, num_variants, seed=config.seed)
