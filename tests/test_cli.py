@@ -68,6 +68,7 @@ def test_train_prints_the_configuration_first(monkeypatch: pytest.MonkeyPatch) -
         (["train"], ["error:", "--data-dir", "mini"]),
         (["train", "--data-dir", "mini", "--method", "eer"], ["error:", "unknown method 'eer'", "rs-da"]),
         (["evaluate", "no-such-run"], ["error:", "no-such-run", "no run"]),
+        (["evaluate", "run", "--eval-split", "tset"], ["error: eval_split: expected dev or test, got 'tset'"]),
         (["compare", "no-such-run", "--baseline", "other"], ["error:", "results.json is missing"]),
         (["sweep", "no-such.yaml"], ["error:", "no-such.yaml: no such study"]),
         (["report", "no-such-study"], ["error:", "holds no study", "ear-ops sweep"]),

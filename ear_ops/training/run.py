@@ -15,7 +15,7 @@ from ear_ops.data import PairCollator, PairExample, PairViews, get_task
 from ear_ops.models.classifier import load_classifier
 from ear_ops.models.vocabulary import prune_vocabulary
 from ear_ops.training import checkpoints, processes
-from ear_ops.training.config import RATIOS, TrainConfig
+from ear_ops.training.config import CHOICES, RATIOS, TrainConfig
 from ear_ops.training.diagnosis import beats_majority, chance_level, collapse_notice, last_quarter
 from ear_ops.training.errors import ConfigError
 from ear_ops.training.evaluation import predict, score
@@ -68,9 +68,12 @@ def evaluate(folder: str | Path, split: str | None = None, data_dir: str | None 
         data_dir: where the data are now; by default where they were.
 
     Raises:
+        ConfigError: `split` is neither.
         RunFolderError: the folder holds no run, or an unfinished one.
         DataError: data are missing or malformed.
     """
+    if split is not None and split not in CHOICES["eval_split"]:
+        raise ConfigError(f"eval_split: expected {' or '.join(CHOICES['eval_split'])}, got {split!r}")
     folder = Path(folder)
     config = load_config(folder)
     if not checkpoints.is_complete(folder / "model"):
