@@ -22,7 +22,7 @@ from ear_ops.training import processes
 from ear_ops.training.checkpoints import write_json
 from ear_ops.training.config import TrainConfig
 
-_OWN_FILES = {".lock", "config.json.tmp"}  # what a process that died at its very start may have left
+_OWN_FILES = {".lock", "config.json", "config.json.tmp"}  # what a run that computed nothing may have left
 _PACKAGES = ("ear-ops", "torch", "transformers", "accelerate", "tokenizers")
 
 
@@ -45,7 +45,7 @@ def claim(folder: Path, config: TrainConfig) -> None:
             that no run wrote. Nothing is overwritten.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    others = sorted(path.name for path in folder.iterdir() if path.name not in {*_OWN_FILES, "config.json"})
+    others = sorted(path.name for path in folder.iterdir() if path.name not in _OWN_FILES and not _is_empty(path))
     if (folder / "config.json").exists():
         if others or load_config(folder).to_dict() == config.to_dict():
             check_config(folder, config)
@@ -55,6 +55,10 @@ def claim(folder: Path, config: TrainConfig) -> None:
             f"{folder} is not empty and holds no run (it has {', '.join(others[:5])}): choose another --output-dir"
         )
     write_json(folder / "config.json", {"config": config.to_dict(), "versions": versions()})
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def check_config(folder: Path, config: TrainConfig) -> None:
@@ -73,12 +77,15 @@ def load_config(folder: Path) -> TrainConfig:
     """The configuration of a run; settings that are newer than the run have their defaults.
 
     Raises:
-        RunFolderError: the folder holds no run.
+        RunFolderError: the folder holds no run, or a config.json that no run wrote.
         ConfigError: the run has a setting that this version does not know.
     """
     if not (folder / "config.json").is_file():
         raise RunFolderError(f"{folder} holds no run: there is no config.json in it")
-    return TrainConfig.from_dict(read_json(folder / "config.json")["config"], output_dir=str(folder))
+    saved = read_json(folder / "config.json")
+    if not isinstance(saved, dict) or "config" not in saved:
+        raise RunFolderError(f"{folder} holds no run: its config.json was written by something else")
+    return TrainConfig.from_dict(saved["config"], output_dir=str(folder))
 
 
 @contextmanager
@@ -125,6 +132,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise RunFolderError(f"{os.fspath(path.parent)}: no such folder") from None
         raise RunFolderError(f"{os.fspath(path)} is missing: the run is not finished") from None
     except ValueError as error:
         raise RunFolderError(f"{os.fspath(path)} is damaged: {error}") from None

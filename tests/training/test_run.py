@@ -150,6 +150,7 @@ def test_a_first_attempt_that_computed_nothing_leaves_the_folder_free(make_confi
     config = make_config(method="finetune", epochs=1)
     with pytest.raises(DataError, match="nope is not a folder"):
         run.train(make_config(data_dir=str(tmp_path / "nope")))
+    (tmp_path / "run" / "checkpoints").mkdir()
     run.train(config)
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["config"] == config.to_dict()
@@ -168,12 +169,15 @@ def test_a_folder_with_anything_computed_is_not_taken_over(make_config, tmp_path
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
-def test_a_config_of_something_else_is_not_overwritten(make_config, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "reason"), [("not a run's", "damaged"), ('{"model_type": "bert"}', "written by something else")]
+)
+def test_a_config_of_something_else_is_not_overwritten(make_config, tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("not a run's")
-    with pytest.raises(RunFolderError, match="damaged"):
+    (tmp_path / "run" / "config.json").write_text(text)
+    with pytest.raises(RunFolderError, match=reason):
         claim(tmp_path / "run", make_config())
-    assert (tmp_path / "run" / "config.json").read_text() == "not a run's"
+    assert (tmp_path / "run" / "config.json").read_text() == text
 
 
 def test_a_folder_with_other_files_is_refused(make_config, tmp_path: Path) -> None:
