@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ear_ops.training.config import TrainConfig
 
 TWO_VIEWS = frozenset({"synonyms", "match", "dictionary_scale"})  # settings that make x^a
+PUSH = frozenset({"alpha", "push_ratio", "reduction"})
+PULL = frozenset({"beta", "pull_ratio", "layer", "reduction"})
 
 
 class Method(ABC):
@@ -153,7 +155,7 @@ class RobustTargets(Method):
 class EmbeddingPushAttentionPull(RobustTargets):
     """EAR, equation 5 of Ding et al. (COLING 2022): CE(x) + CE(x^a) + alpha * push + beta * pull."""
 
-    uses = TWO_VIEWS | {"alpha", "push_ratio", "beta", "pull_ratio", "layer", "reduction"}
+    uses = TWO_VIEWS | PUSH | PULL
 
     def regularizers(self) -> list[Any]:
         return [self._push(), self._pull()]
@@ -162,7 +164,7 @@ class EmbeddingPushAttentionPull(RobustTargets):
 class WithoutPush(RobustTargets):
     """`ear` without the embedding push, the ablation of Ding et al. (COLING 2022), table 3."""
 
-    uses = TWO_VIEWS | {"beta", "pull_ratio", "layer", "reduction"}
+    uses = TWO_VIEWS | PULL
 
     def regularizers(self) -> list[Any]:
         return [self._pull()]
@@ -171,7 +173,7 @@ class WithoutPush(RobustTargets):
 class WithoutPull(RobustTargets):
     """`ear` without the attention pull, the ablation of Ding et al. (COLING 2022), table 3."""
 
-    uses = TWO_VIEWS | {"alpha", "push_ratio", "reduction"}
+    uses = TWO_VIEWS | PUSH
 
     def regularizers(self) -> list[Any]:
         return [self._push()]
@@ -200,7 +202,7 @@ class PushSentencePull(RobustTargets):
     CE(x) + CE(x^a) + alpha * push + beta * sentence pull, the latter on the mean-pooled output of block `layer`.
     """
 
-    uses = TWO_VIEWS | {"alpha", "push_ratio", "beta", "pull_ratio", "layer", "reduction"}
+    uses = TWO_VIEWS | PUSH | PULL
 
     def regularizers(self) -> list[Any]:
         return [self._push(), SentencePull(self.config.layer, self.config.beta, reduction=self.config.reduction)]
