@@ -23,16 +23,26 @@ def gradient_ratios(model: Any, regularizers: Sequence[Any], layer: int, batches
     queries and keys of block `layer`. Norms are taken over all batches together. Arguments as for `gradient_squares`.
 
     Returns:
-        Ratios by `TERM at embeddings`, `TERM at query`, `TERM at key`; a place that the term or the cross-entropy does
-        not reach is left out.
+        Ratios by `TERM at embeddings`, `TERM at query`, `TERM at key` and, of both in one norm, `TERM at query and
+        key`; a place that the term or the cross-entropy does not reach is left out. A ratio that is asked for by
+        `push_ratio` is that of the push at the embeddings, by `pull_ratio` that of the pull at query and key.
     """
     squares = gradient_squares(model, regularizers, layer, batches)
     return {
         f"{name} at {place}": math.sqrt(value / at["cross_entropy"])
-        for place, at in squares.items()
+        for place, at in {**squares, "query and key": at_query_and_key(squares)}.items()
         for name, value in at.items()
         if name != "cross_entropy" and at.get("cross_entropy")
     }
+
+
+def at_query_and_key(squares: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Squared norms at queries and keys together, by name, of what `gradient_squares` gives."""
+    total: dict[str, float] = {}
+    for place in ("query", "key"):
+        for name, value in squares.get(place, {}).items():
+            total[name] = total.get(name, 0.0) + value
+    return total
 
 
 def gradient_squares(

@@ -20,7 +20,7 @@ from ear_ops.training.checkpoints import write_json
 from ear_ops.training.config import RATIOS, TrainConfig
 from ear_ops.training.errors import ConfigError
 from ear_ops.training.folder import read_json
-from ear_ops.training.gradients import Batch, gradient_ratios, gradient_squares
+from ear_ops.training.gradients import Batch, at_query_and_key, gradient_ratios, gradient_squares
 from ear_ops.training.methods import METHODS
 
 WEIGHING_BATCHES = 8
@@ -85,9 +85,8 @@ def chosen_weights(
 def squares_where_it_acts(squares: dict[str, dict[str, float]], term: Any) -> tuple[float, float]:
     """Squared gradient norms of a term and of the cross-entropy, of what `gradient_squares` gives: for the push at the
     embeddings, for a pull at queries and keys together."""
-    places = ("embeddings",) if isinstance(term, EmbeddingPush) else ("query", "key")
-    own = sum(squares[place].get(term.name, 0.0) for place in places)
-    return own, sum(squares[place]["cross_entropy"] for place in places)
+    at = squares["embeddings"] if isinstance(term, EmbeddingPush) else at_query_and_key(squares)
+    return at.get(term.name, 0.0), at["cross_entropy"]
 
 
 def terms_of(config: TrainConfig) -> list[Any]:

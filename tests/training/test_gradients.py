@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import BertForSequenceClassification
@@ -63,11 +65,14 @@ def test_ratios_at_the_embeddings_are_those_of_plain_autograd(model, batch) -> N
         for (name, place), norm in norms.items()
         if name != "cross_entropy"
     }
+    both = [math.hypot(norms[name, "query"], norms[name, "key"]) for name in ("attention_pull.2", "cross_entropy")]
+    expected["attention_pull.2 at query and key"] = both[0] / both[1]
     assert set(ratios) == {
         "embedding_push at embeddings",
         "attention_pull.2 at embeddings",
         "attention_pull.2 at query",
         "attention_pull.2 at key",
+        "attention_pull.2 at query and key",
     }
     assert ratios == pytest.approx(expected, rel=1e-6)
 

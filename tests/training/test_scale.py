@@ -71,6 +71,21 @@ def test_the_weighted_terms_have_the_wanted_gradient_norms(weigh, method: str) -
     assert (squares["pull at QK"] / squares["CE at QK"]) ** 0.5 == pytest.approx(0.02, rel=1e-4)
 
 
+@pytest.mark.parametrize(("method", "pull"), [("ear", "attention_pull.2")])
+def test_a_weight_is_the_ratio_over_the_measured_one(weigh, method: str, pull: str) -> None:
+    """What `measure_gradients` gives and what the ratios ask for are the same numbers."""
+    weights, config, model, collate, data = weigh(
+        method=method, push_ratio=0.3, pull_ratio=0.02, layer=2, measure_gradients=scale.WEIGHING_BATCHES
+    )
+    measured = scale.measured_ratios(config, model, collate, data.views)
+    assert weights == pytest.approx(
+        {
+            "alpha": 0.3 / measured["embedding_push at embeddings"],
+            "beta": 0.02 / measured[f"{pull} at query and key"],
+        }
+    )
+
+
 def test_the_weight_of_the_push_alone_looks_at_no_attention(weigh) -> None:
     weights = [weigh(method="ear-no-apt", push_ratio=0.1, layer=layer)[0] for layer in (1, 99)]
     assert list(weights[0]) == ["alpha"] and weights[0] == weights[1]
