@@ -30,12 +30,16 @@ Collate = Callable[[list[Any]], Batch]
 
 
 def measured_ratios(config: TrainConfig, model: Any, collate: Collate, views: PairViews) -> dict[str, float] | None:
-    """`gradient_ratios` of push and pull on `measure_gradients` batches; None where there is nothing to measure."""
+    """`gradient_ratios` of push and pull on `measure_gradients` batches; None where there is nothing to measure. A term
+    that the method does not have is measured as `ear` has it."""
     if not (config.measure_gradients and METHODS[config.method].two_views):
         return None
+    own = terms_of(config)
+    pushes = [term for term in own if isinstance(term, EmbeddingPush)]
+    pulls = [term for term in own if not isinstance(term, EmbeddingPush)]
     terms = [
-        EmbeddingPush(1.0, reduction=config.reduction),
-        AttentionPull(config.layer, 1.0, reduction=config.reduction),
+        *(pushes or [EmbeddingPush(reduction=config.reduction)]),
+        *(pulls or [AttentionPull(config.layer, reduction=config.reduction)]),
     ]
     batches = first_batches(config.measure_gradients, config.batch_size, model, collate, views)
     return gradient_ratios(model, terms, config.layer, batches)

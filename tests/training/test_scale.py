@@ -71,7 +71,7 @@ def test_the_weighted_terms_have_the_wanted_gradient_norms(weigh, method: str) -
     assert (squares["pull at QK"] / squares["CE at QK"]) ** 0.5 == pytest.approx(0.02, rel=1e-4)
 
 
-@pytest.mark.parametrize(("method", "pull"), [("ear", "attention_pull.2")])
+@pytest.mark.parametrize(("method", "pull"), [("ear", "attention_pull.2"), ("ept+srpt", "sentence_pull.2")])
 def test_a_weight_is_the_ratio_over_the_measured_one(weigh, method: str, pull: str) -> None:
     """What `measure_gradients` gives and what the ratios ask for are the same numbers."""
     weights, config, model, collate, data = weigh(
@@ -84,6 +84,13 @@ def test_a_weight_is_the_ratio_over_the_measured_one(weigh, method: str, pull: s
             "beta": 0.02 / measured[f"{pull} at query and key"],
         }
     )
+
+
+def test_terms_that_a_method_lacks_are_measured_as_those_of_ear(weigh) -> None:
+    for method in ("rs-da", "ear-no-both", "ear-no-ept", "ear-no-apt", "nt+apt"):
+        _, config, model, collate, data = weigh(method=method, measure_gradients=1, layer=2)
+        names = {name.partition(" at ")[0] for name in scale.measured_ratios(config, model, collate, data.views)}
+        assert names == {"embedding_push", "attention_pull.2"}
 
 
 def test_the_weight_of_the_push_alone_looks_at_no_attention(weigh) -> None:
