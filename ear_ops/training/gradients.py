@@ -54,7 +54,7 @@ def gradient_squares(
 
     Args:
         model: a classifier, logits [2B, K].
-        regularizers: their terms, without weights.
+        regularizers: their terms, without weights; one of several layers, or of `"middle"`, is as many terms.
         layer: block whose queries and keys are looked at, counted from 1; None for the embeddings alone.
         batches: of two views; on the model's device.
 
@@ -69,8 +69,9 @@ def gradient_squares(
     layout = Layout(root)
     embeddings = layout.embeddings()
     attention = [] if layer is None else [layout.attention(layer)]
-    terms = [each.site(layout) for each in regularizers]
-    recorder = Recorder(root, [embeddings, *attention, *terms])
+    terms = [one for each in regularizers for one in each.expand(layout)]
+    sites = [term.site(layout) for term in terms]
+    recorder = Recorder(root, [embeddings, *attention, *sites])
     squares: dict[str, dict[str, float]] = {}
     training = root.training
     root.eval()
@@ -90,8 +91,8 @@ def gradient_squares(
                         )
                     places |= {"query": queries.query, "key": queries.key}
                 losses = {"cross_entropy": robust_cross_entropy(logits, batch["labels"])}
-                for regularizer, site in zip(regularizers, terms, strict=True):
-                    losses[regularizer.name] = regularizer.term(site.read(record, regularizer.name), None)
+                for term, site in zip(terms, sites, strict=True):
+                    losses[term.name] = term.term(site.read(record, term.name), None)
             for name, loss in losses.items():
                 found = torch.autograd.grad(loss, list(places.values()), retain_graph=True, allow_unused=True)
                 for place, gradient in zip(places, found, strict=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification
 
-from ear_ops.regularizers import AttentionPull, EmbeddingPush
+from ear_ops.regularizers import AttentionPull, EmbeddingPush, attach
 from ear_ops.training import run
 from ear_ops.training.gradients import gradient_ratios, gradient_squares
 
@@ -75,6 +75,23 @@ def test_ratios_at_the_embeddings_are_those_of_plain_autograd(model, batch) -> N
         "attention_pull.2 at query and key",
     }
     assert ratios == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("layers", ["middle", "bert.encoder.layer.*.attention.self", [1, 2], {1: 0.5, 2: 1.0}])
+def test_layers_are_what_they_are_when_attached(model, batch, layers) -> None:
+    with attach(model, [AttentionPull(layers)]) as attached:
+        model(**{name: batch[name] for name in ("input_ids", "attention_mask")})
+        attached.loss()
+        names = list(attached.components())
+    ratios = gradient_ratios(model, [AttentionPull(layers)], 1, [batch])
+    measured = [name.removesuffix(" at embeddings") for name in ratios if name.endswith(" at embeddings")]
+    assert measured == names
+    one_by_one = {}
+    for name in names:
+        layer = name.removeprefix("attention_pull.")
+        pull = AttentionPull(int(layer) if layer.isdigit() else layer)
+        one_by_one |= gradient_ratios(model, [pull], 1, [batch])
+    assert ratios == one_by_one
 
 
 def test_several_batches_add_up_in_squares(model, batch) -> None:
