@@ -47,7 +47,8 @@ def summarise(scores: Sequence[LanguageScore], source_language: str = "en") -> d
 def results_text(results: dict[str, Any]) -> str:
     """Title, table per language, notices, in plain text."""
     warnings = [f"WARNING: {notice}" for notice in results["notices"]]
-    return "\n".join([_title(results), *warnings, "", _language_table(results, text_table), *_remarks(results)]) + "\n"
+    lines = [_title(results), *warnings, "", _language_table(results, text_table), *_remarks(results, text_table)]
+    return "\n".join(lines) + "\n"
 
 
 def results_markdown(results: dict[str, Any]) -> str:
@@ -55,7 +56,7 @@ def results_markdown(results: dict[str, Any]) -> str:
     lines = [f"# {_title(results)}", ""]
     for notice in results["notices"]:
         lines += [f"> **Warning:** {notice}", ""]
-    lines += [_language_table(results, markdown_table), *_remarks(results)]
+    lines += [_language_table(results, markdown_table), *_remarks(results, markdown_table)]
     settings = [[name, str(value)] for name, value in results["config"].items() if value is not None]
     versions = [[name, version] for name, version in results["versions"].items()]
     lines += ["", "## Configuration", "", markdown_table(["setting", "value"], settings)]
@@ -111,13 +112,16 @@ def _average_row(name: str, accuracy: float, translated: float | None, width: in
     return row
 
 
-def _remarks(results: dict[str, Any]) -> list[str]:
+def _remarks(results: dict[str, Any], table: Table) -> list[str]:
     remarks = []
     if results.get("replaced"):
         remarks.append("Augmented view: " + results["replaced"]["summary"] + ".")
     if results.get("weights"):
         weights = ", ".join(f"{name} {weight:.4g}" for name, weight in results["weights"].items())
         remarks.append(f"Weights of the terms: {weights}, measured for the wanted ratios.")
+    if results.get("gradient_ratios"):
+        remarks.append("Gradient norms of the unweighted terms over cross-entropy's, before and after training:")
+        remarks.append(_ratio_table(results["gradient_ratios"], table))
     if results.get("pairs"):
         remarks.append(f"Trained on {results['pairs']:,} pairs.")
     if results.get("best"):
@@ -127,6 +131,13 @@ def _remarks(results: dict[str, Any]) -> list[str]:
             f"Checkpoint of step {best['step']} of {results['steps']}: best on {source_of(results)} dev, {accuracy}."
         )
     return [line for remark in remarks for line in ("", remark)]
+
+
+def _ratio_table(ratios: dict[str, dict[str, float]], table: Table) -> str:
+    """One row a term and place, of what `gradient_ratios` holds by time: `before` and `after` training."""
+    names = list(dict.fromkeys(name for at in ratios.values() for name in at))
+    rows = [[name, *(f"{at[name]:.3g}" if name in at else "" for at in ratios.values())] for name in names]
+    return table(["term", *ratios], rows)
 
 
 def _title(results: dict[str, Any]) -> str:

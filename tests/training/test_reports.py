@@ -72,6 +72,23 @@ def test_rows_without_translation_stand_beside() -> None:
     assert make_results(translated=True)["average_translated"] == pytest.approx(0.65)
 
 
+def test_ratios_of_gradients_stand_below_the_weights() -> None:
+    ratios = {
+        "before": {"embedding_push at embeddings": 0.02813, "attention_pull.6 at query": 0.06},
+        "after": {"embedding_push at embeddings": 0.00115},
+    }
+    results = make_results(weights={"alpha": 3.555}, gradient_ratios=ratios)
+    text, markdown = results_text(results), results_markdown(results)
+    for rendered in (text, markdown):
+        assert rendered.index("alpha 3.555") < rendered.index("before and after training") < rendered.index("step 75")
+    rows = [line.rsplit(maxsplit=2) for line in text.splitlines() if " at embeddings" in line]
+    assert rows == [["embedding_push at embeddings", "0.0281", "0.00115"]]
+    assert "| term | before | after |\n| --- | ---: | ---: |\n" in markdown
+    assert "\n| attention_pull.6 at query | 0.06 |  |\n\n" in markdown
+    for nothing in ({}, {"gradient_ratios": None}):  # not measured, also by versions that did not know of it
+        assert "Gradient norms" not in results_text(make_results(**nothing))
+
+
 def test_notices_come_before_the_table() -> None:
     results = make_results(collapsed=True, notices=["cross-entropy stayed at chance: ..."])
     for render in (results_text, results_markdown):
