@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from .attachment import Attachment
-from .functional import repeat_labels
+from .functional import check_labels_of_views, repeat_labels
 from .regularizers import Regularizer, attach
 from .running import RunningMeans
 from .teacher import LayerMap
@@ -56,7 +56,8 @@ class RegularizedTrainerMixin(_Trainer):
     Raises:
         ValueError: ``args`` would drop the augmented view (``remove_unused_columns``), split pairs between processes
             (``dispatch_batches``) or use DataParallel; there is no model to attach to (``model_init``); or what
-            :func:`ear_ops.attach` raises.
+            :func:`ear_ops.attach` raises. In training: labels fit neither pairs nor rows, or are classes of all rows
+            (on the CPU) that differ between the views of a pair, as in a batch with one view.
     """
 
     def __init__(
@@ -156,7 +157,11 @@ class RegularizedTrainerMixin(_Trainer):
         rows = next(len(value) for name, value in inputs.items() if name not in self.label_names)
         for name in self.label_names:
             labels = inputs.get(name)
-            if not isinstance(labels, Tensor) or len(labels) == rows:
+            if not isinstance(labels, Tensor):
+                continue
+            if len(labels) == rows:
+                if name == "labels" and labels.dim() == 1 and not labels.is_floating_point():
+                    check_labels_of_views(name, labels, -100)  # not of positions, which a synonym moves
                 continue
             if 2 * len(labels) != rows:
                 raise ValueError(

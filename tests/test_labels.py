@@ -66,13 +66,38 @@ def test_a_view_without_a_counted_token_gives_zero_and_no_gradient(tokens) -> No
     assert logits.grad[:2].abs().sum() > 0 and logits.grad[2:].abs().sum() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
-def test_class_labels_of_each_view(dtype) -> None:
+@pytest.mark.parametrize("classes", [[1, 4, 1, 4], [1, 4, 0, 2]])
+def test_class_labels_of_each_view(classes: list[int]) -> None:
+    """Probabilities may be others in each view, indices are those of the pair."""
     logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
-    classes = torch.tensor([1, 4, 0, 2])
-    labels = classes if dtype == torch.int64 else torch.nn.functional.one_hot(classes, 5).float()
-    terms = [negative_log(logits[row], classes[row]) for row in range(4)]
-    assert robust_cross_entropy(logits, labels).item() == pytest.approx(sum(terms) / 2, rel=1e-6)
+    indices = torch.tensor(classes)
+    expected = pytest.approx(sum(negative_log(logits[row], indices[row]) for row in range(4)) / 2, rel=1e-6)
+    assert robust_cross_entropy(logits, torch.nn.functional.one_hot(indices, 5).float()).item() == expected
+    if classes[:2] == classes[2:]:
+        assert robust_cross_entropy(logits, indices).item() == expected
+
+
+def test_a_batch_of_one_view_with_labels_of_its_rows_is_refused() -> None:
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    with pytest.raises(ValueError, match=r"labels: .*got 0 in row 0 and 1 in row 2 of 4: does the batch hold both"):
+        robust_cross_entropy(logits, labels)
+    with pytest.raises(ValueError, match=r"got 2 in row 1 and 1 in row 3 of 4"):
+        robust_cross_entropy(logits, torch.tensor([0, 2, 0, 1]))
+
+
+def test_a_row_that_does_not_count_may_have_a_label_in_the_other_view() -> None:
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, IGNORED, 0, 1])
+    terms = [negative_log(logits[row], labels[row]) for row in (0, 2, 3)]
+    assert robust_cross_entropy(logits, labels).item() == pytest.approx(terms[0] + (terms[1] + terms[2]) / 2, rel=1e-6)
+    moved = robust_cross_entropy(logits, labels.masked_fill(labels == IGNORED, 7), ignore_index=7)
+    assert moved.item() == robust_cross_entropy(logits, labels).item()
+
+
+def test_labels_of_all_rows_do_not_break_a_compiled_graph() -> None:
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 2, 0, 2])
+    compiled = torch.compile(robust_cross_entropy, fullgraph=True, backend="eager")
+    assert compiled(logits, labels).item() == robust_cross_entropy(logits, labels).item()
 
 
 def test_causal_language_model() -> None:

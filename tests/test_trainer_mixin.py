@@ -330,3 +330,15 @@ def test_labels_that_fit_neither_pairs_nor_rows(tmp_path: Path) -> None:
     own.model.train()
     with pytest.raises(ValueError, match=r"labels: expected 4 \(of the pairs\) or 8 \(of all rows\).* got 3"):
         own.compute_loss(own.model, {**batch, "labels": batch["labels"][:3]})
+
+
+def test_a_batch_of_one_view_with_labels_of_its_rows(tmp_path: Path) -> None:
+    """What the usual collator makes; positions of tokens may differ between the views."""
+    own = trainer(tmp_path)
+    batch = both_views([Pairs()[i] for i in range(4)])
+    own.model.train()
+    labels = torch.tensor([0, 1, 1, 0, 0, 1, 1, 1])
+    with pytest.raises(ValueError, match=r"labels: .*got 0 in row 3 and 1 in row 7 of 8: does the batch hold both"):
+        own.compute_loss(own.model, {**batch, "labels": labels})
+    own.label_names = ["start_positions"]
+    assert own._with_labels_of_both_views({**batch, "start_positions": labels})["start_positions"] is labels
