@@ -184,6 +184,19 @@ class TrainConfig:
                         f"already: give {name} to `ear-ops augment`, or leave out the file"
                     )
 
+    def without_effect(self) -> list[str]:
+        """Settings with a value of their own, other than the preset's, that the method does not look at."""
+        from ear_ops.training.methods import METHODS, OWN_SETTINGS  # here: see `_check`
+
+        method = METHODS[self.method]
+        measured = {"layer", "reduction"} if self.measure_gradients and method.two_views else set()
+        usual = {each.name: each.default for each in fields(self)} | PRESETS[self.preset]
+        return [
+            name
+            for name in sorted(OWN_SETTINGS - method.uses - measured)
+            if getattr(self, name) not in (None, usual[name])
+        ]
+
     @property
     def language_list(self) -> list[str] | None:
         """The languages asked for, or None for all at hand."""

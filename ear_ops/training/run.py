@@ -95,6 +95,9 @@ def _open(config: TrainConfig, folder: Path, held: ExitStack) -> dict[str, Any] 
 
 def _fit(config: TrainConfig, folder: Path) -> None:
     """Train into `folder/model` and `folder/training.json`."""
+    idle = config.without_effect()
+    if idle and processes.rank() == 0:
+        logger.warning("method %r takes no account of %s", config.method, ", ".join(idle))
     data = load_training_data(config, METHODS[config.method].two_views)
     dev = load_split_of(config, "dev", [config.source_language])[config.source_language]
     load_split_of(config, config.eval_split, config.language_list)  # a missing file should stop the run now

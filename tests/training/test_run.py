@@ -312,3 +312,10 @@ def test_a_model_that_beats_the_majority_may_fail_on_perturbed_embeddings(
     monkeypatch.setattr(run, "beats_majority", lambda accuracy, labels: accuracy >= 0 and len(labels) == 15)
     results = run.train(make_config(output_dir=str(tmp_path / "run"), epochs=1, method=method))
     assert results["collapsed"] is collapsed and results["pairs"] == 60
+
+
+def test_settings_that_the_method_takes_no_account_of_are_named_once(make_config, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        run.train(make_config(method="ear-no-both", epochs=1, push_ratio=1.0, layer=9))
+    assert caplog.text.count("takes no account of") == 1
+    assert "method 'ear-no-both' takes no account of layer, push_ratio" in caplog.text
