@@ -278,7 +278,7 @@ def check_labels_of_views(name: str, labels: Tensor, ignore_index: int) -> None:
         raise ValueError(
             f"{name}: expected one class for both views of a pair, got {int(first[row])} in row {row} and "
             f"{int(second[row])} in row {row + len(first)} of {len(labels)}: does the batch hold both views, rows "
-            "0..B-1 of x and rows B..2B-1 of its augmentation?"
+            "0..B-1 of x and rows B..2B-1 of its augmentation? Classes that are meant to differ go in as probabilities"
         )
 
 

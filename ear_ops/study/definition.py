@@ -56,11 +56,8 @@ class Run:
             ConfigError: a setting is unknown or cannot be used.
         """
         config = TrainConfig.from_dict({name: _typed(name, settings[name]) for name in settings}, output_dir="-")
-        method = METHODS[config.method]
-        measured = {"layer", "reduction"} if config.measure_gradients and method.two_views else set()
-        used = method.uses | measured
-        complete = config.to_dict()
-        if not method.two_views:
+        used, complete = config.used, config.to_dict()
+        if not METHODS[config.method].two_views:
             complete["measure_gradients"] = 0
         if not used & _WEIGHTING:
             complete["preset"] = _DEFAULTS["preset"]

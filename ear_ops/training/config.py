@@ -184,18 +184,23 @@ class TrainConfig:
                         f"already: give {name} to `ear-ops augment`, or leave out the file"
                     )
 
-    def without_effect(self) -> list[str]:
-        """Settings with a value of their own, other than the preset's, that the method does not look at."""
-        from ear_ops.training.methods import METHODS, OWN_SETTINGS  # here: see `_check`
+    @property
+    def used(self) -> frozenset[str]:
+        """The settings that not every method looks at, and this run does."""
+        from ear_ops.training.methods import METHODS  # here: see `_check`
 
         method = METHODS[self.method]
-        measured = {"layer", "reduction"} if self.measure_gradients and method.two_views else set()
+        return method.uses | ({"layer", "reduction"} if self.measure_gradients and method.two_views else set())
+
+    @property
+    def without_effect(self) -> list[str]:
+        """Settings with a value of their own, other than the preset's, that this run does not look at; but for the path
+        of the synonyms, which one command may give to every method."""
+        from ear_ops.training.methods import OWN_SETTINGS
+
         usual = {each.name: each.default for each in fields(self)} | PRESETS[self.preset]
-        return [
-            name
-            for name in sorted(OWN_SETTINGS - method.uses - measured)
-            if getattr(self, name) not in (None, usual[name])
-        ]
+        idle = sorted(OWN_SETTINGS - self.used - {"synonyms"})
+        return [name for name in idle if getattr(self, name) not in (None, usual[name])]
 
     @property
     def language_list(self) -> list[str] | None:

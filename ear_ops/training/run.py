@@ -95,7 +95,7 @@ def _open(config: TrainConfig, folder: Path, held: ExitStack) -> dict[str, Any] 
 
 def _fit(config: TrainConfig, folder: Path) -> None:
     """Train into `folder/model` and `folder/training.json`."""
-    idle = config.without_effect()
+    idle = config.without_effect
     if idle and processes.rank() == 0:
         logger.warning("method %r takes no account of %s", config.method, ", ".join(idle))
     data = load_training_data(config, METHODS[config.method].two_views)
@@ -147,7 +147,11 @@ def _fit(config: TrainConfig, folder: Path) -> None:
         "replaced": data.replaced,
         "gradient_ratios": ratios,
         "weights": weights,
-        "timing": {"seconds": output.metrics["train_runtime"], "resumed": newest is not None},
+        "timing": {
+            "seconds": output.metrics["train_runtime"],
+            "evaluation_seconds": sum(entry.get("eval_runtime", 0.0) for entry in state.log_history),  # of these
+            "resumed": newest is not None,
+        },
         "log": state.log_history,
     }
 

@@ -64,6 +64,7 @@ def test_a_run_writes_its_tables_configuration_and_model(finished: TrainConfig) 
         assert entry["low"] < entry["accuracy"] < entry["high"]
     accuracies = [entry["accuracy"] for entry in results["languages"].values()]
     assert results["average"] == pytest.approx(sum(accuracies) / 3)
+    assert 0 < results["timing"]["evaluation_seconds"] < results["timing"]["seconds"]
     assert results["average_other"] == pytest.approx(sum(accuracies[1:]) / 2)
 
     # The checkpoint is the best of the four on English dev, and it is the one that was scored.
