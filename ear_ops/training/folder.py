@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -111,8 +112,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on, and the numbers of threads and processes, which decide the order of
-    sums."""
+    """Versions of what the numbers depend on, of a checkout with its commit, and the numbers of threads and processes,
+    which decide the order of sums."""
     import torch
 
     found = {"python": platform.python_version()}
@@ -123,8 +124,21 @@ def versions() -> dict[str, str]:
             from ear_ops import __version__
 
             found[package] = f"{__version__} (not installed)" if package == "ear-ops" else "not installed"
+    found["ear-ops"] += _commit()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
     return {**found, "device": device, "processes": str(processes.count())}
+
+
+def _commit() -> str:
+    """` (5619ddb)`, ` (5619ddb-dirty)` with changes of its own; nothing where there is no checkout or git."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():
+        return ""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return f" ({subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()})"
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def read_json(path: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ear_ops.data import DataError
 from ear_ops.training import run
 from ear_ops.training.config import TrainConfig
 from ear_ops.training.errors import ConfigError
-from ear_ops.training.folder import RunFolderError, claim, locked
+from ear_ops.training.folder import RunFolderError, claim, locked, versions
 
 
 def metrics(results: dict[str, Any]) -> dict[str, Any]:
@@ -320,3 +321,11 @@ def test_settings_that_the_method_takes_no_account_of_are_named_once(make_config
         run.train(make_config(method="ear-no-both", epochs=1, push_ratio=1.0, layer=9))
     assert caplog.text.count("takes no account of") == 1
     assert "method 'ear-no-both' takes no account of layer, push_ratio" in caplog.text
+
+
+def test_the_versions_name_the_commit_of_a_checkout() -> None:
+    checkout = Path(__file__).parents[2]
+    found = subprocess.run(["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("there is no checkout, or no git")
+    assert versions()["ear-ops"].removesuffix(")").removesuffix("-dirty").endswith(f" ({found.stdout.strip()}")
