@@ -115,8 +115,9 @@ def test_every_method_does_in_two_processes_what_it_does_in_one(settings, tmp_pa
 def test_mistakes_stop_all_processes(settings, tmp_path: Path) -> None:
     odd = two_processes.run(training_workers.train, tmp_path, {**settings, "batch_size": 7})
     assert odd[0] == odd[1] and odd[0][0] == "ConfigError" and "expected a multiple of 2, got 7" in odd[0][1]
+    (Path(settings["output_dir"]) / "training.json").write_text("{}")  # something that was computed
     other = two_processes.run(training_workers.train, tmp_path, settings)
-    assert other[0] == other[1] and other[0][0] == "RunFolderError", "batch_size: 7 there, 8 now"
+    assert other[0] == other[1] and other[0][0] == "RunFolderError" and "batch_size: 7 there, 8 now" in other[0][1]
 
 
 def test_who_does_what(tmp_path: Path) -> None:
