@@ -97,13 +97,14 @@ def sweep(
         StudyError: the disk is full or cannot be written.
     """
     study, folder = load_study(study_file), Path(folder)
-    study.plan(lambda run: 0.0)  # a mistake in the file should show before anything runs, whatever will be chosen
+    # A mistake in the file should show before anything runs, whatever will be chosen.
+    supposed = study.plan(lambda run: 0.0)
     asked = study.only(groups).groups if groups else study.groups
     plan_of(study, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with suppress(FolderInUseError), locked(folder):  # whoever is in there writes the same
         _write_study(study, folder, say)
-    for path, count in _missing_inputs(study, asked).items():
+    for path, count in _missing_inputs(supposed, asked).items():
         say(f"{path} is not there: {count} runs need it and will fail")
     progress, waited = Progress(), False
     while True:
@@ -160,7 +161,7 @@ def outline(study_file: str | Path, folder: str | Path, groups: Sequence[str] = 
         runs = _of_groups(plan, own)
         finished = sum(results_of(folder, run) is not None for run in runs)
         rows.append([names, str(len(runs)), str(finished), waiting.get(names, "")])
-    missing = [f"{path} is not there: {count} runs need it" for path, count in _missing_inputs(study, asked).items()]
+    missing = [f"{path} is not there: {count} runs need it" for path, count in _missing_inputs(plan, asked).items()]
     return "\n".join([text_table(["group", "runs", "finished", "waits for the choice of"], rows), *missing])
 
 
@@ -168,13 +169,11 @@ def _of_groups(plan: Plan, groups: Sequence[Group]) -> list[Run]:
     return list(dict.fromkeys(member.run for member in plan.members if member.group in groups))
 
 
-def _missing_inputs(study: Study, groups: Sequence[Group]) -> dict[str, int]:
+def _missing_inputs(plan: Plan, groups: Sequence[Group]) -> dict[str, int]:
     """Files and folders that are not there, each with the number of runs that name it."""
-    runs = _of_groups(study.plan(lambda run: 0.0), groups)
-    named = [run.settings[name] for run in runs for name in ("data_dir", "synonyms", "variants_file")]
-    return {
-        path: count for path, count in Counter(named).items() if path not in (None, MINI) and not Path(path).exists()
-    }
+    inputs = ("data_dir", "synonyms", "variants_file")
+    named = Counter(run.settings[name] for run in _of_groups(plan, groups) for name in inputs)
+    return {path: count for path, count in named.items() if path not in (None, MINI) and not Path(path).exists()}
 
 
 def _write_study(study: Study, folder: Path, say: Callable[[str], None]) -> None:

@@ -149,7 +149,8 @@ def _fit(config: TrainConfig, folder: Path) -> None:
         "weights": weights,
         "timing": {
             "seconds": output.metrics["train_runtime"],
-            "evaluation_seconds": sum(entry.get("eval_runtime", 0.0) for entry in state.log_history),  # of these
+            # Where a run was resumed, of all its parts.
+            "evaluation_seconds": sum(entry.get("eval_runtime", 0.0) for entry in state.log_history),
             "resumed": newest is not None,
         },
         "log": state.log_history,
