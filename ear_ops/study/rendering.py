@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from ear_ops.study.statistics import DRAWS, Difference, Estimate, estimate
+from ear_ops.study.statistics import DRAWS, Difference, Estimate
 from ear_ops.training.reports import markdown_table
 
 _AVERAGES = {"average": "avg", "average_other": "avg w/o source", "average_translated": "avg w/o NS"}
@@ -139,23 +139,23 @@ def _differences(section: dict[str, Any]) -> list[str]:
         if "missing" in difference:
             missing += ["", f"No difference for {_settings_text(row['settings'])}: {difference['missing']}."]
         elif difference:
-            first = next(name for name in difference if name not in ("seeds", *_AVERAGES))
+            first = next(name for name in difference if name not in ("seeds", "over_seeds", *_AVERAGES))
             cells = [points(difference[name]) if name in difference else "" for name in (first, *averages)]
             by_seed = ", ".join(f"{seed}: {100 * value:+.1f}" for seed, value in difference["seeds"].items())
-            deviation = estimate(list(difference["seeds"].values())).deviation
-            by_seed += f" (± {100 * deviation:.1f})" if deviation is not None else ""
-            rows.append([_settings_text(row["settings"]), first, *cells, by_seed])
+            over_seeds = points(difference["over_seeds"]) if difference["over_seeds"] else ""
+            rows.append([_settings_text(row["settings"]), first, *cells, by_seed, over_seeds])
     if not rows:
         return missing
-    header = ["row", "first language", "there", *averages.values(), "avg by seed"]
+    header = ["row", "first language", "there", *averages.values(), "avg by seed", "avg, over seeds"]
     return [
         *missing,
         "",
         f"Difference from {_settings_text(section['baseline'])} in points, with the 95% interval of a paired bootstrap "
         f"over items ({DRAWS:,} draws; items with one first sentence are drawn together, in all languages; runs "
-        "are paired by seed and averaged over seeds). How much a run changes with its seed is not in the interval: the "
-        "seeds one by one tell, and their sample standard deviation; divided by the root of the number of seeds, it is "
-        "the standard error of the average. All languages are in `report.json`.",
+        "are paired by seed and averaged over seeds). How much a run changes with its seed is not in these intervals "
+        "but in that of the last column, Student's t over the seeds, which is wide where they are few and missing "
+        "where there is one: a difference that it does not tell from 0 is not shown, whatever the others say. All "
+        "languages are in `report.json`.",
         "",
         markdown_table(header, rows),
     ]

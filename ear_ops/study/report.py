@@ -16,7 +16,7 @@ from ear_ops.data import DataError, get_task, load_split
 from ear_ops.data.mini import mini_data_dir
 from ear_ops.study.definition import Group, Member, Plan, Run, Settings, load_study
 from ear_ops.study.rendering import figure_6, markdown, points
-from ear_ops.study.statistics import Estimate, Items, accuracy_differences, estimate
+from ear_ops.study.statistics import Estimate, Items, accuracy_differences, estimate, interval_over_seeds
 from ear_ops.study.sweep import STUDY_FILE, StudyError, plan_of, results_of
 from ear_ops.study.tables import TABLES, paper_rows, same_row
 from ear_ops.training.checkpoints import write_atomically, write_json
@@ -238,8 +238,8 @@ def _averages(finished: Sequence[dict[str, Any]], languages: Sequence[str]) -> d
 
 
 def _difference(row: Row, baseline: Row, folder: Path, data_dir: str | None) -> dict[str, Any] | None:
-    """By language and on average, over the seeds that both have; and the average of each seed alone. Accuracies stand
-    without their data: where those are not there, `missing` says why."""
+    """By language and on average, over the seeds that both have; and the average of each seed alone, and over them.
+    Accuracies stand without their data: where those are not there, `missing` says why."""
     seeds = sorted(row.results.keys() & baseline.results.keys())
     if not seeds:
         return None
@@ -255,7 +255,7 @@ def _difference(row: Row, baseline: Row, folder: Path, data_dir: str | None) -> 
     except (DataError, StudyError, NotComparableError, RunFolderError, OSError) as error:
         return {"missing": str(error)}
     by_seed = {seed: row.results[seed][1]["average"] - baseline.results[seed][1]["average"] for seed in seeds}
-    return {"seeds": by_seed, **differences}
+    return {"seeds": by_seed, "over_seeds": interval_over_seeds(list(by_seed.values())), **differences}
 
 
 def _provenance(plan: Plan, folder: Path) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from ear_ops.training.errors import NotComparableError
 
 DRAWS = 2000
+# The 97.5% quantile of Student's t with 1, 2, ... degrees of freedom; with more the last, which is a little too wide.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 class Items(NamedTuple):
@@ -49,6 +51,18 @@ def estimate(values: Sequence[float]) -> Estimate:
     if not values:
         raise ValueError("values: expected at least one, got none")
     return Estimate(mean(values), stdev(values) if len(values) > 1 else None)
+
+
+def interval_over_seeds(differences: Sequence[float]) -> Difference | None:
+    """Mean of one difference a seed, with the 95% interval of Student's t. None of a single seed, which has no spread.
+
+    Raises ValueError without differences.
+    """
+    value = estimate(differences)
+    if value.deviation is None:
+        return None
+    half = _T[min(len(differences) - 2, len(_T) - 1)] * value.deviation / len(differences) ** 0.5
+    return Difference(value.mean, value.mean - half, value.mean + half)
 
 
 def paired_bootstrap(

@@ -104,7 +104,7 @@ def test_means_deviations_and_the_paper_stand_in_one_table(make_report) -> None:
     assert lines[row + 2].startswith("| finetune | paper, XLM-R | 84 |")
     assert "| **adv** | here: not run |" in text
     assert "Not run: method rs-da (seeds 3); method adv (seeds 1, 2, 3)." in text
-    assert "| method rs-da | en | +20.0 [" in text and "| 1: +17.8, 2: +22.2 (± 3.1) |" in text
+    assert "| method rs-da | en | +20.0 [" in text and "| 1: +17.8, 2: +22.2 | +20.0 [-8.2, +48.2] |" in text
     assert any(line.startswith("| ear | paper, mBERT |") for line in lines), "rows of the paper that the study lacks"
     assert content["not_in_the_study"] == sorted(TABLES.keys() - {"1"})
     assert "Tables of the paper that no group of the study fills: 2, 3, 4, 5, 6, A.1, A.2, A.3, A.4." in text

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ear_ops.study.statistics import Items, accuracy_differences, estimate, paired_bootstrap
+from ear_ops.study.statistics import Items, accuracy_differences, estimate, interval_over_seeds, paired_bootstrap
 from ear_ops.training.errors import NotComparableError
 
 
@@ -20,6 +21,18 @@ def test_mean_and_sample_deviation() -> None:
     assert estimate([2.0]) == (2.0, None)
     with pytest.raises(ValueError, match="at least one"):
         estimate([])
+
+
+@pytest.mark.parametrize("seeds", range(2, 12))
+def test_the_interval_over_seeds_is_that_of_students_t(seeds: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    values = [0.01 * each**2 - 0.1 for each in range(seeds)]
+    low, high = stats.t.interval(0.95, seeds - 1, loc=mean(values), scale=stats.sem(values))
+    assert interval_over_seeds(values) == pytest.approx((mean(values), low, high), abs=1e-4)
+
+
+def test_one_seed_has_no_interval_over_seeds() -> None:
+    assert interval_over_seeds([0.1]) is None
 
 
 def test_the_interval_is_that_of_the_normal_approximation_where_that_holds() -> None:
