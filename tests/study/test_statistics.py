@@ -31,6 +31,14 @@ def test_the_interval_over_seeds_is_that_of_students_t(seeds: int) -> None:
     assert interval_over_seeds(values) == pytest.approx((mean(values), low, high), abs=1e-4)
 
 
+def test_the_interval_over_very_many_seeds_is_a_little_too_wide_and_never_too_narrow() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    values = [0.01 * each for each in range(30)]
+    low, high = stats.t.interval(0.95, 29, loc=mean(values), scale=stats.sem(values))
+    found = interval_over_seeds(values)
+    assert found is not None and 1.0 < (found.high - found.low) / (high - low) < 1.1
+
+
 def test_one_seed_has_no_interval_over_seeds() -> None:
     assert interval_over_seeds([0.1]) is None
 
