@@ -21,10 +21,10 @@ from ear_ops.data import DataError
 from ear_ops.models import OfflineModelError
 from ear_ops.study.definition import Group, Plan, Run, Study, load_study
 from ear_ops.training import checkpoints, run
-from ear_ops.training.config import MINI
 from ear_ops.training.errors import ConfigError
 from ear_ops.training.folder import FolderInUseError, RunFolderError, check_config, locked, read_json
 from ear_ops.training.reports import text_table
+from ear_ops.training.sources import missing_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     with suppress(FolderInUseError), locked(folder):  # whoever is in there writes the same
         _write_study(study, folder, say)
-    for path, count in _missing_inputs(supposed, asked).items():
+    for path, count in _missing_inputs(supposed, asked, folder).items():
         say(f"{path} is not there: {count} runs need it and will fail")
     progress, waited = Progress(), False
     while True:
@@ -161,19 +161,18 @@ def outline(study_file: str | Path, folder: str | Path, groups: Sequence[str] = 
         runs = _of_groups(plan, own)
         finished = sum(results_of(folder, run) is not None for run in runs)
         rows.append([names, str(len(runs)), str(finished), waiting.get(names, "")])
-    missing = [f"{path} is not there: {count} runs need it" for path, count in _missing_inputs(plan, asked).items()]
-    return "\n".join([text_table(["group", "runs", "finished", "waits for the choice of"], rows), *missing])
+    missing = _missing_inputs(plan, asked, folder).items()
+    lines = [f"{path} is not there: {count} runs need it" for path, count in missing]
+    return "\n".join([text_table(["group", "runs", "finished", "waits for the choice of"], rows), *lines])
 
 
 def _of_groups(plan: Plan, groups: Sequence[Group]) -> list[Run]:
     return list(dict.fromkeys(member.run for member in plan.members if member.group in groups))
 
 
-def _missing_inputs(plan: Plan, groups: Sequence[Group]) -> dict[str, int]:
-    """Files and folders that are not there, each with the number of runs that name it."""
-    inputs = ("data_dir", "synonyms", "variants_file")
-    named = Counter(run.settings[name] for run in _of_groups(plan, groups) for name in inputs)
-    return {path: count for path, count in named.items() if path not in (None, MINI) and not Path(path).exists()}
+def _missing_inputs(plan: Plan, groups: Sequence[Group], folder: Path) -> Counter[str]:
+    """Files and folders that are not there, each with the number of runs that need it."""
+    return Counter(path for run in _of_groups(plan, groups) for path in missing_inputs(run.config(folder)))
 
 
 def _write_study(study: Study, folder: Path, say: Callable[[str], None]) -> None:

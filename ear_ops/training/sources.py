@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 from ear_ops.data import (
     PairExample,
@@ -103,6 +104,21 @@ def load_split_of(config: TrainConfig, split: str, languages: list[str] | None =
         languages = list(task.languages) if config.hub else available_languages(_data_dir(config), task, split)
     # With nothing at hand, asking for the source raises the error that lists where it was looked for.
     return {language: _load(config, task, split, language) for language in languages or [config.source_language]}
+
+
+def missing_inputs(config: TrainConfig) -> list[str]:
+    """The files and folders that a run needs and that are not there, as far as that shows without reading any."""
+    named = (config.data_dir, config.synonyms, config.variants_file)
+    missing = [path for path in named if path not in (None, MINI) and not Path(path).exists()]
+    if config.hub or config.data_dir in missing:
+        return missing
+    needed = [("dev", config.source_language), *((config.eval_split, each) for each in config.language_list or ())]
+    if config.variants_file is None:
+        needed.insert(0, ("train", config.source_language))
+    task, folder = get_task(config.task), _data_dir(config)
+    present = {split: available_languages(folder, task, split) for split, _ in needed}
+    absent = [f"{split}-{language}.tsv" for split, language in needed if language not in present[split]]
+    return missing + [str(Path(folder) / name) for name in dict.fromkeys(absent)]
 
 
 def evaluation_texts(config: TrainConfig) -> Iterator[str]:

@@ -296,6 +296,20 @@ def test_inputs_that_are_not_there_are_named_before_anything_runs(
     assert said[1].startswith("[1/4]")
 
 
+def test_languages_that_have_no_file_are_named_before_anything_runs(
+    write_study, tmp_path: Path, data_dir: Path, trained: list[str]
+) -> None:
+    grid = {"source_language": ["en", "xx"], "languages": ["en,de", "en,yy"]}
+    study = write_study({"name": "languages", "settings": {"method": "finetune"}, "grid": grid})
+    said: list[str] = []
+    sweep(study, tmp_path / "study", say=said.append)
+    assert said[:3] == [
+        f"{data_dir / name} is not there: 2 runs need it and will fail"
+        for name in ("dev-yy.tsv", "train-xx.tsv", "dev-xx.tsv")
+    ]
+    assert "train-xx.tsv is not there: 2 runs need it" in outline(study, tmp_path / "study")
+
+
 def test_what_there_is_to_run_can_be_asked(write_study, tmp_path: Path, trained: list[str]) -> None:
     study = write_study(
         {"name": "rate", "grid": {"learning_rate": [0.1, 0.2]}, "select": ["learning_rate"]},
