@@ -4,8 +4,8 @@
     logits = model(**pair_batch).logits          # rows 0..B-1 are x, rows B..2B-1 are its augmentation x^a
     loss = ear_ops.robust_cross_entropy(logits, labels) + ear.loss()
 
-Layers are counted from 1, as in Ding et al. (COLING 2022), "Enhancing Cross-lingual Transfer via Embedding-push,
-Attention-pull and Robust targets".
+Layers are counted from 1, as in Ding et al., "A Simple and Effective Method to Improve Zero-Shot Cross-Lingual Transfer
+Learning" (COLING 2022).
 """
 
 from __future__ import annotations
