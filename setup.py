@@ -71,8 +71,8 @@ def extensions() -> list:
         import pybind11
     except ImportError:
         raise SystemExit(
-            "ear-ops: pybind11 is not installed in the build environment. Run `pip install ninja 'pybind11>=2.13'` and install "
-            "again with --no-build-isolation, or set EAR_OPS_BUILD=none to install without kernels"
+            "ear-ops: pybind11 is not installed in the build environment. Run `pip install ninja 'pybind11>=2.13'` and "
+            "install again with --no-build-isolation, or set EAR_OPS_BUILD=none to install without kernels"
         ) from None
     cuda = builds_cuda()
     isas = "portable avx2 avx512" if platform.machine() in ("x86_64", "AMD64") else "portable"

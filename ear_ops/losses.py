@@ -43,6 +43,7 @@ class QKAttentionMSELoss(nn.Module):
         query_mask_aug: Tensor | None = None,
         attn_bias: Tensor | None = None,
         attn_bias_aug: Tensor | None = None,
+        head_weights: Tensor | None = None,
     ) -> Tensor:
         """``query`` ``[B, H, L, D]``, ``key`` ``[B, H_kv, S, D]`` and the augmented view, or both in ``[2B, ...]``."""
         return functional.qk_attention_mse(
@@ -56,6 +57,7 @@ class QKAttentionMSELoss(nn.Module):
             query_mask_aug=query_mask_aug,
             attn_bias=attn_bias,
             attn_bias_aug=attn_bias_aug,
+            head_weights=head_weights,
             scale=self.scale,
             is_causal=self.is_causal,
             window=self.window,
@@ -89,6 +91,7 @@ class AttentionMSELoss(nn.Module):
         attention_mask_aug: Tensor | None = None,
         query_mask: Tensor | None = None,
         query_mask_aug: Tensor | None = None,
+        head_weights: Tensor | None = None,
     ) -> Tensor:
         """``attn``, ``attn_aug``: ``[B, H, L, S]``, or ``attn`` alone with both views ``[2B, H, L, S]``."""
         return functional.attention_mse(
@@ -98,6 +101,7 @@ class AttentionMSELoss(nn.Module):
             attention_mask_aug=attention_mask_aug,
             query_mask=query_mask,
             query_mask_aug=query_mask_aug,
+            head_weights=head_weights,
             reduction=self.reduction,
             backend=self.backend,
         )

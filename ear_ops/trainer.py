@@ -115,6 +115,7 @@ class RegularizedTrainerMixin(_Trainer):
     ) -> Any:
         """The regularised loss in training mode, else that of the Trainer."""
         if not model.training:
+            inputs = {name: value for name, value in inputs.items() if name != "word_ids"}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         step = self.training_loss(model, dict(inputs))
         self.means.add(step.terms)

@@ -98,6 +98,7 @@ def test_probabilities_at_padded_keys_count_as_zero(device: str) -> None:
 def test_functional_and_module_agree(device: str) -> None:
     case = attention_case(9, lengths=([9, 5], [7, 9])).to(torch.float32).to(device)
     module = ear_ops.AttentionMSELoss(reduction="equations", backend=device)
-    expected = ear_ops.attention_mse(*case.inputs(), **case.masks, reduction="equations", backend=device)
-    assert torch.equal(module(*case.inputs(), **case.masks), expected)
+    given = {**case.masks, "head_weights": torch.linspace(0, 1, case.inputs()[0].shape[1], device=device)}
+    expected = ear_ops.attention_mse(*case.inputs(), **given, reduction="equations", backend=device)
+    assert torch.equal(module(*case.inputs(), **given), expected)
     assert repr(module) == "AttentionMSELoss(reduction='equations')"

@@ -296,6 +296,7 @@ def test_functional_and_module_agree(device: str) -> None:
     case = qk_case(9, None, 8, lengths=([9, 5], [7, 9]), options={"is_causal": True, "window": 4, "scale": 0.3})
     case = case.to(torch.float32).to(device)
     module = ear_ops.QKAttentionMSELoss(reduction="none", backend=device, **case.options)
-    expected = ear_ops.qk_attention_mse(*case.inputs(), **case.masks, **case.options, reduction="none", backend=device)
-    assert torch.equal(module(*case.inputs(), **case.masks), expected)
+    given = {**case.masks, "head_weights": torch.linspace(0, 1, case.inputs()[0].shape[1], device=device)}
+    expected = ear_ops.qk_attention_mse(*case.inputs(), **given, **case.options, reduction="none", backend=device)
+    assert torch.equal(module(*case.inputs(), **given), expected)
     assert "is_causal=True, window=4" in repr(module)

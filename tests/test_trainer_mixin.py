@@ -181,6 +181,8 @@ def test_word_ids_go_to_the_regularisers_and_not_to_the_model(tmp_path: Path) ->
     given: list[set[str]] = []
     own.model.register_forward_pre_hook(lambda *call: given.append(set(call[2])), with_kwargs=True)
     own.train()
+    one_view = {name: rows[:PAIRS] for name, rows in collate([Pairs()[i] for i in range(PAIRS)]).items()}
+    own.compute_loss(own.model.eval(), one_view)
     assert given and all("word_ids" not in names and "input_ids" in names for names in given)
     given_batch = collate([Pairs()[i] for i in range(PAIRS)])
     own.compute_loss(own.model.train(), given_batch)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ear_ops.data.views import PairItem
-from ear_ops.data.words import pair_word_ids
+from ear_ops.data.words import count_words, pair_word_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +64,8 @@ class PairCollator:
             augmented views.
 
         Raises:
-            ValueError: no items, or only some of them with an `augmented` view.
+            ValueError: no items, only some of them with an `augmented` view, or, with `word_ids`, a view with more or
+                fewer words than the other.
         """
         if not items:
             raise ValueError("items: expected at least one, got none")
@@ -74,6 +75,8 @@ class PairCollator:
             raise ValueError(
                 f"items: expected an 'augmented' view in all or in none, got it in {len(augmented)} of {len(items)}"
             )
+        if self.word_ids:
+            _check_word_counts(texts, augmented)
         texts += augmented
         encoded = self.tokenizer(
             [text1 for text1, _ in texts],
@@ -91,3 +94,15 @@ class PairCollator:
             batch["word_ids"] = pair_word_ids(encoded, texts)
         batch["labels"] = torch.tensor([item["label"] for item in items], dtype=torch.int64)
         return batch
+
+
+def _check_word_counts(originals: Sequence[tuple[str, str]], augmented: Sequence[tuple[str, str]]) -> None:
+    """`alignment="word"` compares the words of two views by their number."""
+    for number, views in enumerate(zip(originals, augmented, strict=False)):
+        for text, text_aug in zip(*views, strict=True):
+            count, count_aug = count_words(text), count_words(text_aug)
+            if count != count_aug:
+                raise ValueError(
+                    f"items: with word_ids both views must have as many words, item {number} has {count} in {text!r} "
+                    f"and {count_aug} in {text_aug!r}: replace words one by one, or leave out word_ids"
+                )

@@ -113,7 +113,7 @@ def load_split(data_dir: str | Path, task: Task, split: str, language: str) -> l
         DataError: `data_dir` is not a folder, no such file (the message names the files looked for and the languages
             that the split has), or what `read_pairs` raises.
     """
-    return read_pairs(_find(data_dir, task, split, language), task)
+    return read_pairs(find_split(data_dir, task, split, language), task)
 
 
 def load_texts(data_dir: str | Path, task: Task, split: str, language: str) -> Iterator[tuple[str, str]]:
@@ -122,11 +122,12 @@ def load_texts(data_dir: str | Path, task: Task, split: str, language: str) -> I
     Raises:
         DataError: as `load_split`, but for labels.
     """
-    for _, (text1, text2, *_) in read_rows(_find(data_dir, task, split, language), _COLUMNS, optional=1):
+    for _, (text1, text2, *_) in read_rows(find_split(data_dir, task, split, language), _COLUMNS, optional=1):
         yield text1, text2
 
 
-def _find(data_dir: str | Path, task: Task, split: str, language: str) -> Path:
+def find_split(data_dir: str | Path, task: Task, split: str, language: str) -> Path:
+    """The file that `load_split` reads; raises DataError where there is none."""
     candidates = [folder / f"{split}-{language}{suffix}" for folder in _folders(data_dir, task) for suffix in _SUFFIXES]
     for path in candidates:
         if path.is_file():

@@ -44,6 +44,11 @@ def pair_word_ids(encoded: BatchEncoding, texts: Sequence[tuple[str, str]]) -> t
     return ids
 
 
+def count_words(text: str) -> int:
+    """How many words the ids of a text count."""
+    return len(_word_ends(text))
+
+
 def _word_ends(text: str) -> list[int]:
     """Where each word ends: the index after its last character."""
     return [i + 1 for i, character in enumerate(text) if character != " " and text[i + 1 : i + 2] in ("", " ")]

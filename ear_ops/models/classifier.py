@@ -186,7 +186,7 @@ def load_classifier(
         if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
             raise FileNotFoundError("config.json")
         config = AutoConfig.from_pretrained(path)
-        _check_labels(config, num_labels, label_names, name_or_path)
+        _check_labels(config, num_labels, label_names, name_or_path, pooling)
         tokenizer = AutoTokenizer.from_pretrained(path)
         if isinstance(config, MeanPoolingConfig):
             if pooling == "cls":
@@ -203,11 +203,16 @@ def load_classifier(
 
 
 def _check_labels(
-    config: PretrainedConfig, num_labels: int, label_names: Sequence[str] | None, name_or_path: str | os.PathLike[str]
+    config: PretrainedConfig,
+    num_labels: int,
+    label_names: Sequence[str] | None,
+    name_or_path: str | os.PathLike[str],
+    pooling: str | None,
 ) -> None:
     """Raise where a trained head would be read with the wrong labels."""
     saved = list((config.id2label or {}).values())
-    if isinstance(config, MeanPoolingConfig) and len(saved) != num_labels:
+    own_head = pooling != "mean" and any("ForSequenceClassification" in name for name in config.architectures or ())
+    if (isinstance(config, MeanPoolingConfig) or own_head) and len(saved) != num_labels:
         raise ValueError(f"num_labels: {name_or_path} was saved with {len(saved)} labels {saved}, got {num_labels}")
     if label_names is not None and list(label_names) != saved and sorted(label_names) == sorted(saved):
         raise ValueError(f"label_names: {name_or_path} was saved with the order {saved}, got {list(label_names)}")

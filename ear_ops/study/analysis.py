@@ -13,16 +13,14 @@ import torch
 
 from ear_ops.analysis.figures import scatter_panels
 from ear_ops.analysis.states import alignment_by_layer, sentence_states, word_vectors
-from ear_ops.data import DataError, get_task, load_parallel, load_synonyms
-from ear_ops.models.classifier import load_classifier
-from ear_ops.models.vocabulary import restore_vocabulary
+from ear_ops.data import DataError, load_parallel, load_synonyms
 from ear_ops.study.definition import load_study
 from ear_ops.study.sweep import STUDY_FILE, StudyError, plan_of
 from ear_ops.training import checkpoints
-from ear_ops.training.config import TrainConfig
+from ear_ops.training.errors import ConfigError
 from ear_ops.training.folder import load_config, versions
 from ear_ops.training.reports import markdown_table
-from ear_ops.training.run import initial_model
+from ear_ops.training.run import initial_model, trained_model
 
 PICTURED_SENTENCES = 25  # of each language
 PICTURED_LANGUAGES = 6
@@ -56,11 +54,13 @@ def analyse(
 
     Raises:
         StudyError: a run has no model any more, a study has none yet, or two runs have one name.
-        ConfigError, RunFolderError: a study cannot be read, or a run of it is damaged.
+        ConfigError, RunFolderError: a study cannot be read, a run of it is damaged, or `limit` is below 4.
         DataError: no parallel sentences, or fewer than 4 of a language.
         ModuleNotFoundError: scikit-learn or matplotlib is missing.
     """
     _need_extra()
+    if limit is not None and limit < 4:
+        raise ConfigError(f"limit: expected at least 4 sentences a language, got {limit}")
     chosen, not_run = _runs_of(folders)
     runs = {folder.name: folder for folder in chosen}
     if len(runs) != len(chosen):
@@ -75,7 +75,7 @@ def analyse(
     before: dict[str, Any] = {}  # by pretrained model: runs of one differ by their heads, which are not measured
     for name, folder in runs.items():
         config = load_config(folder)
-        models = {"before": initial_model(config, None), "after": _trained_model(config, folder)}
+        models = {"before": initial_model(config, None), "after": trained_model(config, folder)}
         for model, _ in models.values():
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         if config.model not in before:
@@ -119,16 +119,6 @@ def _runs_of(folders: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
         runs += [folder / name for name, there in kept.items() if there]
         not_run += [name for name, there in kept.items() if not there]
     return runs, not_run
-
-
-def _trained_model(config: TrainConfig, folder: Path) -> tuple[Any, Any]:
-    """The run's model and tokenizer, with the whole vocabulary."""
-    trained, tokenizer = load_classifier(str(folder / "model"), len(get_task(config.task).labels))
-    if not config.prune_vocabulary:
-        return trained, tokenizer
-    model, whole = initial_model(config, None)
-    restore_vocabulary(trained, tokenizer, model, whole)
-    return model, whole
 
 
 def analysis_markdown(content: dict[str, Any]) -> str:
@@ -189,6 +179,10 @@ def _draw(
         (4, "Words and their synonyms, embedding layer", synonyms),
         (5, "Parallel sentences, last layer", sentences),
     ):
+        if number != 5:  # a zero-width space is a word to Python, and no piece
+            labelled = [
+                each for each in labelled if all(_pieces(tokenizer, each[1]) for _, tokenizer in models.values())
+            ]
         texts = [text for _, text in labelled]
         if len(texts) < 4:  # of no use as a t-SNE
             continue
@@ -198,6 +192,10 @@ def _draw(
         }
         path = output_dir / f"figure-{number}-{name}.png"
         scatter_panels(path, title, panels, [group for group, _ in labelled])
+
+
+def _pieces(tokenizer: Any, word: str) -> list[int]:
+    return tokenizer(word, add_special_tokens=False)["input_ids"]
 
 
 def _synonym_groups(path: str | Path, sentences: Iterable[str]) -> list[tuple[str, str]]:

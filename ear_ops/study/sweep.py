@@ -22,7 +22,7 @@ from ear_ops.models import OfflineModelError
 from ear_ops.study.definition import Group, Plan, Run, Study, load_study
 from ear_ops.training import checkpoints, run
 from ear_ops.training.errors import ConfigError
-from ear_ops.training.folder import FolderInUseError, RunFolderError, check_config, locked, read_json
+from ear_ops.training.folder import FolderInUseError, RunFolderError, changed_files, check_config, locked, read_json
 from ear_ops.training.reports import text_table
 from ear_ops.training.sources import missing_inputs
 
@@ -104,8 +104,8 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     with suppress(FolderInUseError), locked(folder):  # whoever is in there writes the same
         _write_study(study, folder, say)
-    for path, count in _missing_inputs(supposed, asked, folder).items():
-        say(f"{path} is not there: {count} runs need it and will fail")
+    for notice in _notices(supposed, asked, folder):
+        say(notice)
     progress, waited = Progress(), False
     while True:
         plan = plan_of(study, folder)
@@ -161,18 +161,27 @@ def outline(study_file: str | Path, folder: str | Path, groups: Sequence[str] = 
         runs = _of_groups(plan, own)
         finished = sum(results_of(folder, run) is not None for run in runs)
         rows.append([names, str(len(runs)), str(finished), waiting.get(names, "")])
-    missing = _missing_inputs(plan, asked, folder).items()
-    lines = [f"{path} is not there: {count} runs need it" for path, count in missing]
-    return "\n".join([text_table(["group", "runs", "finished", "waits for the choice of"], rows), *lines])
+    table = text_table(["group", "runs", "finished", "waits for the choice of"], rows)
+    return "\n".join([table, *_notices(plan, asked, folder)])
 
 
 def _of_groups(plan: Plan, groups: Sequence[Group]) -> list[Run]:
     return list(dict.fromkeys(member.run for member in plan.members if member.group in groups))
 
 
-def _missing_inputs(plan: Plan, groups: Sequence[Group], folder: Path) -> Counter[str]:
-    """Files and folders that are not there, each with the number of runs that need it."""
-    return Counter(path for run in _of_groups(plan, groups) for path in missing_inputs(run.config(folder)))
+def _notices(plan: Plan, groups: Sequence[Group], folder: Path) -> list[str]:
+    """What the runs that are left need and is not there, and what has changed since the others read it."""
+    runs = _of_groups(plan, groups)
+    finished = [each for each in runs if (folder / each.name / "results.json").exists()]
+    left = [each for each in runs if each not in finished]
+    needed = Counter(path for each in left for path in missing_inputs(each.config(folder)))
+    notices = [f"{path} is not there: {count} runs need it and will fail" for path, count in needed.items()]
+    for each in finished:
+        if changed := changed_files(folder / each.name, each.config(folder)):
+            notices.append(
+                f"{each.name} read other contents of {', '.join(changed)}: delete its folder to run it again"
+            )
+    return notices
 
 
 def _write_study(study: Study, folder: Path, say: Callable[[str], None]) -> None:

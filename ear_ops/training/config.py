@@ -174,6 +174,21 @@ class TrainConfig:
                 "no training data: pass --data-dir with a folder that holds train-en.tsv and dev-XX.tsv "
                 f"(`--data-dir {MINI}` for the small built-in set), or --hub"
             )
+        if self.languages is not None and not self.language_list:
+            raise ConfigError(
+                f"languages must name some, as `en,de,zh`, got {self.languages!r}; without it, all at hand"
+            )
+        if self.hub:
+            known = TASKS[self.task].languages
+            for name, codes in (("source_language", [self.source_language]), ("languages", self.language_list or [])):
+                for code in codes:
+                    if code not in known:
+                        raise ConfigError(f"{name}: the Hub has {self.task} in {', '.join(known)}, got {code!r}")
+        if METHODS[self.method].two_views and {self.synonyms, self.variants_file} == {None} and self.data_dir != MINI:
+            raise ConfigError(
+                f"method {self.method!r} needs an augmented view of the training pairs: pass --synonyms with a "
+                "dictionary such as counterfitted_neighbors.json, or --variants-file with what `ear-ops augment` wrote"
+            )
         if self.variants == "all" and self.variants_file is None:
             raise ConfigError("variants='all' trains on every row of a variants file: pass --variants-file too")
         if self.variants_file is not None:
@@ -196,10 +211,12 @@ class TrainConfig:
     def without_effect(self) -> list[str]:
         """Settings with a value of their own, other than the preset's, that this run does not look at; but for the path
         of the synonyms, which one command may give to every method."""
-        from ear_ops.training.methods import OWN_SETTINGS
+        from ear_ops.training.methods import METHODS, OWN_SETTINGS
 
         usual = {each.name: each.default for each in fields(self)} | PRESETS[self.preset]
         idle = sorted(OWN_SETTINGS - self.used - {"synonyms"})
+        if not METHODS[self.method].two_views:
+            idle.append("measure_gradients")
         return [name for name in idle if getattr(self, name) not in (None, usual[name])]
 
     @property

@@ -57,7 +57,7 @@ def score(language: str, examples: Sequence[PairExample], predictions: Sequence[
     translated = None
     if task == "pawsx":
         kept = [hit for hit, example in zip(right, examples, strict=True) if not is_untranslated(example)]
-        translated = Score(sum(kept), len(kept))
+        translated = Score(sum(kept), len(kept)) if kept else None
     return LanguageScore(language, Score(sum(right), len(right)), translated)
 
 

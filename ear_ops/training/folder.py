@@ -1,6 +1,6 @@
 """The folder of a run: which configuration it belongs to, how far it got, and that one process works in it.
 
-config.json                     the configuration, and the versions it started with
+config.json                     the configuration, the versions it started with, and digests of the files it read
 checkpoints/checkpoint-N/       while training; each ends with its manifest
 model/                          the best checkpoint, when training is over
 training.json                   the log, the best step, what is to be said about the run
@@ -22,6 +22,7 @@ from typing import Any
 from ear_ops.training import processes
 from ear_ops.training.checkpoints import write_json
 from ear_ops.training.config import TrainConfig
+from ear_ops.training.sources import digests
 
 _OWN_FILES = {".lock", "config.json", "config.json.tmp"}  # what a run that computed nothing may have left
 _PACKAGES = ("ear-ops", "torch", "transformers", "accelerate", "tokenizers")
@@ -42,20 +43,33 @@ def claim(folder: Path, config: TrainConfig) -> None:
     taken over. Call it under the lock of the folder.
 
     Raises:
-        RunFolderError: it holds a run of another configuration (the message lists the settings that differ), or files
-            that no run wrote. Nothing is overwritten.
+        RunFolderError: it holds a run of another configuration (the message lists the settings that differ), one that
+            read files which have changed since, or files that no run wrote. Nothing is overwritten.
     """
     folder.mkdir(parents=True, exist_ok=True)
     others = sorted(path.name for path in folder.iterdir() if path.name not in _OWN_FILES and not _is_empty(path))
     if (folder / "config.json").exists():
-        if others or load_config(folder).to_dict() == config.to_dict():
+        load_config(folder)  # which something else may have written
+        if others:
             check_config(folder, config)
+            if changed := changed_files(folder, config):
+                raise RunFolderError(
+                    f"{folder} holds a run that read other contents of {', '.join(changed)}: bring these back, choose "
+                    "another --output-dir, or delete the folder"
+                )
             return
     elif others:
         raise RunFolderError(
             f"{folder} is not empty and holds no run (it has {', '.join(others[:5])}): choose another --output-dir"
         )
-    write_json(folder / "config.json", {"config": config.to_dict(), "versions": versions()})
+    content = {"config": config.to_dict(), "versions": versions(), "files": digests(config)}
+    write_json(folder / "config.json", content)
+
+
+def changed_files(folder: Path, config: TrainConfig) -> list[str]:
+    """The files with other contents now than when the run of this folder began; those that are gone do not count."""
+    then = read_json(folder / "config.json").get("files", {})  # which runs of older versions do not have
+    return [path for path, digest in digests(config).items() if then.get(path, digest) != digest]
 
 
 def _is_empty(path: Path) -> bool:

@@ -93,7 +93,10 @@ def gradient_squares(
                 losses = {"cross_entropy": robust_cross_entropy(logits, batch["labels"])}
                 for term, site in zip(terms, sites, strict=True):
                     losses[term.name] = term.term(site.read(record, term.name), None)
+            places = {name: place for name, place in places.items() if place.requires_grad}  # not: frozen embeddings
             for name, loss in losses.items():
+                if not loss.requires_grad:
+                    continue
                 found = torch.autograd.grad(loss, list(places.values()), retain_graph=True, allow_unused=True)
                 for place, gradient in zip(places, found, strict=True):
                     if gradient is not None:

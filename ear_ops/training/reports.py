@@ -29,19 +29,21 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def summarise(scores: Sequence[LanguageScore], source_language: str = "en") -> dict[str, Any]:
     """Per-language accuracies and their averages, ready for JSON. Every language weighs the same in an average;
     `average_other` leaves out the language trained on."""
-    accuracies = {entry.language: entry.all.accuracy for entry in scores}
-    others = [accuracy for language, accuracy in accuracies.items() if language != source_language]
-    summary: dict[str, Any] = {
-        "average": _mean(accuracies.values()),
-        "average_other": _mean(others),
-        "languages": {entry.language: _score_to_dict(entry.all) for entry in scores},
+    languages: dict[str, dict[str, Any]] = {}
+    for entry in scores:
+        languages[entry.language] = _score_to_dict(entry.all)
+        if entry.translated:
+            languages[entry.language]["translated"] = _score_to_dict(entry.translated)
+    return {**_averages(languages, source_language), "languages": languages}
+
+
+def _averages(languages: dict[str, dict[str, Any]], source: str) -> dict[str, float | None]:
+    averages = {
+        "average": _mean(score["accuracy"] for score in languages.values()),
+        "average_other": _mean(score["accuracy"] for language, score in languages.items() if language != source),
     }
-    if any(entry.translated for entry in scores):
-        for entry in scores:
-            if entry.translated:
-                summary["languages"][entry.language]["translated"] = _score_to_dict(entry.translated)
-        summary["average_translated"] = _mean(entry.translated.accuracy for entry in scores if entry.translated)
-    return summary
+    translated = [score["translated"]["accuracy"] for score in languages.values() if "translated" in score]
+    return {**averages, "average_translated": _mean(translated)} if translated else averages
 
 
 def results_text(results: dict[str, Any]) -> str:
@@ -65,7 +67,7 @@ def results_markdown(results: dict[str, Any]) -> str:
 
 
 def comparison(runs: Sequence[dict[str, Any]], table: Table = text_table) -> str:
-    """Runs by languages in one table, accuracies in percent; the languages that any of the runs has.
+    """Runs by languages in one table, accuracies in percent; averages over the languages that all of the runs have.
 
     Raises:
         NotComparableError: the runs were not scored on the same task and split.
@@ -77,15 +79,21 @@ def comparison(runs: Sequence[dict[str, Any]], table: Table = text_table) -> str
     languages = list(dict.fromkeys(language for run in runs for language in run["languages"]))
     sources = {source_of(run) for run in runs}
     source = sources.pop() if len(sources) == 1 else "source"
-    averages = {"average": "avg", "average_other": f"avg w/o {source}", "average_translated": "avg w/o NS"}
-    shown = [key for key in averages if any(run.get(key) is not None for run in runs)]
-    header = ["run", *languages, *(averages[key] for key in shown)]
+    names = {"average": "avg", "average_other": f"avg w/o {source}", "average_translated": "avg w/o NS"}
+    shared = [language for language in languages if all(language in run["languages"] for run in runs)]
+    averages = [
+        _averages({language: run["languages"][language] for language in shared}, source_of(run)) for run in runs
+    ]
+    shown = [key for key in names if any(each.get(key) is not None for each in averages)]
+    header = ["run", *languages, *(names[key] for key in shown)]
     rows = []
-    for run, name in zip(runs, _run_names(runs), strict=True):
+    for run, name, own in zip(runs, _run_names(runs), averages, strict=True):
         scores = [run["languages"].get(language) for language in languages]
         cells = [_percent(score["accuracy"]) if score else "" for score in scores]
-        rows.append([name, *cells, *(_percent(run.get(key)) for key in shown)])
+        rows.append([name, *cells, *(_percent(own.get(key)) for key in shown)])
     notes = [f"* collapsed: {run['notices'][0]}" for run in runs if run["collapsed"]]
+    if len(shared) < len(languages):
+        notes.append(f"Averages are over the languages that all runs have: {', '.join(shared) or 'none'}.")
     return "\n".join([table(header, rows), *notes])
 
 
@@ -145,15 +153,20 @@ def _title(results: dict[str, Any]) -> str:
 
 
 def _run_names(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """`ear (paper), seed 1`; what all runs share besides the method is in their configurations."""
+    """`ear (paper), seed 1`, and the settings in which runs differ that would have one name; what all runs share
+    besides the method is in their configurations."""
     names = []
     for run in runs:
         preset = f" ({run['config']['preset']})" if run["regularised"] else ""
         source = "" if source_of(run) == "en" else f", from {source_of(run)}"
-        names.append(
-            f"{run['config']['method']}{preset}{source}, seed {run['config']['seed']}{' *' * run['collapsed']}"
-        )
-    return names
+        names.append(f"{run['config']['method']}{preset}{source}, seed {run['config']['seed']}")
+    told = []
+    for run, name in zip(runs, names, strict=True):
+        same = [other["config"] for other, own in zip(runs, names, strict=True) if own == name]
+        differing = [key for key, value in run["config"].items() if any(other.get(key) != value for other in same)]
+        settings = [f"{key} {run['config'][key]}" for key in differing if key not in ("data_dir", "synonyms")]
+        told.append(", ".join([name, *settings]) + " *" * run["collapsed"])
+    return told
 
 
 def source_of(run: dict[str, Any]) -> str:

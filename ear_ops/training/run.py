@@ -13,7 +13,7 @@ from transformers import TrainingArguments, set_seed
 
 from ear_ops.data import PairCollator, PairExample, PairViews, get_task
 from ear_ops.models.classifier import load_classifier
-from ear_ops.models.vocabulary import prune_vocabulary
+from ear_ops.models.vocabulary import prune_vocabulary, restore_vocabulary
 from ear_ops.training import checkpoints, processes
 from ear_ops.training.config import CHOICES, RATIOS, TrainConfig
 from ear_ops.training.diagnosis import beats_majority, chance_level, collapse_notice, last_quarter
@@ -63,13 +63,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def evaluate(folder: str | Path, split: str | None = None, data_dir: str | None = None) -> dict[str, Any]:
     """Score the model of a finished run once more, and write the tables (`results-SPLIT.*` for another split).
 
+    A pruned vocabulary comes back whole, since the texts may be others than those that it was pruned to.
+
     Args:
         split: `dev` or `test`; by default that of the configuration.
         data_dir: where the data are now; by default where they were.
 
     Raises:
         ConfigError: `split` is neither.
-        RunFolderError: the folder holds no run, or an unfinished one.
+        RunFolderError: the folder holds no run, an unfinished one, or scores of items that would be lost.
         DataError: data are missing or malformed.
     """
     if split is not None and split not in CHOICES["eval_split"]:
@@ -83,7 +85,7 @@ def evaluate(folder: str | Path, split: str | None = None, data_dir: str | None 
     processes.start(config.bf16)
     with ExitStack() as held:
         processes.on_main(lambda: held.enter_context(locked(folder)))
-        return _evaluate(config, folder, split or config.eval_split)
+        return _evaluate(config, folder, split or config.eval_split, again=True)
 
 
 def _open(config: TrainConfig, folder: Path, held: ExitStack) -> dict[str, Any] | None:
@@ -195,6 +197,17 @@ def initial_model(config: TrainConfig, data: TrainingData | None) -> tuple[Any, 
     return model, tokenizer
 
 
+def trained_model(config: TrainConfig, folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a finished run with the whole vocabulary, also where the run has pruned it: the pieces
+    that were dropped would have come out of training as they went in."""
+    model, tokenizer = load_classifier(str(folder / "model"), len(get_task(config.task).labels))
+    if not config.prune_vocabulary:
+        return model, tokenizer
+    initial, whole = initial_model(config, None)
+    restore_vocabulary(model, tokenizer, initial, whole)
+    return initial, whole
+
+
 def make_trainer(
     config: TrainConfig,
     folder: Path,
@@ -255,11 +268,16 @@ def make_trainer(
     )
 
 
-def _evaluate(config: TrainConfig, folder: Path, split: str) -> dict[str, Any]:
-    """Score every language, each in one of the processes, and write the tables."""
+def _evaluate(config: TrainConfig, folder: Path, split: str, again: bool = False) -> dict[str, Any]:
+    """Score every language, each in one of the processes, and write the tables; `again`: after the run has ended."""
     examples = load_split_of(config, split, config.language_list)
+    suffix = "" if split == config.eval_split else f"-{split}"
     model: Any
-    model, tokenizer = load_classifier(str(folder / "model"), len(get_task(config.task).labels))
+    if again:
+        processes.on_main(lambda: _check_nothing_is_lost(folder / f"results{suffix}.json", examples))
+        model, tokenizer = trained_model(config, folder)
+    else:
+        model, tokenizer = load_classifier(str(folder / "model"), len(get_task(config.task).labels))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     own = list(examples)[processes.rank() :: processes.count()]
     predictions = {
@@ -276,13 +294,29 @@ def _evaluate(config: TrainConfig, folder: Path, split: str) -> dict[str, Any]:
     }
     gathered = processes.gather(predictions)
     predictions = {language: gathered[language] for language in examples}
-    return processes.on_main(lambda: _write_results(config, folder, split, examples, predictions))
+    return processes.on_main(lambda: _write_results(config, folder, split, suffix, examples, predictions))
+
+
+def _check_nothing_is_lost(path: Path, examples: dict[str, list[PairExample]]) -> None:
+    """Raises RunFolderError where the results there count items that `examples` does not have."""
+    if not path.exists():
+        return
+    there = {language: score["total"] for language, score in read_json(path)["languages"].items()}
+    here = {language: len(examples.get(language, ())) for language in there}
+    if other := [
+        f"{name}: {there[name]} there, {here[name]} in the data" for name in there if there[name] != here[name]
+    ]:
+        raise RunFolderError(
+            f"{path} counts other items than these data have ({'; '.join(other)}), and would be overwritten: give the "
+            "--data-dir that the run was scored on, or score a copy of its folder without this file"
+        )
 
 
 def _write_results(
     config: TrainConfig,
     folder: Path,
     split: str,
+    suffix: str,
     examples: dict[str, list[PairExample]],
     predictions: dict[str, list[int]],
 ) -> dict[str, Any]:
@@ -310,7 +344,6 @@ def _write_results(
         "date": date.today().isoformat(),
         "timing": training["timing"],
     }
-    suffix = "" if split == config.eval_split else f"-{split}"
     checkpoints.write_json(folder / f"predictions{suffix}.json", predictions)
     checkpoints.write_atomically(folder / f"results{suffix}.md", results_markdown(results))
     checkpoints.write_json(folder / f"results{suffix}.json", results)  # last: it says that the run is finished

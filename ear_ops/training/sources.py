@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
 from ear_ops.data import (
+    DataError,
     PairExample,
     PairViews,
     SynonymAugmenter,
@@ -23,7 +28,7 @@ from ear_ops.data import (
     read_variants,
     write_variants,
 )
-from ear_ops.data.pairs import load_texts
+from ear_ops.data.pairs import find_split, load_texts
 from ear_ops.training.config import MINI, TrainConfig
 from ear_ops.training.errors import ConfigError
 
@@ -85,10 +90,7 @@ def load_augmenter(config: TrainConfig) -> SynonymAugmenter:
 
         path = str(mini_data_dir() / "synonyms.json")
     if path is None:
-        raise ConfigError(
-            f"method {config.method!r} needs an augmented view of the training pairs: pass --synonyms with a "
-            "dictionary such as counterfitted_neighbors.json, or --variants-file with the output of `ear-ops augment`"
-        )
+        raise ConfigError("no words to replace: pass --synonyms with a dictionary such as counterfitted_neighbors.json")
     synonyms = load_synonyms(path, scale=config.dictionary_scale, seed=config.seed)
     return SynonymAugmenter(synonyms, match=config.match)
 
@@ -108,7 +110,9 @@ def load_split_of(config: TrainConfig, split: str, languages: list[str] | None =
 
 def missing_inputs(config: TrainConfig) -> list[str]:
     """The files and folders that a run needs and that are not there, as far as that shows without reading any."""
-    named = (config.data_dir, config.synonyms, config.variants_file)
+    named = [config.data_dir, config.synonyms, config.variants_file]
+    if config.model.startswith((".", os.sep)):  # else it may be a name on the Hub
+        named.append(config.model)
     missing = [path for path in named if path not in (None, MINI) and not Path(path).exists()]
     if config.hub or config.data_dir in missing:
         return missing
@@ -116,9 +120,27 @@ def missing_inputs(config: TrainConfig) -> list[str]:
     if config.variants_file is None:
         needed.insert(0, ("train", config.source_language))
     task, folder = get_task(config.task), _data_dir(config)
-    present = {split: available_languages(folder, task, split) for split, _ in needed}
+    present = {split: available_languages(folder, task, split) for split in ("train", "dev", "test")}
+    if not present[config.eval_split]:
+        needed.append((config.eval_split, config.source_language))
     absent = [f"{split}-{language}.tsv" for split, language in needed if language not in present[split]]
     return missing + [str(Path(folder) / name) for name in dict.fromkeys(absent)]
+
+
+def digests(config: TrainConfig) -> dict[str, str]:
+    """SHA-256 by path, of the files that a run trains on and chooses its checkpoint by; of those that are there."""
+    paths = [config.variants_file, config.synonyms]
+    if not config.hub:
+        for split in ("dev",) if config.variants_file is not None else ("train", "dev"):
+            with suppress(DataError):
+                paths.append(str(find_split(_data_dir(config), get_task(config.task), split, config.source_language)))
+    present = [path for path in paths if path is not None and Path(path).is_file()]
+    return {path: _digest(path, Path(path).stat().st_mtime_ns) for path in present}
+
+
+@cache
+def _digest(path: str, modified: int) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def evaluation_texts(config: TrainConfig) -> Iterator[str]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ear_ops.trainer import RegularizedTrainerMixin, StepLoss
 from ear_ops.training import checkpoints
@@ -114,8 +115,8 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
     Args:
         method: makes the loss; its regularisers are attached to `model` until `detach()`.
         train_dataset: items are originals with their augmented view (`PairViews`), with a `set_epoch`.
-        evaluations_per_epoch: evaluate `eval_dataset` and save so often, evenly, whatever the steps in `args` say; None
-            leaves both to `args`.
+        evaluations_per_epoch: evaluate `eval_dataset` and save so often, evenly, whatever the steps in `args` say, and
+            keep the newest and the best checkpoint; None leaves all that to `args`.
         group_by_length: make steps of pairs of like length.
         compiled: take training steps with `torch.compile`; evaluation, and whoever else calls the model, does not.
 
@@ -155,6 +156,7 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         )
         self.method = method
         self.order = order
+        self.prunes_checkpoints = evaluations_per_epoch is not None
         self.compiled = compiled
         self._compiled_model: Any = None
         self._step, self._part = 0, -1  # of the last batch: step of the optimiser, and which of its parts
@@ -184,7 +186,8 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         loss = F.cross_entropy(outputs.logits, labels)
-        return (loss, outputs) if return_outputs else loss
+        # The Trainer gathers whatever else is in there, such as the hidden states of an encoder.
+        return (loss, SequenceClassifierOutput(logits=outputs.logits)) if return_outputs else loss
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> EpochOrder:
         return self.order
@@ -201,6 +204,8 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         if not self.args.should_save:
             return
         checkpoints.mark_complete(self._checkpoint(self.state.global_step))
+        if not self.prunes_checkpoints:
+            return
         needed = {self._checkpoint(self.state.global_step), self._checkpoint(self.state.best_global_step)}
         for folder in checkpoints.complete_checkpoints(self._checkpoint(0).parent):
             if folder not in needed:

@@ -94,3 +94,8 @@ def test_word_ids_are_asked_for_and_need_offsets() -> None:
     slow.__class__ = type("Slow", (PreTrainedTokenizerFast,), {"is_fast": property(lambda self: False)})
     with pytest.raises(ValueError, match="word_ids: expected a fast tokenizer"):
         PairCollator(slow, max_length=16, word_ids=True)
+
+
+def test_views_of_different_numbers_of_words_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"item 0 has 2 in 'a cat' and 3 in 'a big cat'"):
+        collate(word_piece(), ("sat", "a cat"), ("sat", "a big cat"))

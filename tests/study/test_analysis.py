@@ -20,6 +20,7 @@ from ear_ops.models.vocabulary import restore_vocabulary
 from ear_ops.study.analysis import _synonym_groups, analyse
 from ear_ops.study.definition import load_study
 from ear_ops.study.sweep import StudyError, plan_of, sweep
+from ear_ops.training.errors import ConfigError
 from ear_ops.training.folder import load_config
 from ear_ops.training.run import train
 
@@ -40,7 +41,9 @@ def test_measures_and_figures_of_a_run(write_study, data_dir: Path, parallel_dir
     )
     (name,) = sweep(study, tmp_path / "study").finished
     run, output = tmp_path / "study" / name, tmp_path / "analysis"
-    content = analyse([run], parallel_dir, output, synonyms=data_dir / "synonyms.json", limit=20)
+    synonyms = tmp_path / "synonyms.json"  # with a neighbour of no piece, which cannot be pictured
+    synonyms.write_text(json.dumps({**json.loads((data_dir / "synonyms.json").read_text()), "d1": [" ", "b1"]}))
+    content = analyse([run], parallel_dir, output, synonyms=synonyms, limit=20)
 
     entry = content["runs"][name]
     model, small = load_classifier(str(run / "model"), 3)
@@ -126,8 +129,9 @@ def test_figure_4_shows_words_that_the_sentences_use(tmp_path: Path) -> None:
 def test_too_few_sentences_are_named(write_study, parallel_dir: Path, tmp_path: Path) -> None:
     study = write_study({"name": "kept", "keep_model": True}, method="finetune", epochs=1)
     (name,) = sweep(study, tmp_path / "study").finished
+    (parallel_dir / "de-en.tsv").write_text("b1\ta1\n" * 3)
     with pytest.raises(DataError, match="expected at least 4 sentences of each language, got fewer of de"):
-        analyse([tmp_path / "study" / name], parallel_dir, tmp_path / "analysis", limit=3)
+        analyse([tmp_path / "study" / name], parallel_dir, tmp_path / "analysis")
 
 
 def test_a_picture_is_the_same_twice() -> None:
@@ -135,3 +139,8 @@ def test_a_picture_is_the_same_twice() -> None:
     assert (tsne(vectors) == tsne(vectors)).all() and tsne(vectors).shape == (12, 2)
     with pytest.raises(ValueError, match="at least 4"):
         tsne(vectors[:3])
+
+
+def test_too_few_sentences_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"limit: expected at least 4 .*, got -5"):
+        analyse([], tmp_path, tmp_path, limit=-5)

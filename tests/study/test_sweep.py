@@ -301,13 +301,33 @@ def test_languages_that_have_no_file_are_named_before_anything_runs(
 ) -> None:
     grid = {"source_language": ["en", "xx"], "languages": ["en,de", "en,yy"]}
     study = write_study({"name": "languages", "settings": {"method": "finetune"}, "grid": grid})
+    said = outline(study, tmp_path / "study").splitlines()[-3:]
+    sweep(study, tmp_path / "study", say=said.append)
+    assert (
+        said[:3]
+        == said[3:6]
+        == [
+            f"{data_dir / name} is not there: 2 runs need it and will fail"
+            for name in ("dev-yy.tsv", "train-xx.tsv", "dev-xx.tsv")
+        ]
+    )
+
+
+def test_inputs_of_finished_runs_may_be_gone_but_not_changed(
+    write_study, tmp_path: Path, data_dir: Path, trained: list[str]
+) -> None:
+    synonyms = tmp_path / "synonyms.json"
+    synonyms.write_bytes((data_dir / "synonyms.json").read_bytes())
+    study = write_study({"name": "ear", "settings": {"method": "ear"}}, synonyms=str(synonyms))
+    sweep(study, tmp_path / "study")
+    assert "other contents" not in outline(study, tmp_path / "study")
+    synonyms.write_text('{"a0": ["b0"]}')
     said: list[str] = []
     sweep(study, tmp_path / "study", say=said.append)
-    assert said[:3] == [
-        f"{data_dir / name} is not there: 2 runs need it and will fail"
-        for name in ("dev-yy.tsv", "train-xx.tsv", "dev-xx.tsv")
-    ]
-    assert "train-xx.tsv is not there: 2 runs need it" in outline(study, tmp_path / "study")
+    assert said == [f"{trained[0]} read other contents of {synonyms}: delete its folder to run it again"]
+    synonyms.unlink()
+    sweep(study, tmp_path / "study", say=lambda line: pytest.fail(line))
+    assert len(trained) == 1
 
 
 def test_what_there_is_to_run_can_be_asked(write_study, tmp_path: Path, trained: list[str]) -> None:

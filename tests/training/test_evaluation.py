@@ -40,6 +40,11 @@ def test_wilson_interval_needs_items() -> None:
         wilson_interval(0, 0)
 
 
+def test_a_language_without_any_translated_row_has_no_accuracy_without_them() -> None:
+    result = score("ko", [PairExample("NS", "NS", 0)], [0], task="pawsx")
+    assert result.all.accuracy == 1.0 and result.translated is None
+
+
 def test_untranslated_rows_of_pawsx_are_scored_and_left_out_beside() -> None:
     examples = [
         PairExample("a", "b", 1),

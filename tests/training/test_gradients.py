@@ -120,3 +120,11 @@ def test_before_and_after_are_measured_in_one_precision(make_config, tmp_path) -
     settings = {"epochs": 1, "measure_gradients": 2, "bf16": True, "learning_rate": 0.0}
     ratios = run.train(make_config(output_dir=str(tmp_path / "run"), **settings))["gradient_ratios"]
     assert ratios["after"] == ratios["before"]
+
+
+def test_frozen_embeddings_are_not_looked_at(model, batch) -> None:
+    terms = [EmbeddingPush(), AttentionPull(2)]
+    whole = gradient_ratios(model, terms, 2, [batch])
+    model.bert.embeddings.requires_grad_(False)
+    ratios = gradient_ratios(model, terms, 2, [batch])
+    assert ratios == pytest.approx({name: whole[name] for name in whole if "embeddings" not in name}) and ratios

@@ -109,11 +109,20 @@ def test_runs_side_by_side() -> None:
         make_results("rs-da", languages={"en": make_results()["languages"]["en"]}),
     ]
     lines = comparison(runs).splitlines()
-    assert lines[0].split() == ["run", "en", "ko", "avg", "avg", "w/o", "en"]
-    assert lines[2].split() == ["finetune,", "seed", "1", "80.0", "60.0", "70.0", "60.0"]
-    assert lines[3].startswith("ear (paper), seed 1 *") and lines[4].split()[3:] == ["80.0", "70.0", "60.0"]
-    assert lines[-1] == "* collapsed: at chance"
+    assert lines[0].split() == ["run", "en", "ko", "avg"]
+    assert lines[2].split() == ["finetune,", "seed", "1", "80.0", "60.0", "80.0"]
+    assert lines[3].startswith("ear (paper), seed 1 *") and lines[4].split()[3:] == ["80.0", "80.0"]
+    assert lines[-2:] == ["* collapsed: at chance", "Averages are over the languages that all runs have: en."]
     assert comparison(runs, markdown_table).startswith("| run | en | ko |")
+
+
+def test_runs_of_one_method_are_told_apart_by_what_differs() -> None:
+    configs = [{**make_results()["config"], "learning_rate": rate} for rate in (1e-5, 2e-5)]
+    runs = [make_results("finetune"), *(make_results(config=config) for config in configs)]
+    names = [line.split("  ")[0] for line in comparison(runs).splitlines()[2:]]
+    assert names == ["finetune, seed 1", *(f"ear (paper), seed 1, learning_rate {rate}" for rate in (1e-05, 2e-05))]
+    lines = comparison(runs[:2]).splitlines()
+    assert lines[0].split()[-4:] == ["avg", "avg", "w/o", "en"] and lines[2].split()[-2:] == ["70.0", "60.0"]
 
 
 def test_only_runs_of_one_task_and_split_compare() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer, MBartConfig, MBartModel
 
 from ear_ops.data import DataError
 from ear_ops.training import run
@@ -203,6 +204,86 @@ def test_evaluate_repeats_the_last_step(finished: TrainConfig, tmp_path: Path) -
     on_test = run.evaluate(config.output_dir, split="test")
     assert on_test["split"] == "test" and (tmp_path / "run" / "results-test.md").exists()
     assert json.loads((tmp_path / "run" / "results.json").read_text())["split"] == "dev"
+
+
+def test_scores_are_not_overwritten_by_those_of_other_items(
+    finished: TrainConfig, data_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data_dir, tmp_path / "other")
+    german = tmp_path / "other" / "xnli" / "dev-de.tsv"
+    german.write_text("".join(german.read_text().splitlines(keepends=True)[:5]))
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    with pytest.raises(RunFolderError, match=r"results\.json counts other items .*\(de: 15 there, 5 in the data\)"):
+        run.evaluate(finished.output_dir, data_dir=str(tmp_path / "other"))
+    german.rename(german.with_name("dev-fr.tsv"))
+    with pytest.raises(RunFolderError, match="de: 15 there, 0 in the data"):
+        run.evaluate(finished.output_dir, data_dir=str(tmp_path / "other"))
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+    shutil.copy(data_dir / "xnli" / "dev-de.tsv", german)  # a language more loses nothing
+    results = run.evaluate(finished.output_dir, data_dir=str(tmp_path / "other"))
+    assert list(results["languages"]) == ["en", "de", "fr", "sw"]
+
+
+def test_evaluate_reads_new_texts_with_the_whole_vocabulary(
+    make_config, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(data_dir, tmp_path / "data")
+    for path in (tmp_path / "data" / "xnli").glob("test-*.tsv"):
+        path.unlink()
+    config = make_config(data_dir=str(tmp_path / "data"), method="finetune", epochs=1, prune_vocabulary=True)
+    trained = run.train(config)
+    (tmp_path / "data" / "xnli" / "test-en.tsv").write_text("unused3 a1\tindeed\tentailment\n")
+    pieces = []
+    predict = run.predict
+
+    def listening(model: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> list[int]:
+        pieces.append(tokenizer.tokenize("unused3 a1"))
+        return predict(model, tokenizer, *args, **kwargs)
+
+    monkeypatch.setattr(run, "predict", listening)
+    run.evaluate(config.output_dir, split="test")
+    assert pieces == [["unused3", "a1"]]
+    assert metrics(run.evaluate(config.output_dir)) == metrics(trained)
+
+
+def test_files_that_changed_since_the_run_began_are_named(make_config, data_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(data_dir, tmp_path / "data")
+    train, dev = (tmp_path / "data" / "xnli" / f"{split}-en.tsv" for split in ("train", "dev"))
+    config, folder = make_config(data_dir=str(tmp_path / "data")), tmp_path / "run"
+    claim(folder, config)
+    dev.write_text(dev.read_text() + "a1\tindeed\tentailment\n")
+    claim(folder, config)  # nothing has been computed from it
+    (folder / "checkpoints" / "checkpoint-4").mkdir(parents=True)
+    claim(folder, config)
+    train.write_text(train.read_text() + "a1\tindeed\tentailment\n")
+    with pytest.raises(RunFolderError, match=r"other contents of \S*train-en\.tsv: bring"):
+        claim(folder, config)
+    shutil.copy(data_dir / "xnli" / "train-en.tsv", train)
+    (tmp_path / "data" / "xnli" / "dev-de.tsv").write_text("")  # scored, and not learnt from
+    claim(folder, config)
+
+
+def test_a_model_with_a_decoder_is_evaluated_while_it_trains(make_config, tiny_model: Path, tmp_path: Path) -> None:
+    """Its output holds the encoder's states besides the logits."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model, eos_token="[SEP]")
+    config = MBartConfig(
+        vocab_size=len(tokenizer),
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        decoder_start_token_id=tokenizer.sep_token_id,
+    )
+    MBartModel(config).save_pretrained(tmp_path / "mbart")
+    tokenizer.save_pretrained(tmp_path / "mbart")
+    results = run.train(make_config(model=str(tmp_path / "mbart"), method="finetune", epochs=1, pooling="cls"))
+    assert 0 <= results["best"]["dev_accuracy"] <= 1 and list(results["languages"]) == ["en", "de", "sw"]
 
 
 def test_evaluate_needs_a_finished_run(make_config, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import pytest
 
 from ear_ops.data import DataError, PairExample
 from ear_ops.training import sources
+from ear_ops.training.errors import ConfigError
 from ear_ops.training.sources import (
     evaluation_texts,
     load_split_of,
     load_training_data,
+    missing_inputs,
     write_variants_file,
 )
 
@@ -111,3 +113,18 @@ def test_the_built_in_data_come_with_their_synonyms(make_config) -> None:
     data = load_training_data(make_config(data_dir="mini", synonyms=None), True)
     assert len(data.views) >= 120 and data.replaced is not None and data.replaced["replaced"] > 0
     assert len(load_split_of(make_config(data_dir="mini"), "test")) == 15
+
+
+def test_what_a_run_needs_and_is_not_there_shows_without_reading(make_config, data_dir: Path, tmp_path: Path) -> None:
+    assert missing_inputs(make_config()) == []
+    shutil.copytree(data_dir, tmp_path / "data")
+    for path in (tmp_path / "data" / "xnli").glob("test-*.tsv"):
+        path.unlink()
+    config = make_config(data_dir=str(tmp_path / "data"), eval_split="test", model="./nowhere")
+    assert missing_inputs(config) == ["./nowhere", str(tmp_path / "data" / "test-en.tsv")]
+    assert missing_inputs(make_config(model="bert-base-multilingual-cased")) == [], "which may be on the Hub"
+
+
+def test_variants_need_a_dictionary(make_config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no words to replace: pass --synonyms"):
+        write_variants_file(make_config(method="finetune", synonyms=None), str(tmp_path / "v.tsv"))

@@ -67,6 +67,16 @@ def test_every_method_takes_the_same_originals_in_the_same_step(make_config, tmp
     assert any(variants[x] != xa for batch in seen["ear"][8:] for x, xa in batch), "other variants in the second epoch"
 
 
+def test_checkpoints_are_kept_unless_the_trainer_makes_the_schedule(make_config, tmp_path: Path) -> None:
+    trainer = make_trainer(make_config(epochs=1), tmp_path, save_strategy="steps", save_steps=3)
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-6",
+        "checkpoint-8",
+    ]
+
+
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int) -> list[int]:
         sampler = EpochOrder(PairViews([None] * 50), seed)

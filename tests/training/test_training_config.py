@@ -52,6 +52,29 @@ def test_a_value_of_another_kind_is_refused(settings: dict, words: str) -> None:
     assert TrainConfig(data_dir="mini", alpha=1, learning_rate=None, max_train_examples=None).alpha == 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"data_dir": "mini", "languages": ""}, "languages must name some, as `en,de,zh`, got ''"),
+        ({"data_dir": "mini", "languages": " ,"}, "languages must name some"),
+        (
+            {"hub": True, "method": "finetune", "source_language": "xx"},
+            "source_language: .* in en, ar, .* got 'xx'",
+        ),
+        ({"hub": True, "method": "finetune", "languages": "en,yy"}, "languages: .* got 'yy'"),
+        ({"data_dir": "data", "method": "rs-da"}, "method 'rs-da' needs an augmented view .* --synonyms"),
+    ],
+)
+def test_what_would_fail_later_is_refused_at_once(settings: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TrainConfig(**settings)
+
+
+def test_measuring_gradients_of_one_view_is_said_to_have_no_effect() -> None:
+    assert TrainConfig(data_dir="mini", method="finetune", measure_gradients=3).without_effect == ["measure_gradients"]
+    assert TrainConfig(data_dir="mini", method="rs-da", measure_gradients=3).without_effect == []
+
+
 def test_the_offline_model_has_the_name_that_the_loader_knows() -> None:
     assert OFFLINE_MODEL == CLASSIFIER_OFFLINE_MODEL
     assert TrainConfig(data_dir="mini", model=OFFLINE_MODEL).pooling == "mean"
