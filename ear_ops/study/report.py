@@ -258,6 +258,9 @@ def _difference(row: Row, baseline: Row, folder: Path, data_dir: str | None) -> 
     return {"seeds": by_seed, "over_seeds": interval_over_seeds(list(by_seed.values())), **differences}
 
 
+_OF_THE_CLOCK = ("_runtime", "_per_second", "total_flos")
+
+
 def _provenance(plan: Plan, folder: Path) -> dict[str, Any]:
     """What the numbers come from: settings that all runs share, versions, dates."""
     finished = [(run, results) for run in plan.runs if (results := results_of(folder, run)) is not None]
@@ -279,6 +282,7 @@ def _provenance(plan: Plan, folder: Path) -> dict[str, Any]:
             "average": results["average"],
             "timing": results.get("timing"),
             "notices": results["notices"],
+            "log": _log(folder / run.name),
             "settings": {name: value for name, value in results["config"].items() if name not in shared},
         }
         for run, results in finished
@@ -290,3 +294,11 @@ def _provenance(plan: Plan, folder: Path) -> dict[str, Any]:
         "versions": versions,
         "runs": runs,
     }
+
+
+def _log(folder: Path) -> list[dict[str, Any]] | None:
+    """Losses, terms and dev accuracies by step, without what the machine adds; None of a run that has lost it."""
+    path = folder / "training.json"
+    if not path.exists():
+        return None
+    return [{k: v for k, v in line.items() if not k.endswith(_OF_THE_CLOCK)} for line in read_json(path)["log"]]
