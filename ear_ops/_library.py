@@ -161,6 +161,8 @@ def select_backend(requested: str | None, tensor: Tensor, op: str, unsupported: 
 
 
 def _why_not(backend: str, tensor: Tensor, op: str, unsupported: str | None) -> str | None:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "its kernels cannot be taken through torch.func (grad, vmap, ...)"
     if backend not in _EXTENSIONS:
         return f"there are no kernels for device {backend!r}"
     if tensor.device.type != backend:

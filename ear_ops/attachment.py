@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .capture import Record, Recorder, Site
-from .teacher import as_constant
+from .teacher import as_constant, outside_inference_mode
 
 if TYPE_CHECKING:
     from .regularizers import Regularizer
@@ -66,7 +66,7 @@ class Attachment:
         total: Tensor | None = None
         components: dict[str, Tensor] = {}
         for index, (regularizer, weight) in enumerate(zip(self.regularizers, weights, strict=True)):
-            views = [sites[index].read(record, regularizer.name) for record, sites in taken]
+            views = [outside_inference_mode(sites[index].read(record, regularizer.name)) for record, sites in taken]
             self._check_rows(regularizer.name, [view[0].shape[0] for view in views])
             if self._teacher is not None:
                 views[1] = as_constant(views[1], views[0][0].device)

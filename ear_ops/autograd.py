@@ -27,7 +27,7 @@ def _no_double_backward(op: str) -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # grad mode is on in backward only for this
         raise RuntimeError(
             f"{op}: its kernels have no second derivative (backward was called with create_graph=True); "
-            f"use backend='reference'"
+            f"use backend='reference', or EAR_OPS_BACKEND=reference for regularisers on a model"
         )
 
 

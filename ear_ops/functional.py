@@ -11,7 +11,9 @@ run raises :class:`ear_ops.BackendUnavailableError` with the reason.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,21 +103,22 @@ def qk_attention_mse(
     if _library.select_backend(backend, query, "qk_attention_mse", unsupported) == "reference":
         (query, query_aug), (key, key_aug) = _split(query, query_aug), _split(key, key_aug)
         key_mask, key_mask_aug = _halves(masks.key_mask)
-        sums = reference.qk_attention_mse(
-            query,
-            key,
-            query_aug,
-            key_aug,
-            key_mask,
-            key_mask_aug,
-            masks.counted_queries,
-            bias,
-            bias if bias_aug is None else bias_aug,
-            scale=scale,
-            is_causal=is_causal,
-            window=window,
-            softcap=softcap,
-        )
+        with _without_autocast(query):
+            sums = reference.qk_attention_mse(
+                query,
+                key,
+                query_aug,
+                key_aug,
+                key_mask,
+                key_mask_aug,
+                masks.counted_queries,
+                bias,
+                bias if bias_aug is None else bias_aug,
+                scale=scale,
+                is_causal=is_causal,
+                window=window,
+                softcap=softcap,
+            )
     else:
         sums, _ = autograd.QKAttentionMSE.apply(
             query,
@@ -177,7 +180,8 @@ def attention_mse(
     if _library.select_backend(backend, attn, "attention_mse") == "reference":
         attn, attn_aug = _split(attn, attn_aug)
         key_mask, key_mask_aug = _halves(masks.key_mask)
-        sums = reference.attention_mse(attn, attn_aug, key_mask, key_mask_aug, masks.counted_queries)
+        with _without_autocast(attn):
+            sums = reference.attention_mse(attn, attn_aug, key_mask, key_mask_aug, masks.counted_queries)
     else:
         sums = autograd.AttentionMSE.apply(attn, attn_aug, masks.key_mask, masks.counted_queries)
     sums = _weigh_heads(sums, head_weights)
@@ -214,7 +218,8 @@ def pooled_distance(
     mask = join_views("attention_mask", attention_mask, attention_mask_aug, batch, hidden.shape[1], stacked)
     if _library.select_backend(backend, hidden, "pooled_distance") == "reference":
         hidden, hidden_aug = _split(hidden, hidden_aug)
-        sums = reference.pooled_distance(hidden, hidden_aug, *_halves(mask))
+        with _without_autocast(hidden):
+            sums = reference.pooled_distance(hidden, hidden_aug, *_halves(mask))
     else:
         sums, _ = autograd.PooledDistance.apply(hidden, hidden_aug, mask)
     return reduce_pooled(sums, reduction, hidden.shape[2])
@@ -289,6 +294,14 @@ def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     logits, labels = logits.flatten(0, -2), labels.flatten()
     total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
     return total / (labels != ignore_index).sum().clamp(min=1)
+
+
+def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The reference accumulates in float32; autocast would take its products to half precision."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _weigh_heads(sums: Tensor, head_weights: Tensor | None) -> Tensor:

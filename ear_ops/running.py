@@ -40,7 +40,8 @@ class RunningMeans:
         """
         if not self._sums:
             return {}
-        means = torch.stack(list(self._sums.values())) / self._steps
+        device = next(iter(self._sums.values())).device  # layers of one model may lie on several
+        means = torch.stack([total.to(device) for total in self._sums.values()]) / self._steps
         if reduce is not None:
             means = reduce(means)
         named = dict(zip(self._sums, means.tolist(), strict=True))  # the only transfer from the device

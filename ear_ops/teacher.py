@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -20,9 +21,10 @@ class TeacherLayout(Layout):
     Args:
         teacher: the teacher's root module.
         student: the places of the student.
-        layer_map: from a layer of the student to one of the teacher, both counted from 1, and from the path of a
-            projection of the student to one of the teacher. None: the same layer where both models are equally deep,
-            else evenly spread, the last layer on the last.
+        layer_map: from a layer of the student to one of the teacher, both counted from 1, and from the path of an
+            attention or a projection of the student to one of the teacher. None: the same layer where both models are
+            equally deep, else evenly spread, the last layer on the last. A path that it does not name is taken to the
+            same place of the block that stands for its block.
     """
 
     def __init__(self, teacher: nn.Module, student: Layout, layer_map: LayerMap | None) -> None:
@@ -31,7 +33,7 @@ class TeacherLayout(Layout):
         self.layer_map = layer_map
 
     def attention(self, layer: int | str) -> AttentionSite:
-        mapped = (self.layer_map or {}).get(layer, layer) if isinstance(layer, str) else self._teacher_layer(layer)
+        mapped = self._teacher_path(layer) if isinstance(layer, str) else self._teacher_layer(layer)
         return self._named(super().attention, mapped)
 
     def hidden_states(self, layer: int) -> HiddenSite:
@@ -51,6 +53,18 @@ class TeacherLayout(Layout):
             return find(*arguments)
         except ValueError as error:
             raise ValueError(f"teacher: {error}") from None
+
+    def _teacher_path(self, path: str) -> int | str:
+        if self.layer_map is not None and path in self.layer_map:
+            return self.layer_map[path]
+        try:
+            blocks, _, number = self.student.block(1).path.rpartition(".")
+        except ValueError:  # a student without a list of blocks
+            return path
+        inside = re.fullmatch(rf"{re.escape(blocks)}\.(\d+)(\..+)?", path) if number == "0" else None
+        if inside is None:
+            return path
+        return self.block(self._teacher_layer(int(inside[1]) + 1)).path + (inside[2] or "")
 
     def _teacher_layer(self, layer: int) -> int:
         if self.layer_map is None:
@@ -92,4 +106,10 @@ def check_teacher(teacher: Any, student: nn.Module, layer_map: Any) -> nn.Module
 def as_constant(view: View, device: torch.device) -> View:
     """``view`` with its tensors detached and on ``device``."""
     values = (value.detach().to(device) if isinstance(value, Tensor) else value for value in view)
+    return type(view)(*values)
+
+
+def outside_inference_mode(view: View) -> View:
+    """``view`` with copies of tensors from ``torch.inference_mode()``, which autograd cannot keep."""
+    values = (value.clone() if isinstance(value, Tensor) and value.is_inference() else value for value in view)
     return type(view)(*values)

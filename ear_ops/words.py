@@ -18,8 +18,8 @@ from . import functional
 from .capture import AttentionInputs, AttentionMaps
 
 WordIds = Tensor | tuple[Tensor, Tensor]
-"""The word of each token from 0, -1 where it has none (padding): int64 ``[2B, L]`` of both views, x first, or a pair of
-``[B, L]`` and ``[B, L']``. In both views of a pair one number means one word."""
+"""The word of each token from 0, -1 where it has none (padding): int64 ``[2B, L]`` of both views, x first; a pair of
+``[B, L]`` and ``[B, L']``; or ``[B, L]`` for both (student and teacher). One number means one word in both views."""
 
 
 def word_attention_mse(
@@ -44,7 +44,10 @@ def word_attention_mse(
         maps, present = _word_attention(view, joined, words, what)
         maps_aug = present_aug = None
     else:
-        ids, ids_aug = word_ids.chunk(2) if isinstance(word_ids, Tensor) else word_ids
+        if isinstance(word_ids, Tensor):
+            ids, ids_aug = (word_ids, word_ids) if len(word_ids) == len(view[0]) else word_ids.chunk(2)
+        else:
+            ids, ids_aug = word_ids
         words = int(torch.stack([ids.max(), ids_aug.max()]).max()) + 1
         maps, present = _word_attention(view, ids, words, what)
         maps_aug, present_aug = _word_attention(view_aug, ids_aug, words, what)
@@ -63,16 +66,16 @@ def _word_attention(
 ) -> tuple[Tensor, Tensor]:
     """``[B, H, W, W]`` of W = ``words`` words, rows and columns of words that are not there zero; and ``[B, W]`` bool,
     which are there. ``word_ids``: ``[B, L]``."""
-    probabilities = view.probabilities()  # [B, H, L, L]
-    rows, _, queries, keys = probabilities.shape
+    rows, _, queries, keys = view.shape
     if list(word_ids.shape) != [rows, queries] or keys != queries:
         raise ValueError(
             f"{what}: expected word_ids {[rows, queries]} to go with {queries} queries and {keys} keys of a "
             f"self-attention, got {list(word_ids.shape)}"
         )
-    word_ids = word_ids.to(probabilities.device)
+    word_ids = word_ids.to(view[0].device)
     if view.attention_mask is not None:
         word_ids = word_ids.masked_fill(~view.attention_mask, -1)
+    probabilities = view.probabilities(word_ids >= 0)  # [B, H, L, L]
     member = word_ids[:, None, :] == torch.arange(words, device=word_ids.device)[:, None]  # [B, W, L]
     sums = member.to(probabilities.dtype)
     pieces = sums.sum(-1, keepdim=True)  # [B, W, 1]

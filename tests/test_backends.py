@@ -230,3 +230,18 @@ def test_a_binary_for_a_patch_release_of_the_same_torch_is_loaded(monkeypatch: p
     release = ".".join(torch.__version__.split("+")[0].split(".")[:2])
     monkeypatch.setattr(_extension, "build_info", lambda: {"torch": f"{release}.99+cu130"})
     assert _extension.load("cpu").loaded
+
+
+def test_function_transforms_run_on_the_reference(ran: list[str]) -> None:
+    query = torch.randn(3, 2, 2, 4, 8)
+
+    def loss(query: torch.Tensor) -> torch.Tensor:
+        return ear_ops.qk_attention_mse(query, query)
+
+    gradient = torch.func.grad(loss)(query[0])
+    given = query[0].clone().requires_grad_()
+    loss(given).backward()
+    torch.testing.assert_close(gradient, given.grad)
+    torch.testing.assert_close(torch.vmap(loss)(query), torch.stack([loss(each) for each in query]))
+    with pytest.raises(ear_ops.BackendUnavailableError, match=r"torch\.func"):
+        torch.func.grad(lambda query: ear_ops.qk_attention_mse(query, query, backend="cpu"))(query[0])

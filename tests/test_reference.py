@@ -291,3 +291,22 @@ def test_the_yardstick_of_the_kernels_is_right_too() -> None:
     case = LOOPED["masks"]
     sums = plain.qk_attention_mse(*case.inputs(), **case.masks, reduction="none")
     torch.testing.assert_close(sums, torch.tensor(loop_sums(case), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_does_not_reach_the_reference(dtype: torch.dtype) -> None:
+    """Nearly equal views lose their difference in half precision."""
+    query = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    near = (query + 0.01).detach()
+    calls = (
+        lambda: ear_ops.qk_attention_mse(query, query, near, query.detach(), backend="reference"),
+        lambda: ear_ops.attention_mse(query, near, backend="reference"),
+        lambda: ear_ops.pooled_distance(query[:, 0], near[:, 0], backend="reference"),
+    )
+    for call in calls:
+        expected = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = call()
+        assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+        for got, wanted in zip(*(torch.autograd.grad(each, query) for each in (loss, expected)), strict=True):
+            assert torch.equal(got, wanted)

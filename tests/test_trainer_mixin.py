@@ -100,8 +100,8 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_step_reads_no_more_from_the_device_than_the_model_does(tmp_path: Path) -> None:
-    """Once the masks of a shape are known; a line of the log then reads all terms at once."""
+def test_a_step_reads_one_number_more_from_the_device_than_the_model_does(tmp_path: Path) -> None:
+    """Whether the mask is what the layers say, all of them together; a line of the log then reads all terms at once."""
 
     def padded(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = both_views(items)
@@ -128,8 +128,9 @@ def test_a_step_reads_no_more_from_the_device_than_the_model_does(tmp_path: Path
         assert len(found) == 4
         return found
 
-    terms = [ear_ops.AttentionPull(1), ear_ops.EmbeddingPush(1.0), ear_ops.SentencePull(2)]
-    assert reads_of_each_step(terms)[1:] == reads_of_each_step([])[1:]
+    terms = [ear_ops.AttentionPull([1, 2]), ear_ops.EmbeddingPush(1.0), ear_ops.SentencePull(2)]
+    one = "aten::_local_scalar_dense"
+    assert reads_of_each_step(terms) == [[*reads, one] for reads in reads_of_each_step([])]
     with Reads() as reads:
         torch.ones(2)[torch.ones(2) > 0].sum().item()
     assert reads.found == ["aten::index", "aten::_local_scalar_dense"], "the counter counts"
@@ -344,3 +345,11 @@ def test_a_batch_of_one_view_with_labels_of_its_rows(tmp_path: Path) -> None:
         own.compute_loss(own.model, {**batch, "labels": labels})
     own.label_names = ["start_positions"]
     assert own._with_labels_of_both_views({**batch, "start_positions": labels})["start_positions"] is labels
+
+
+def test_means_of_terms_on_several_devices_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is one device here: the means must be brought to that of the first before they are stacked."""
+    means, moved = ear_ops.RunningMeans(), []
+    means.add({"a": torch.tensor(1.0), "b": torch.tensor(2.0)})
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: moved.append(device) or self)
+    assert means.pop() == {"a": 1.0, "b": 2.0} and moved == [torch.device("cpu")] * 2

@@ -155,3 +155,26 @@ def test_mistakes() -> None:
             ear.loss()
         with pytest.raises(ValueError, match=r"expected word_ids \[4, 6\] .* got \[2, 6\]"):
             ear.loss(word_ids=WORDS[:2])
+
+
+@pytest.mark.parametrize("of_maps", [False, True])
+def test_what_padding_holds_does_not_matter(of_maps: bool) -> None:
+    from ear_ops.capture import AttentionInputs, AttentionMaps
+    from ear_ops.words import word_attention_mse
+
+    torch.manual_seed(0)
+    query, key = torch.randn(4, 2, 6, 4), torch.randn(4, 2, 6, 4)
+    attention = (query @ key.mT).masked_fill(MASK[:, None, None, :] == 0, -torch.inf).softmax(-1)
+    padded = (MASK == 0)[:, None, :, None]
+    results = []
+    for value in (0.0, float("nan")):
+        given = [x.masked_fill(padded, value).requires_grad_() for x in (query, key)]
+        if of_maps:
+            given = [attention.masked_fill(padded | padded.mT, value).requires_grad_()]
+            view = AttentionMaps(given[0], MASK.bool(), MASK.bool())
+        else:
+            view = AttentionInputs(*given, MASK.bool(), MASK.bool(), None)
+        loss = word_attention_mse(view, None, WORDS, head_weights=None, reduction="mean", what="x")
+        results.append([loss, *torch.autograd.grad(loss, given)])
+    for zero, nan in zip(*results, strict=True):
+        assert torch.equal(zero, nan) and zero.isfinite().all()

@@ -54,6 +54,11 @@ def padding_mask(received: Any, attention_mask: Any, rows: int, length: int, wha
                     f"{what}: expected an attention_mask of shape {[rows, length]} to go with what the layer computed, "
                     f"the model received {list(mask.shape)}"
                 )
+            if mask.is_floating_point() and bool((mask < 0).any()):
+                raise ValueError(
+                    f"{what}: expected an attention_mask with 1 for real tokens and 0 for padding, the model received "
+                    f"numbers below 0 (a mask to be added to scores?); give it as bool or integers"
+                )
             return (mask != 0).expand(rows, length)
     for mask in sources:
         if mask.dim() == 4 and mask.shape[-1] == mask.shape[-2] == length:
@@ -74,13 +79,19 @@ def attention_structure(
 ) -> Structure:
     """How ``call`` attends beyond padding; ``key_mask``: ``[B, S]``, ``query_mask``: ``[B, L]`` bool."""
     mask = call.attention_mask
-    said = Structure(call.is_causal, call.window)
     query_length, key_length = call.query.shape[2], call.key.shape[2]
+    window = None if call.window is None or call.window >= max(query_length, key_length) else call.window
+    said = Structure(call.is_causal, window)
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
         if call.implementation == "eager":
             return Structure()  # eager applies the mask that it is given and nothing else
         if call.implementation == "sdpa":
             said = Structure(call.is_causal and query_length > 1)  # the window is in the mask as soon as it matters
+        elif mask is None and _is_packed(call):
+            raise ValueError(
+                f"{what}: position_ids begin anew within a row, which {call.implementation!r} reads as several packed "
+                f"sequences; give each sequence a row of its own, or load the model with attn_implementation='sdpa'"
+            )
         if said.is_causal and query_length != key_length:
             raise ValueError(
                 f"{what}: causal attention of {query_length} queries to {key_length} keys without a mask; "
@@ -112,6 +123,14 @@ def attention_structure(
         if not bool(unexplained.any()):
             return structure
     return Structure(dense=True)
+
+
+def _is_packed(call: AttentionCall) -> bool:
+    """Whether FlashAttention is told by positions alone, of a single row, where its sequences begin."""
+    positions = call.position_ids
+    if "flash" not in call.implementation or call.query.shape[0] != 1:
+        return False
+    return isinstance(positions, Tensor) and positions.dim() <= 2 and bool((positions.diff() != 1).any())
 
 
 def dense_bias(call: AttentionCall, structure: Structure) -> Tensor | None:

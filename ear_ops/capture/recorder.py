@@ -33,6 +33,8 @@ class Recorder:
     Attributes:
         record: the record that is being written, None outside a recorded forward.
         open: path of the module whose forward is running, None outside (``""`` is root).
+        begun: path of the module whose forward began the record that waits to be taken.
+        interrupted: path of a module inside that was called by itself while a record of the root waited, or None.
     """
 
     def __init__(self, root: nn.Module, sites: Sequence[Site], *, without_grad: bool = False) -> None:
@@ -43,6 +45,8 @@ class Recorder:
         self.view: str | None = None
         self.record: Record | None = None
         self.open: str | None = None
+        self.begun: str | None = None
+        self.interrupted: str | None = None
         self.both: Record | None = None  # one forward that holds both views
         self.original: Record | None = None
         self.augmented: Record | None = None
@@ -90,10 +94,15 @@ class Recorder:
         Raises:
             RuntimeError: nothing, or only one of two views, was recorded.
         """
-        both, original, augmented = self.both, self.original, self.augmented
-        self.both = self.original = self.augmented = None
+        both, original, augmented, interrupted = self.both, self.original, self.augmented, self.interrupted
+        self.both = self.original = self.augmented = self.begun = self.interrupted = None
         if not self.attached:
             raise RuntimeError("the regularisers were detached, so no forward was recorded")
+        if interrupted is not None:
+            raise RuntimeError(
+                f"after the model's forward its part {interrupted!r} was called by itself with grad, so it is not "
+                f"clear whose loss is asked for; call loss() before that, or the part under torch.no_grad()"
+            )
         if both is not None:
             return (both,)
         if original is not None and augmented is not None:
@@ -107,9 +116,16 @@ class Recorder:
         )
 
     def begin(self, path: str) -> None:
-        """A forward starts; what an earlier one left is dropped."""
-        self.open = path
+        """A forward starts; what an earlier one left is dropped. But a part that is called by itself does not take the
+        place of the whole model."""
         recorded = self.without_grad or self.view is not None or torch.is_grad_enabled()
+        if path and self.begun == "" and (self.both or self.original or self.augmented):
+            if not recorded:
+                return
+            self.interrupted = path
+        else:
+            self.interrupted = None
+        self.open = self.begun = path
         self.record = Record() if recorded else None
         if self.view is None:
             self.original = self.augmented = None

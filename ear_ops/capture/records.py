@@ -21,6 +21,8 @@ class AttentionCall:
         is_causal: what the call says, else what the module says.
         window: the keyword ``sliding_window``.
         softcap: the keyword ``softcap``.
+        position_ids: the keyword ``position_ids``.
+        version: how often ``query`` had been changed in place by then.
         position_bias: ``[1 or B, H, L, S]`` added to the scores (T5), or None.
         unsupported: the name of an argument that changes the probabilities in a way the losses do not know, or None.
         grad_enabled: the grad mode of the call.
@@ -53,6 +55,8 @@ class AttentionCall:
                 self.unsupported = name
             if name in ("cu_seq_lens_q", "cache") and value is not None:
                 self.unsupported = name
+        self.position_ids: Any = kwargs.get("position_ids")
+        self.version = _version(query)
         self.grad_enabled = torch.is_grad_enabled()
 
     @property
@@ -69,6 +73,8 @@ class SoftmaxCall:
         input_shape: of the first tensor given to the module, None where it was given none.
         grad_enabled: the grad mode of the call.
     """
+
+    version = None  # some modules empty rows of the matrix in place
 
     def __init__(self, tensor: Tensor, input_shape: tuple[int, ...] | None) -> None:
         self.tensor = tensor
@@ -91,10 +97,11 @@ class SoftmaxCall:
 
 
 class TensorCall:
-    """One tensor that passed a hook, and the grad mode of that moment."""
+    """One tensor that passed a hook, its version and the grad mode of that moment."""
 
     def __init__(self, tensor: Any) -> None:
         self.tensor = tensor
+        self.version = _version(tensor)
         self.grad_enabled = torch.is_grad_enabled()
 
 
@@ -105,12 +112,14 @@ class Record:
         grad_enabled: the grad mode in which the forward began.
         masks: the masks that each model inside received by name, by the model's path.
         calls: what each tap saw, in order, by the tap's key.
+        structures: what the attention masks of this forward say, kept for the next layer by :mod:`.sites`.
     """
 
     def __init__(self) -> None:
         self.grad_enabled = torch.is_grad_enabled()
         self.masks: dict[str, dict[str, Any]] = {}
         self.calls: dict[str, list[Any]] = {}
+        self.structures: dict[Any, Any] = {}
 
     def add(self, key: str, call: Any) -> None:
         if key not in self.calls:
@@ -131,8 +140,8 @@ class Record:
             expected: how many calls a forward makes.
 
         Raises:
-            RuntimeError: no call, too many or too few, or one without grad inside a forward with grad (reentrant
-                checkpointing).
+            RuntimeError: no call, too many or too few, one without grad inside a forward with grad (reentrant
+                checkpointing), or one whose tensor was changed in place since.
         """
         calls: list[Any] = []
         for call in self.calls.get(key, ()):
@@ -157,4 +166,16 @@ class Record:
                 f"gradient. Gradient checkpointing has to be told use_reentrant=False "
                 f'(gradient_checkpointing_kwargs={{"use_reentrant": False}})'
             )
+        if calls[index].version is not None and _version(calls[index].tensor) != calls[index].version:
+            raise RuntimeError(
+                f"{what}: the tensor that was taken here was changed in place afterwards (an operation such as x += y "
+                f"or x.mul_(y)), so the loss would be of something else; write x = x + y in the model"
+            )
         return calls[index]
+
+
+def _version(tensor: Any) -> int | None:
+    """The count of in-place changes, None where there is none."""
+    if not isinstance(tensor, Tensor) or torch.compiler.is_compiling() or tensor.is_inference():
+        return None
+    return tensor._version

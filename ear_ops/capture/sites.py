@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .hooks import ModelHook, add_tap, remove_tap
 from .inside import Watch, other_softmax
-from .masks import Structure, attention_structure, dense_bias, padding_mask, tensor_mask
+from .masks import attention_structure, dense_bias, padding_mask, tensor_mask
 from .records import AttentionCall, Record, SoftmaxCall, TensorCall
 from .views import AttentionInputs, AttentionMaps, HiddenStates
 
@@ -78,7 +78,6 @@ class AttentionSite:
     ) -> None:
         self.place, self.model, self.inside = place, model, inside
         self.key_mask, self.query_mask = key_mask, query_mask
-        self._checked: dict[tuple[int, int], Structure] = {}
 
     def install(self, listener: Listener) -> list[Undo]:
         if self.inside:
@@ -108,15 +107,14 @@ class AttentionSite:
             )
         query, key = _one_dtype(call.query, call.key)
         lengths = query.shape[2], key.shape[2]
+        # Layers share the mask of a forward: what it says is found out once, since asking the device makes it wait.
+        said = (call.implementation, call.is_causal, call.window, *lengths)
+        known = (id(call.attention_mask), *said, self.model, self.key_mask, self.query_mask)
         call.attention_mask = tensor_mask(call.attention_mask, query.shape[0], *lengths, query.device)
         key_mask, query_mask = self._masks(record, call.attention_mask, query.shape[0], lengths, what)
-        structure = self._checked.get(lengths)
-        if structure is None:
-            structure = attention_structure(call, key_mask, query_mask, what)
-            received = record.mask(self.model, self.key_mask)
-            if isinstance(received, Tensor) and received.dim() == 2:
-                # From a 2-D mask transformers builds the same structure for every batch of this length.
-                self._checked[lengths] = structure
+        if known not in record.structures:
+            record.structures[known] = attention_structure(call, key_mask, query_mask, what)
+        structure = record.structures[known]
         bias = dense_bias(call, structure)
         scale, softcap = call.scaling, call.softcap
         return AttentionInputs(
@@ -169,7 +167,9 @@ class ProjectionSite:
         query, key = _one_dtype(query, key)
         rows, lengths = query.shape[0], (query.shape[2], key.shape[2])
         key_mask = padding_mask(record.mask(self.model), None, rows, lengths[1], what)
-        query_mask = _query_mask(key_mask, *lengths)
+        query_mask = key_mask
+        if key_mask is not None and lengths[0] != lengths[1]:  # queries of their own, such as learnt ones
+            query_mask = key_mask.new_ones(rows, lengths[0])
         return AttentionInputs(query, key, key_mask, query_mask, attn_bias=None)
 
     def _heads(self, record: Record, path: str, heads: int, what: str) -> Tensor:

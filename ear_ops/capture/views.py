@@ -24,13 +24,20 @@ class AttentionInputs(NamedTuple):
     window: int | None = None
     softcap: float | None = None
 
-    def probabilities(self) -> Tensor:
-        """The attention matrix ``[B, H, L, S]``, materialised."""
+    @property
+    def shape(self) -> torch.Size:
+        """B, H, L, S."""
+        return torch.Size((*self.query.shape[:3], self.key.shape[2]))
+
+    def probabilities(self, query_mask: Tensor | None = None) -> Tensor:
+        """The attention matrix ``[B, H, L, S]``, materialised; rows of queries that ``query_mask`` ``[B, L]`` has not
+        are zero."""
         return attention_probabilities(
             self.query,
             self.key,
             self.attention_mask,
             self.attn_bias,
+            query_mask,
             scale=self.scale,
             is_causal=self.is_causal,
             window=self.window,
@@ -45,9 +52,20 @@ class AttentionMaps(NamedTuple):
     attention_mask: Tensor | None  # [B, S] bool
     query_mask: Tensor | None  # [B, L] bool
 
-    def probabilities(self) -> Tensor:
-        """The attention matrix ``[B, H, L, S]``."""
-        return self.maps
+    @property
+    def shape(self) -> torch.Size:
+        """B, H, L, S."""
+        return self.maps.shape
+
+    def probabilities(self, query_mask: Tensor | None = None) -> Tensor:
+        """The attention matrix ``[B, H, L, S]``; with a ``query_mask`` ``[B, L]``, rows of other queries and columns of
+        padded keys are zero."""
+        if query_mask is None:
+            return self.maps
+        real = query_mask[:, None, :, None]
+        if self.attention_mask is not None:
+            real = real & self.attention_mask[:, None, None, :]
+        return self.maps.masked_fill(~real, 0.0)
 
 
 class HiddenStates(NamedTuple):

@@ -443,3 +443,48 @@ def test_a_layer_that_is_skipped_is_named(tools):
         model(**tools.build_batch())
         with pytest.raises(RuntimeError, match=r"attention_pull\.3: the last forward did not come through here"):
             ear.loss()
+
+
+def test_a_part_that_is_called_by_itself_does_not_take_the_models_place(tools):
+    model, pair, other = tools.build_model("bert"), tools.build_batch(), tools.build_batch(rows=6)
+    with attach(model, TERMS) as ear:
+        model(**pair)
+        expected = ear.loss()
+        model(**pair)
+        with torch.no_grad():
+            model.bert(**other)
+        assert torch.equal(ear.loss(), expected)
+        model(**pair)
+        model.bert(**other)
+        with pytest.raises(RuntimeError, match="its part 'bert' was called by itself with grad"):
+            ear.loss()
+        model.bert(**pair)  # alone it is a forward, as peft makes one
+        assert torch.equal(ear.loss(), expected)
+        model(**pair)
+        assert torch.equal(ear.loss(), expected)
+
+
+def test_what_is_changed_in_place_afterwards_is_refused():
+    class Block(nn.Module):
+        def forward(self, hidden):
+            return 2 * hidden
+
+    class Model(nn.Module):
+        def __init__(self, in_place):
+            super().__init__()
+            self.blocks, self.in_place = nn.ModuleList([Block()]), in_place
+
+        def forward(self, hidden, attention_mask=None):
+            hidden = self.blocks[0](hidden)
+            return hidden.mul_(3) if self.in_place else hidden * 3
+
+    hidden = torch.randn(4, 5, 8, requires_grad=True)
+    for in_place in (False, True):
+        model = Model(in_place)
+        with attach(model, [SentencePull(1)]) as ear:
+            model(hidden)
+            if in_place:
+                with pytest.raises(RuntimeError, match=r"sentence_pull\.1: .* changed in place afterwards"):
+                    ear.loss()
+            else:
+                assert ear.loss() > 0

@@ -48,9 +48,9 @@ def test_window_that_no_keyword_names_is_dense():
     assert attention_structure(call, KEYS, KEYS, "x").dense
 
 
-def test_batch_shorter_than_the_window_fits_both():
+def test_batch_shorter_than_the_window_has_none():
     call = call_with(allowed(causal=True), is_causal=True, sliding_window=100)
-    assert attention_structure(call, KEYS, KEYS, "x") == Structure(True, 100)
+    assert attention_structure(call, KEYS, KEYS, "x") == Structure(True)
 
 
 def test_padded_queries_do_not_matter():
@@ -139,3 +139,28 @@ def test_padding_of_another_shape_names_both(received):
 def test_padding_of_unknown_kind_is_refused(received):
     with pytest.raises(ValueError, match="x: cannot tell padding"):
         padding_mask(received, None, ROWS, LENGTH, "x")
+
+
+def test_a_window_longer_than_the_row_is_none():
+    for window, expected in ((LENGTH - 1, LENGTH - 1), (LENGTH, None), (4096, None)):
+        call = call_with(KEYS, "flash_attention_2", is_causal=True, sliding_window=window)
+        assert attention_structure(call, KEYS, KEYS, "x") == Structure(True, expected)
+
+
+def test_rows_packed_by_positions_are_refused_where_only_flash_attention_sees_it():
+    def call(positions, implementation="flash_attention_2", rows=1):
+        query, key = torch.randn(rows, 4, LENGTH, 8), torch.randn(rows, 2, LENGTH, 8)
+        keywords = {"is_causal": True, "position_ids": torch.tensor([positions] * rows)}
+        return AttentionCall(implementation, nn.Identity(), query, key, key, None, **keywords)
+
+    with pytest.raises(ValueError, match="layer 3: position_ids begin anew within a row"):
+        attention_structure(call([0, 1, 2, 0, 1, 2]), None, None, "layer 3")
+    for fine in (call([4, 5, 6, 7, 8, 9]), call([0, 1, 2, 0, 1, 2], "sdpa"), call([0, 1, 2, 0, 1, 2], rows=2)):
+        assert attention_structure(fine, None, None, "x") == Structure(True)
+
+
+def test_a_mask_that_is_to_be_added_to_scores_is_refused():
+    received = torch.tensor([[0.0, 0.0, -1e9], [0.0, -1e9, -1e9]])
+    with pytest.raises(ValueError, match=r"layer 3: expected an attention_mask with 1 for real tokens"):
+        padding_mask(received, None, 2, 3, "layer 3")
+    assert padding_mask((received == 0).float(), None, 2, 3, "x").tolist() == (received == 0).tolist()

@@ -6,8 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from ear_ops.capture import AttentionInputs, AttentionSite, HiddenStates, Place, Record, align_attention, align_hidden
-from ear_ops.capture.records import AttentionCall
+from ear_ops.capture import (
+    AttentionInputs,
+    AttentionSite,
+    HiddenStates,
+    Place,
+    ProjectionSite,
+    Record,
+    align_attention,
+    align_hidden,
+    sites,
+)
+from ear_ops.capture.masks import attention_structure
+from ear_ops.capture.records import AttentionCall, TensorCall
 
 
 def recorded(length, allowed, received, dtypes=(torch.float32, torch.float32)):
@@ -31,6 +42,46 @@ def test_structure_is_checked_again_for_another_length():
     short = attention.read(recorded(3, window[0], torch.ones(2, 3)), "x")
     long = attention.read(recorded(6, window[1], torch.ones(2, 6)), "x")
     assert short.attn_bias is None and torch.equal(long.attn_bias[0, 0], window[1])
+
+
+def test_structure_is_checked_again_for_another_batch():
+    """A window that no keyword names does not show where all rows are short, whatever they are padded to."""
+    attention, received = site(), torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
+    window = (torch.arange(6)[:, None] - torch.arange(6)).abs() < 3
+    short = attention.read(recorded(6, window & received[0].bool(), received), "x")
+    long = attention.read(recorded(6, window, torch.ones(2, 6)), "x")
+    assert short.attn_bias is None and torch.equal(long.attn_bias[0, 0], window)
+
+
+def test_layers_that_share_a_mask_ask_it_once(monkeypatch):
+    record = recorded(6, torch.ones(6, 6, dtype=torch.bool), torch.ones(2, 6))
+    (call,) = record.calls["attention"]
+    record.add("second", AttentionCall("sdpa", nn.Identity(), call.query + 1, call.key, call.key, call.attention_mask))
+    asked = []
+
+    def counted(*arguments):
+        asked.append(arguments)
+        return attention_structure(*arguments)
+
+    monkeypatch.setattr(sites, "attention_structure", counted)
+    second = AttentionSite(Place("second", (nn.Identity(),)), model="")
+    record.calls["second"][0].is_causal = call.is_causal
+    assert site().read(record, "x").is_causal == second.read(record, "x").is_causal
+    assert len(asked) == 1
+
+
+def test_queries_of_their_own_are_all_real():
+    """A learnt query that pools a padded row is no padding."""
+    query, key = nn.Linear(8, 8), nn.Linear(8, 8)
+    pooled = ProjectionSite("query", "key", query, key, 2, 2, model="")
+    for length in (1, 2, 7):
+        record = Record()
+        record.masks[""] = {"attention_mask": torch.tensor([[1, 1, 1, 0, 0]] * 4)}
+        record.add("projection:query", TensorCall(query(torch.randn(4, length, 8))))
+        record.add("projection:key", TensorCall(key(torch.randn(4, 5, 8))))
+        inputs = pooled.read(record, "x")
+        assert inputs.query_mask.shape == (4, length) and inputs.query_mask.all()
+        assert inputs.attention_mask.sum().item() == 12
 
 
 def test_structure_is_checked_for_every_batch_without_a_two_dimensional_mask():

@@ -232,3 +232,37 @@ def test_projections_map_by_path():
         torch.testing.assert_close(ear.loss(), (maps - target).square().mean())
     with pytest.raises(ValueError, match="teacher: query: Attention has no module 'q'"):
         attach(student, [pull], teacher=teacher)
+
+
+def test_a_layer_by_its_path_follows_the_layer_map(batch):
+    student, teacher = model(), model(layers=4, seed=1)
+    losses = []
+    for layer in ([1, 2], "bert.encoder.layer.*.attention.self"):
+        for layer_map in (None, {1: 1, 2: 3}):
+            with attach(student, [AttentionPull(layer)], teacher=teacher, layer_map=layer_map) as ear:
+                with torch.no_grad():
+                    teacher(**batch)
+                student(**batch)
+                losses.append(ear.loss().item())
+    assert losses[:2] == losses[2:] and losses[0] != losses[1]
+    with pytest.raises(ValueError, match="expected an entry for layer 2 of the student"):
+        attach(student, [AttentionPull("bert.encoder.layer.1.attention.self")], teacher=teacher, layer_map={1: 1})
+    path = {"bert.encoder.layer.1.attention.self": "bert.encoder.layer.0.attention.self"}
+    attach(student, [AttentionPull(next(iter(path)))], teacher=teacher, layer_map=path).detach()
+
+
+def test_a_teacher_in_inference_mode_and_one_row_of_word_ids_for_both(batch):
+    student, teacher = model(), model(seed=1)
+    rows, length = batch["input_ids"].shape
+    word_ids = (torch.arange(length) // 2).expand(rows, length)
+    losses = []
+    with attach(student, [AttentionPull(1, alignment="word"), SentencePull(2)], teacher=teacher) as ear:
+        for mode in (torch.no_grad, torch.inference_mode):
+            for given in ((word_ids, word_ids), word_ids):
+                with mode():
+                    teacher(**batch)
+                student(**batch)
+                loss = ear.loss(word_ids=given)
+                loss.backward()
+                losses.append(loss.item())
+    assert losses == losses[:1] * 4
