@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -170,4 +171,22 @@ def _why_not(backend: str, tensor: Tensor, op: str, unsupported: str | None) -> 
         return f"the tensors are on {tensor.device}{no_device}"
     if tensor.dtype not in _DTYPES[backend]:
         return f"it takes {', '.join(str(dtype) for dtype in _DTYPES[backend])}, got {tensor.dtype}"
-    return unsupported or why_unavailable(backend, op)
+    if reason := unsupported or why_unavailable(backend, op):
+        return reason
+    # A compiled graph cannot ask the device; there the launch says that it did not start.
+    return why_not_this_gpu(tensor.device.index) if backend == "cuda" and not torch.compiler.is_compiling() else None
+
+
+@cache
+def why_not_this_gpu(index: int) -> str | None:
+    """Why kernels that were built do not run on this GPU, None where they do: machine code runs on later GPUs of its
+    own generation, and for the last architecture there is code to be translated for any later one, too."""
+    if not torch.cuda.is_available():  # fake tensors of a GPU that is elsewhere
+        return None
+    info = _extension.build_info()
+    built = [int(name.removeprefix("sm_")) for name in info["cuda_architectures"].split()] if info else []
+    major, minor = torch.cuda.get_device_capability(index)
+    here = 10 * major + minor
+    if not built or here >= built[-1] or any(each // 10 == major and each <= here for each in built):
+        return None
+    return f"its kernels were built for {', '.join(f'sm_{each}' for each in built)} and the GPU is sm_{here}"

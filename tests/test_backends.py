@@ -245,3 +245,23 @@ def test_function_transforms_run_on_the_reference(ran: list[str]) -> None:
     torch.testing.assert_close(torch.vmap(loss)(query), torch.stack([loss(each) for each in query]))
     with pytest.raises(ear_ops.BackendUnavailableError, match=r"torch\.func"):
         torch.func.grad(lambda query: ear_ops.qk_attention_mse(query, query, backend="cpu"))(query[0])
+
+
+@pytest.mark.parametrize(
+    ("built", "gpu", "runs"),
+    [
+        ("sm_80 sm_90", (8, 0), True),
+        ("sm_80 sm_90", (8, 9), True),
+        ("sm_80 sm_90", (10, 0), True),  # translated from what is there of sm_90
+        ("sm_80 sm_90", (7, 5), False),
+        ("sm_90", (8, 0), False),
+    ],
+)
+def test_a_gpu_that_the_kernels_were_not_built_for_says_so(
+    monkeypatch: pytest.MonkeyPatch, built: str, gpu: tuple[int, int], runs: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpu)
+    monkeypatch.setattr(_extension, "build_info", lambda: {"cuda_architectures": built})
+    reason = _library.why_not_this_gpu.__wrapped__(0)
+    assert reason is None if runs else f"the GPU is sm_{gpu[0]}{gpu[1]}" in reason

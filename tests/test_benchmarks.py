@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import bench_step
+import gpu_check
 import pytest
 import report
 import torch
@@ -105,3 +106,20 @@ def test_a_step_of_every_way_runs_and_trains() -> None:
         call()
     after = model.state_dict()["bert.encoder.layer.0.attention.self.query.weight"]
     assert torch.equal(before, after)  # each way trains a copy of its own
+
+
+def test_a_sanitizer_is_judged_by_its_reports_on_our_kernels() -> None:
+    clean = "1 failed in 3 s\n========= ERROR SUMMARY: 0 errors\n"
+    of_others = (
+        "========= Uninitialized read\n=========     at void at::native::add\n========= ERROR SUMMARY: 1 error\n"
+    )
+    ours = "========= Invalid read\n=========     at ear_ops::cuda::forward_short\n========= ERROR SUMMARY: 1 error\n"
+    assert gpu_check._verdict(clean) == gpu_check._verdict(of_others) == "passed"
+    assert gpu_check._verdict(ours).startswith("FAILED: 1 lines")
+    assert gpu_check._verdict("tests/x.py ear_ops passed\n").startswith("FAILED: it did not come to its summary")
+
+
+def test_gpu_check_runs_steps_by_name() -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "memchek"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 1 and "unknown steps memchek: expected some of 'build'" in found.stderr

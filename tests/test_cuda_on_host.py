@@ -63,6 +63,13 @@ def test_head_dimensions(dim: int, dtype: torch.dtype) -> None:
     check(qk_case(18, 21, dim, pairs=1, heads=1, reduction="sum"), dtype)
 
 
+@pytest.mark.parametrize(("queries", "keys", "dim"), [(300, 2, 256), (129, 129, 128), (513, 1, 16)], ids=str)
+def test_float32_scores_are_the_same_bits_in_every_pass(queries: int, keys: int, dim: int) -> None:
+    """As the tests with a GPU have it: the backward takes differences of what the forward has summed, so that chunks in
+    another order, or rows and columns swapped, show at once; with a single key the gradient is exactly 0."""
+    check_case(qk_case(queries, keys, dim, reduction="none"), torch.float32, "cpu")
+
+
 @pytest.mark.parametrize(("architecture", "dim"), [("sm_80", 128), ("sm_86", 64), ("sm_86", 128), ("sm_80", 256)])
 def test_head_dimensions_in_chunks_where_shared_memory_is_scarce(
     architecture: str, dim: int, dtype: torch.dtype
@@ -271,3 +278,20 @@ def test_what_is_read_too_early_is_nan(mistake: int) -> None:
     data = torch.zeros(64)
     assert torch.ops.ear_ops_cuda_on_host.run_mistaken(data, mistake) == ""
     assert data.isnan().any()
+
+
+def test_a_mask_at_an_odd_address_is_read_byte_by_byte() -> None:
+    """Masks are read as many at a time as probabilities, where all of them lie evenly."""
+    attn = torch.rand(4, 2, 3, 8)
+    mask = torch.ones(1 + 4 * 8, dtype=torch.bool)[1:].view(4, 8)
+    mask[1, 3:] = False
+    expected = torch.ops.ear_ops_cuda_on_host.attention_mse(attn, None, mask.clone(), None)
+    assert torch.equal(torch.ops.ear_ops_cuda_on_host.attention_mse(attn, None, mask, None), expected)
+
+
+def test_statistics_of_another_kind_are_refused() -> None:
+    query = torch.randn(2, 1, 3, 8)
+    inputs = (query, query, None, None, None, None, None, None, 1.0, False, 0)
+    sums, stats = torch.ops.ear_ops_cuda_on_host.qk_attention_mse(*inputs)
+    with pytest.raises(TypeError, match="row_stats: expected dtype Float"):
+        torch.ops.ear_ops_cuda_on_host.qk_attention_mse_backward(sums, *inputs, stats.double(), [True] * 4)

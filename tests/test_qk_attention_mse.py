@@ -23,6 +23,12 @@ def dtype(request: pytest.FixtureRequest, device: str) -> torch.dtype:
     return request.param
 
 
+def slack(dtype: torch.dtype, device: str) -> float:
+    """The CUDA kernels round the gradient of the scores to half precision, for the matrix unit; one such error spreads
+    over a whole row of gradients, and those of so few rows do not average out."""
+    return 2.0 if device == "cuda" and dtype in (torch.bfloat16, torch.float16) else 1.0
+
+
 # Every length and head dimension, not every pair of them: below, at and above the kernels' blocks.
 SHAPES = [
     (1, 1, 64),
@@ -46,7 +52,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
     queries, keys, dim = shape
-    check_case(qk_case(queries, keys, dim, reduction="none"), dtype, device, device)
+    check_case(qk_case(queries, keys, dim, reduction="none"), dtype, device, device, slack=slack(dtype, device))
 
 
 def bias(*shape: int, seed: int = 7, forbid: float = 0.0) -> torch.Tensor:
@@ -120,13 +126,13 @@ def test_features(name: str, dtype: torch.dtype, device: str) -> None:
     case = FEATURES[name]
     if case.reduction == "mean":  # sums: means of many elements underflow in float16
         case = Case(**{**vars(case), "reduction": "sum"})
-    check_case(case, dtype, device, device)
+    check_case(case, dtype, device, device, slack=slack(dtype, device))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_reductions(reduction: str, dtype: torch.dtype, device: str) -> None:
     case = qk_case(17, 20, 8, lengths=([20, 3], [11, 20]), reduction=reduction)
-    check_case(case, dtype, device, device)
+    check_case(case, dtype, device, device, slack=slack(dtype, device))
 
 
 def test_a_pair_without_upstream_gradient(dtype: torch.dtype, device: str) -> None:

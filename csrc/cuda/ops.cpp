@@ -187,7 +187,8 @@ QKCall qk_call(const Tensor& query, const Tensor& key, const OptionalTensor& que
   return call;
 }
 
-Tensor upstream_of(const char* op, const Tensor& grad_sums, at::IntArrayRef shape) {
+Tensor upstream_of(const char* op, const Tensor& like, const Tensor& grad_sums, at::IntArrayRef shape) {
+  check_device(op, "grad_sums", like, grad_sums);
   check_shape(op, "grad_sums", grad_sums, shape);
   return grad_sums.to(at::kFloat).contiguous();
 }
@@ -215,7 +216,7 @@ MapsCall maps_call(const Tensor& attn, const OptionalTensor& attn_aug, const Opt
   call.key_mask = dense(key_mask), call.counted_queries = dense(counted_queries);
   a.key_mask = mask_of(call.key_mask), a.counted_queries = mask_of(call.counted_queries);
   const auto views = split_views(attn, attn_aug, a.pairs);
-  a.pieces = in_pieces(views[0]) && in_pieces(views[1]);
+  a.pieces = in_pieces(views[0]) && in_pieces(views[1]) && reinterpret_cast<uintptr_t>(a.key_mask) % 8 == 0;
   for (int v = 0; v < 2; ++v) a.attn[v] = heads_view(views[v]);
   a.rows_per_block = maps_rows_per_block(a.keys);
   return call;
@@ -290,8 +291,10 @@ std::vector<Tensor> qk_attention_mse_backward(const Tensor& grad_sums, const Ten
   auto call = cuda::qk_call(query, key, query_aug, key_aug, key_mask, counted_queries, attn_bias, attn_bias_aug, scale,
                             is_causal, window);
   auto& a = call.args;
-  const Tensor upstream = cuda::upstream_of(cuda::kQK, grad_sums, {a.pairs, a.heads});
+  const Tensor upstream = cuda::upstream_of(cuda::kQK, query, grad_sums, {a.pairs, a.heads});
   check_shape(cuda::kQK, "row_stats", row_stats, {cuda::kRowStats, a.pairs, a.heads, a.queries});
+  check_dtype(cuda::kQK, "row_stats", row_stats, at::kFloat);
+  cuda::check_device(cuda::kQK, "row_stats", query, row_stats);
   const Tensor stats = row_stats.contiguous();
   cuda::check_needs(cuda::kQK, needs, 4);
   cuda::Gradients queries, keys;
@@ -325,7 +328,7 @@ std::vector<Tensor> attention_mse_backward(const Tensor& grad_sums, const Tensor
   const cuda::Launch launch(attn);
   auto call = cuda::maps_call(attn, attn_aug, key_mask, counted_queries);
   auto& a = call.args;
-  const Tensor upstream = cuda::upstream_of(cuda::kMaps, grad_sums, {a.pairs, a.heads});
+  const Tensor upstream = cuda::upstream_of(cuda::kMaps, attn, grad_sums, {a.pairs, a.heads});
   cuda::check_needs(cuda::kMaps, needs, 2);
   cuda::Gradients gradients;
   gradients.add(attn, needs.get(0), attn_aug, needs.get(1), a.pairs, {&a.attn[0].gradient, &a.attn[1].gradient});
@@ -353,8 +356,9 @@ std::vector<Tensor> pooled_distance_backward(const Tensor& grad_sums, const Tens
   const cuda::Launch launch(hidden);
   auto call = cuda::pooled_call(hidden, hidden_aug, mask);
   auto& a = call.args;
-  const Tensor upstream = cuda::upstream_of(cuda::kPooled, grad_sums, {a.pairs});
+  const Tensor upstream = cuda::upstream_of(cuda::kPooled, hidden, grad_sums, {a.pairs});
   check_shape(cuda::kPooled, "difference", difference, {a.pairs, a.features});
+  cuda::check_device(cuda::kPooled, "difference", hidden, difference);
   const Tensor means = difference.to(at::kFloat).contiguous();
   cuda::check_needs(cuda::kPooled, needs, 2);
   cuda::Gradients gradients;

@@ -127,7 +127,8 @@ EAR_OPS_DEVICE uint32_t round_to_tf32(float value) {  // as a float's bits
   return rounded;
 }
 EAR_OPS_DEVICE float bits_as_float(uint32_t bits) { return __uint_as_float(bits); }
-EAR_OPS_DEVICE float exp2_fast(float x) {  // within 2 ulp
+EAR_OPS_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }  // never fused with what is added to it
+EAR_OPS_DEVICE float exp2_fast(float x) {                                   // within 2 ulp
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;

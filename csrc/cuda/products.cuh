@@ -20,7 +20,7 @@ struct Tile {
 template <typename T>
 struct Products {  // 16-bit elements
   // scores [16, kN] += rows [16, kD] columns [kN, kD]^T
-  template <int kD, int kN>
+  template <int kD, int kN, bool kSwapped>
   static EAR_OPS_DEVICE void add_scores(const char* rows, const char* columns, float (&scores)[kN / 8][4]) {
     using Layout = Tile<T, kD>;
     const int lane = thread_index() % kWarp;
@@ -63,7 +63,8 @@ struct Products {  // 16-bit elements
 
 // float: each number is the sum of two that the matrix unit takes (11 + 11 bits of significand); the product of the two
 // small ones is below the rounding of the sum and left out. The unit rounds its sums towards zero, which adds up over
-// many steps: each step starts from nothing, and its result is added with proper rounding. The summation index is
+// many steps: each step starts from nothing, and its result is added with proper rounding. kSwapped: rows and
+// columns have changed places, and the cross terms with them, so that the same bits come out. The summation index is
 // permuted to suit the loads.
 template <>
 struct Products<float> {
@@ -72,12 +73,14 @@ struct Products<float> {
     EAR_OPS_DEVICE explicit Split(float x) : large(round_to_tf32(x)), small(round_to_tf32(x - bits_as_float(large))) {}
   };
 
+  template <bool kSwapped = false>
   static EAR_OPS_DEVICE void multiply(float (&c)[4], const Split (&a)[4], const Split& b0, const Split& b1) {
     const uint32_t large[4] = {a[0].large, a[1].large, a[2].large, a[3].large};
     const uint32_t small[4] = {a[0].small, a[1].small, a[2].small, a[3].small};
     float step[4] = {0, 0, 0, 0};
-    multiply_add(float{}, step, small, b0.large, b1.large);
+    if (!kSwapped) multiply_add(float{}, step, small, b0.large, b1.large);
     multiply_add(float{}, step, large, b0.small, b1.small);
+    if (kSwapped) multiply_add(float{}, step, small, b0.large, b1.large);
     multiply_add(float{}, step, large, b0.large, b1.large);
 #pragma unroll
     for (int i = 0; i < 4; ++i) c[i] += step[i];
@@ -87,7 +90,7 @@ struct Products<float> {
     float first, second;
   };
 
-  template <int kD, int kN>
+  template <int kD, int kN, bool kSwapped>
   static EAR_OPS_DEVICE void add_scores(const char* rows, const char* columns, float (&scores)[kN / 8][4]) {
     using Layout = Tile<float, kD>;
     const int g = thread_index() % kWarp / 4, t = thread_index() % 4;
@@ -99,7 +102,7 @@ struct Products<float> {
 #pragma unroll
       for (int n = 0; n < kN; n += 8) {
         const Two b = load_shared<Two>(Layout::at(columns, n + g, k + 2 * t));
-        multiply(scores[n / 8], a, Split(b.first), Split(b.second));
+        multiply<kSwapped>(scores[n / 8], a, Split(b.first), Split(b.second));
       }
     }
   }

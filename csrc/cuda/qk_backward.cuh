@@ -121,7 +121,7 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
                   stat[k] = kQueries ? row_stats[k][v][e / 2]
                                      : load_shared<float>(stages.stats(stage) +
                                                           ((2 * k + v) * kN + n * 8 + column_of_lane(e)) * 4);
-                p[v] = exponential(scores[v][n][e], stat[0]) * stat[1];
+                p[v] = product(exponential(scores[v][n][e], stat[0]), stat[1]);
                 d[v] = stat[2];
               }
 #pragma unroll

@@ -93,7 +93,7 @@ EAR_OPS_DEVICE float compare(const float (&scores)[2][kN / 8][4], ForwardRows& r
         if (!kExponentials)
 #pragma unroll
           for (int v = 0; v < 2; ++v) value[v] = exponential(value[v], rows.maximum[v][half]);
-        const float p = value[0] * rows.inverse[0][half], t = value[1] * rows.inverse[1][half];
+        const float p = product(value[0], rows.inverse[0][half]), t = product(value[1], rows.inverse[1][half]);
         const float difference = p - t;
         total += difference * difference;
         d[0] += p * difference;
@@ -162,7 +162,7 @@ forward_short(EAR_OPS_ARGUMENT const QKArgs a) {
     for (int tile = 0; tile < 2; ++tile) {
       if (tile * kColumns >= a.keys) continue;
       clear(scores[tile]);
-      add_scores<T, kD, kColumns>(owned, owned + (1 + tile) * tile_bytes<T, kD>(), scores[tile]);
+      add_scores<T, kD, kColumns, Role::kQueries>(owned, owned + (1 + tile) * tile_bytes<T, kD>(), scores[tile]);
       finish_scores<kColumns, Role::kQueries>(a, pair, head, first_row, tile * kColumns, row_real,
                                               Real<kColumns>(keys, tile * kColumns), scores[tile], &rows.alive);
       raise_maxima<kColumns>(scores[tile], rows);
@@ -197,7 +197,7 @@ forward_long(EAR_OPS_ARGUMENT const QKArgs a) {
     bool row_real[2][2];
     real_rows(queries, first_row, row_real);
     const Stages<T, kD, kColumns, Role::kQueries> stages{queries, first_row, chunks};
-    const Steps<kColumns, Role::kQueries> steps(a, pair, first_row, head, head + 1, chunks, 0);
+    const Steps<kColumns, Role::kQueries> steps(a, pair, first_row, head, head + 1, chunks, chunks - 1);
     auto finish = [&](const Steps<kColumns, Role::kQueries>& step, float (&scores)[2][kColumns / 8][4]) {
       finish_scores<kColumns, Role::kQueries>(a, pair, head, first_row, step.first_column, row_real,
                                               Real<kColumns>(step.visited(), step.first_column), scores, &rows.alive);

@@ -94,13 +94,14 @@ EAR_OPS_DEVICE void clear(float (&scores)[2][kN][4]) {
       for (int e = 0; e < 4; ++e) scores[v][n][e] = 0;
 }
 
-template <typename T, int kD, int kN>
+template <typename T, int kD, int kN, Role kOwner>
 EAR_OPS_DEVICE void add_scores(const char* owned, const char* visited, float (&scores)[2][kN / 8][4]) {
   using Layout = Tile<T, kD>;
 #pragma unroll
   for (int v = 0; v < 2; ++v)
-    Products<T>::template add_scores<kD, kN>(owned + v * Layout::bytes(kBlockRows) + Layout::bytes(16) * warp_index(),
-                                             visited + v * Layout::bytes(kN), scores[v]);
+    Products<T>::template add_scores<kD, kN, kOwner == Role::kKeys>(
+        owned + v * Layout::bytes(kBlockRows) + Layout::bytes(16) * warp_index(), visited + v * Layout::bytes(kN),
+        scores[v]);
 }
 
 }  // namespace ear_ops::cuda

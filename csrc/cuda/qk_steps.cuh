@@ -6,7 +6,8 @@
 namespace ear_ops::cuda {
 
 // Where a block is on its way over everything it visits: the heads of the group, tiles of columns, chunks of the head
-// dimension. Tiles without a pair to compare are passed over; the block's own chunk comes last.
+// dimension. Tiles without a pair to compare are passed over. Every pass sums the chunks in one order, since the
+// backward subtracts what the forward has summed.
 template <int kN, Role kOwner>
 struct Steps {
   static constexpr Role kVisited = kOwner == Role::kQueries ? Role::kKeys : Role::kQueries;
@@ -31,7 +32,6 @@ struct Steps {
   EAR_OPS_DEVICE bool done() const { return head >= end_head; }
   EAR_OPS_DEVICE bool is_first_chunk() const { return chunk == 0; }
   EAR_OPS_DEVICE bool is_last_chunk() const { return chunk == chunks - 1; }
-  EAR_OPS_DEVICE int dim_offset(int kD) const { return (own_chunk + 1 + chunk) % chunks * kD; }
   EAR_OPS_DEVICE Rows<kVisited> visited() const {
     return {a, pair, kOwner == Role::kQueries ? head / (a.heads / a.key_heads) : head};
   }
@@ -78,10 +78,12 @@ struct Stages {
     return shared_memory() + 2 * (kVisited + kStats) + (chunks == 1 ? 0 : stage) * kOwned;
   }
 
+  EAR_OPS_DEVICE void fill_chunk(int stage, const Steps<kN, kOwner>& step, int chunk, bool first) const {
+    copy_rows<T, kD, kN>(visited(stage), step.visited(), step.first_column, chunk * kD);
+    if (first || chunks > 1) copy_rows<T, kD, kBlockRows>(owned(stage), rows, first_row, chunk * kD);
+  }
   EAR_OPS_DEVICE void fill(int stage, const Steps<kN, kOwner>& step, bool first) const {
-    const int offset = step.dim_offset(kD);
-    copy_rows<T, kD, kN>(visited(stage), step.visited(), step.first_column, offset);
-    if (first || chunks > 1) copy_rows<T, kD, kBlockRows>(owned(stage), rows, first_row, offset);
+    fill_chunk(stage, step, step.chunk, first);
     if (kOwner == Role::kQueries) return;
     const QKArgs& a = rows.args;
     for (int i = thread_index(); i < kRowStats * kN; i += kThreads) {
@@ -95,7 +97,7 @@ struct Stages {
 };
 
 // body(step, scores, stage) for every tile, the scores raw; owned and visited of the block's own chunk are in the
-// stage.
+// stage, loaded once more where another chunk came last.
 template <typename T, int kD, int kN, Role kOwner, typename Body>
 EAR_OPS_DEVICE void for_tiles(const Stages<T, kD, kN, kOwner>& stages, Steps<kN, kOwner> step, const Body& body) {
   if (step.done()) return;
@@ -113,8 +115,17 @@ EAR_OPS_DEVICE void for_tiles(const Stages<T, kD, kN, kOwner>& stages, Steps<kN,
     wait_copies<1>();
     sync_block();
     if (step.is_first_chunk()) clear(scores);
-    add_scores<T, kD, kN>(stages.owned(stage), stages.visited(stage), scores);
-    if (step.is_last_chunk()) body(step, scores, stage);
+    add_scores<T, kD, kN, kOwner>(stages.owned(stage), stages.visited(stage), scores);
+    if (step.is_last_chunk()) {
+      if (step.chunk != step.own_chunk) {
+        sync_block();
+        stages.fill_chunk(stage, step, step.own_chunk, false);
+        commit_copies();
+        wait_copies<0>();
+        sync_block();
+      }
+      body(step, scores, stage);
+    }
     sync_block();
     step.advance();
   }

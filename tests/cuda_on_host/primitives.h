@@ -140,6 +140,7 @@ inline uint32_t round_to_tf32(float value) {  // to nearest, ties away from zero
   const uint32_t bits = float_as_bits(value);
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
 }
+inline float product(float a, float b) { return a * b; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 inline float not_a_number() { return std::numeric_limits<float>::quiet_NaN(); }
