@@ -4,9 +4,9 @@
     python csrc/cuda/check_build.py --all      every instance
     python csrc/cuda/check_build.py FILE ...   these
 
-More than a few spilled bytes are an error on every architecture; tensor-core kernels must hold HMMA instructions, 16-byte asynchronous copies
-and, in the backward, 16-byte stores. No GPU is needed; nvcc is, and for the instructions cuobjdump (PyPI:
-nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm).
+More than a few spilled bytes are an error on every architecture; tensor-core kernels must hold HMMA instructions,
+16-byte asynchronous copies and, in the backward, 16-byte stores. No GPU is needed; nvcc is, and for the instructions
+cuobjdump (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm).
 """
 
 from __future__ import annotations
