@@ -71,6 +71,8 @@ class Attachment:
             if self._teacher is not None:
                 views[1] = as_constant(views[1], views[0][0].device)
             with torch.autocast(views[0][0].device.type, enabled=False):
+                if self._teacher is not None and isinstance(word_ids, Tensor) and len(word_ids) == len(views[0][0]):
+                    word_ids = (word_ids, word_ids)  # the teacher sees the very same rows
                 words = {"word_ids": word_ids} if regularizer.uses_word_ids else {}
                 term = regularizer.term(views[0], views[1] if len(views) == 2 else None, **words)
             self._warn_if_constant(regularizer.name, term)

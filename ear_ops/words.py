@@ -19,7 +19,7 @@ from .capture import AttentionInputs, AttentionMaps
 
 WordIds = Tensor | tuple[Tensor, Tensor]
 """The word of each token from 0, -1 where it has none (padding): int64 ``[2B, L]`` of both views, x first; a pair of
-``[B, L]`` and ``[B, L']``; or ``[B, L]`` for both (student and teacher). One number means one word in both views."""
+``[B, L]`` and ``[B, L']``; or, with a teacher, the ``[B, L]`` of its batch. One number means one word in both views."""
 
 
 def word_attention_mse(
@@ -44,10 +44,7 @@ def word_attention_mse(
         maps, present = _word_attention(view, joined, words, what)
         maps_aug = present_aug = None
     else:
-        if isinstance(word_ids, Tensor):
-            ids, ids_aug = (word_ids, word_ids) if len(word_ids) == len(view[0]) else word_ids.chunk(2)
-        else:
-            ids, ids_aug = word_ids
+        ids, ids_aug = word_ids.chunk(2) if isinstance(word_ids, Tensor) else word_ids
         words = int(torch.stack([ids.max(), ids_aug.max()]).max()) + 1
         maps, present = _word_attention(view, ids, words, what)
         maps_aug, present_aug = _word_attention(view_aug, ids_aug, words, what)

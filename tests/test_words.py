@@ -90,6 +90,16 @@ def test_two_forwards_and_a_pair_of_word_ids() -> None:
         torch.testing.assert_close(ear.loss(word_ids=(longer, WORDS[2:])), expected)
 
 
+def test_the_words_of_one_view_are_not_those_of_both() -> None:
+    model, hidden = Attention(), torch.randn(4, 6, 8)
+    with attach(model, [pull(alignment="word")]) as ear:
+        for view, rows in (("original", slice(0, 2)), ("augmented", slice(2, 4))):
+            with ear.view(view):
+                model(hidden[rows], MASK[rows])
+        with pytest.raises(ValueError, match=r"expected word_ids \[2, 6\] .* got \[1, 6\]"):
+            ear.loss(word_ids=WORDS[:2])
+
+
 def test_words_of_one_piece_each_are_tokens() -> None:
     model, hidden = Attention(), torch.randn(4, 6, 8)
     losses = []

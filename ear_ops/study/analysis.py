@@ -173,6 +173,7 @@ def _draw(
     sentences = [("en", english) for pairs in pictured.values() for _, english in pairs]
     sentences += [(language, sentence) for language, pairs in pictured.items() for sentence, _ in pairs]
     sentences = list(dict.fromkeys(sentences))
+    _, whole = models["before"]
     words = list(dict.fromkeys((language, word) for language, sentence in sentences for word in sentence.split()))
     for number, title, labelled in (
         (3, "Words of parallel sentences, embedding layer", words),
@@ -180,9 +181,7 @@ def _draw(
         (5, "Parallel sentences, last layer", sentences),
     ):
         if number != 5:  # a zero-width space is a word to Python, and no piece
-            labelled = [
-                each for each in labelled if all(_pieces(tokenizer, each[1]) for _, tokenizer in models.values())
-            ]
+            labelled = [each for each in labelled if whole(each[1], add_special_tokens=False)["input_ids"]]
         texts = [text for _, text in labelled]
         if len(texts) < 4:  # of no use as a t-SNE
             continue
@@ -192,10 +191,6 @@ def _draw(
         }
         path = output_dir / f"figure-{number}-{name}.png"
         scatter_panels(path, title, panels, [group for group, _ in labelled])
-
-
-def _pieces(tokenizer: Any, word: str) -> list[int]:
-    return tokenizer(word, add_special_tokens=False)["input_ids"]
 
 
 def _synonym_groups(path: str | Path, sentences: Iterable[str]) -> list[tuple[str, str]]:
