@@ -37,9 +37,9 @@ $(INSTALLED): $(SOURCES) | $(PY)
 # Fine-tunes the offline model on the embedded English pairs and prints zero-shot accuracy per language. It shows that
 # everything runs; 24 items a language measure nothing.
 demo: install
-	$(PY) -m ear_ops.cli train --method finetune $(DEMO_OPTIONS) --output-dir $(DEMO)/finetune
-	$(PY) -m ear_ops.cli train --method ear $(DEMO_OPTIONS) --output-dir $(DEMO)/ear
-	$(PY) -m ear_ops.cli compare $(DEMO)/finetune $(DEMO)/ear
+	$(PY) -m ear_ops.recipes.cli train --method finetune $(DEMO_OPTIONS) --output-dir $(DEMO)/finetune
+	$(PY) -m ear_ops.recipes.cli train --method ear $(DEMO_OPTIONS) --output-dir $(DEMO)/ear
+	$(PY) -m ear_ops.recipes.cli compare $(DEMO)/finetune $(DEMO)/ear
 
 test: install $(ON_HOST)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4

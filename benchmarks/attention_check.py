@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
 import ear_ops
-from ear_ops import reference
 from ear_ops.capture import Layout, find_attention
+from ear_ops.ops.probabilities import structure_mask
 
 TOLERANCE = 1e-5
 STAND_IN = "flash_attention_2"
@@ -331,7 +331,7 @@ def _flash(
     if kwargs.get("softcap") is not None:
         scores = kwargs["softcap"] * torch.tanh(scores / kwargs["softcap"])
     causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
-    allowed = reference.structure_mask(query.shape[2], key.shape[2], causal, kwargs.get("sliding_window"))
+    allowed = structure_mask(query.shape[2], key.shape[2], causal, kwargs.get("sliding_window"))
     allowed = torch.ones(scores.shape[-2:], dtype=torch.bool) if allowed is None else allowed
     if attention_mask is not None:
         if attention_mask.dim() != 2:

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 import ear_ops
-from ear_ops.training.memory import keep_freed_memory
+from ear_ops.memory import keep_freed_memory
 
 TINY_REPEATS = 60
 TINY = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 12}

@@ -25,12 +25,12 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ear_ops.data import PairCollator
-from ear_ops.training import run
-from ear_ops.training.config import TrainConfig
-from ear_ops.training.memory import keep_freed_memory
-from ear_ops.training.methods import METHODS
-from ear_ops.training.sources import load_training_data
-from ear_ops.training.trainer import PairTrainer, Schedule
+from ear_ops.memory import keep_freed_memory
+from ear_ops.recipes.training import run
+from ear_ops.recipes.training.config import TrainConfig
+from ear_ops.recipes.training.methods import METHODS
+from ear_ops.recipes.training.pair_trainer import PairTrainer, Schedule
+from ear_ops.recipes.training.sources import load_training_data
 
 
 class Turns:

@@ -20,7 +20,7 @@ from operations import OPERATIONS, Inputs, Loss, Operation
 from presets import PRESETS, Preset
 from torch import Tensor
 
-from ear_ops.training.memory import keep_freed_memory
+from ear_ops.memory import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("forward", "forward+backward")

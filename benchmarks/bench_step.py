@@ -28,9 +28,9 @@ from torch import Tensor
 import ear_ops
 from ear_ops.data import PairCollator, PairViews, SynonymAugmenter, get_task, load_split, load_synonyms
 from ear_ops.data.mini import mini_data_dir
+from ear_ops.memory import keep_freed_memory
 from ear_ops.models.classifier import load_classifier
 from ear_ops.models.vocabulary import prune_vocabulary
-from ear_ops.training.memory import keep_freed_memory
 
 PAIRS, PRUNED_TO, MAX_LENGTH, LAYER = 32, 9600, 128, 6
 DTYPES = ("float32", "bfloat16")

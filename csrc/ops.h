@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> qk_attention_mse(  // sums [B, H], row_stats [6, B, H
     const OptionalTensor& counted_queries,    // [B, L] bool
     const OptionalTensor& attn_bias,          // [B, H, L, S]
     const OptionalTensor& attn_bias_aug,      // [B, H, L, S]
-    double scale, bool is_causal, int64_t window);
+    double scale, bool is_causal, int64_t window, std::optional<double> softcap);
 
 std::vector<Tensor> qk_attention_mse_backward(  // the gradients that `needs` names, shaped like their inputs
     const Tensor& grad_sums,                    // [B, H]
@@ -35,7 +35,7 @@ std::vector<Tensor> qk_attention_mse_backward(  // the gradients that `needs` na
     const OptionalTensor& counted_queries,      // [B, L] bool
     const OptionalTensor& attn_bias,            // [B, H, L, S]
     const OptionalTensor& attn_bias_aug,        // [B, H, L, S]
-    double scale, bool is_causal, int64_t window,
+    double scale, bool is_causal, int64_t window, std::optional<double> softcap,
     const Tensor& row_stats,        // [6, B, H, L]
     const c10::List<bool>& needs);  // query, key, query_aug, key_aug
 
@@ -57,12 +57,10 @@ std::tuple<Tensor, Tensor> pooled_distance(  // sums [B], difference of the mean
     const OptionalTensor& hidden_aug,        // [B, L, C]
     const OptionalTensor& mask);             // [2B, L] bool
 
-std::vector<Tensor> pooled_distance_backward(const Tensor& grad_sums,           // [B]
-                                             const Tensor& difference,          // [B, C]
-                                             const Tensor& hidden,              // [B, L, C]
-                                             const OptionalTensor& hidden_aug,  // [B, L, C]
-                                             const OptionalTensor& mask,        // [2B, L] bool
-                                             const c10::List<bool>& needs);     // hidden, hidden_aug
+std::vector<Tensor> pooled_distance_backward(const Tensor& grad_sums, const Tensor& hidden,
+                                             const OptionalTensor& hidden_aug, const OptionalTensor& mask,
+                                             const Tensor& difference,
+                                             const c10::List<bool>& needs);  // hidden, hidden_aug
 
 // Best multiplications and additions per second of an [m, k] x [k, n] product, and exponentials per second, on all
 // threads.

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-from ._library import BackendUnavailableError
-from .functional import attention_mse, pooled_distance, qk_attention_mse, repeat_labels, robust_cross_entropy
-from .losses import AttentionMSELoss, PooledDistanceLoss, QKAttentionMSELoss
-from .regularizers import AttentionPull, EmbeddingPush, SentencePull, attach
-from .running import RunningMeans
-from .trainer import RegularizedTrainerMixin
-from .weights import Cosine, LinearWarmup
+from ear_ops.attachment import Attachment, attach
+from ear_ops.diagnostics.gradient_ratios import gradient_ratios
+from ear_ops.diagnostics.running_means import RunningMeans
+from ear_ops.errors import BackendUnavailableError, EarOpsError
+from ear_ops.functional import attention_mse, pooled_distance, qk_attention_mse, repeat_labels, robust_cross_entropy
+from ear_ops.integrations.transformers import RegularizedTrainerMixin
+from ear_ops.losses import AttentionMSELoss, PooledDistanceLoss, QKAttentionMSELoss
+from ear_ops.regularizers import (
+    AttentionPull,
+    CosineSchedule,
+    EmbeddingPush,
+    LinearWarmupSchedule,
+    Regularizer,
+    SentencePull,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attachment",
     "AttentionMSELoss",
     "AttentionPull",
     "BackendUnavailableError",
-    "Cosine",
+    "CosineSchedule",
+    "EarOpsError",
     "EmbeddingPush",
-    "LinearWarmup",
+    "LinearWarmupSchedule",
     "PooledDistanceLoss",
     "QKAttentionMSELoss",
     "RegularizedTrainerMixin",
+    "Regularizer",
     "RunningMeans",
     "SentencePull",
     "attach",
     "attention_mse",
+    "gradient_ratios",
     "pooled_distance",
     "qk_attention_mse",
     "repeat_labels",

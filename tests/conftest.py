@@ -23,12 +23,20 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 @pytest.fixture(scope="session", params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
     """A device with kernels, also the name of their backend; skipped, with the reason, where it cannot run here."""
-    from ear_ops import _extension
+    from ear_ops.ops import extension
 
     name: str = request.param
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU: torch.cuda.is_available() is false")
-    extension = {"cpu": _extension.CPU, "cuda": _extension.CUDA}[name]
+    extension = {"cpu": extension.CPU, "cuda": extension.CUDA}[name]
     if not extension.loaded:
         pytest.skip(f"no {name} kernels: {extension.reason}")
     return name
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random BERT classifier and its tokenizer."""
+    from support.tiny_task import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("model"))

@@ -15,11 +15,11 @@ import torch
 from operations import OPERATIONS
 from presets import Preset
 
-from ear_ops import _extension
+from ear_ops.ops import extension
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
-pytestmark = pytest.mark.skipif(not _extension.CPU.loaded, reason=f"no cpu kernels: {_extension.CPU.reason}")
+pytestmark = pytest.mark.skipif(not extension.CPU.loaded, reason=f"no cpu kernels: {extension.CPU.reason}")
 
 SMALL = {
     "plain": Preset(3, 4, 20, 8),
@@ -29,7 +29,7 @@ SMALL = {
 
 
 def bench(*arguments: str) -> str:
-    command = [sys.executable, "-m", "ear_ops.cli", "bench", *arguments]
+    command = [sys.executable, "-m", "ear_ops.recipes.cli", "bench", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

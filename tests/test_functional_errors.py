@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import ear_ops
-from ear_ops import reference
+from ear_ops.ops import pooled_distance
 
 QUERY, KEY, MASK = torch.zeros(2, 4, 5, 3), torch.zeros(2, 2, 6, 3), torch.ones(2, 6, dtype=torch.int64)
 ATTN, HIDDEN, TOKENS = torch.zeros(2, 4, 5, 6), torch.zeros(2, 5, 3), torch.ones(2, 5, dtype=torch.int64)
@@ -301,7 +301,7 @@ def test_masks_of_any_integer(dtype: torch.dtype) -> None:
 
 
 # The operators check for themselves: they are public as torch.ops.ear_ops, and memory is at stake.
-OP_INPUTS = [QUERY, KEY, QUERY, KEY, None, None, None, None, 1.0, False, 0]
+OP_INPUTS = [QUERY, KEY, QUERY, KEY, None, None, None, None, 1.0, False, 0, None]
 
 
 def replaced(index: int, value: object) -> list[object]:
@@ -318,6 +318,7 @@ OPS_BAD: dict[str, tuple[str, list[object], list[str]]] = {
     "key_mask dtype": ("qk_attention_mse", replaced(4, torch.ones(4, 6)), ["key_mask", "bool", "float"]),
     "counted_queries": ("qk_attention_mse", replaced(5, MASK.bool()), ["counted_queries", "[2, 5]", "[2, 6]"]),
     "attn_bias": ("qk_attention_mse", replaced(6, torch.zeros(5, 6)), ["attn_bias", "[2, 4, 5, 6]", "[5, 6]"]),
+    "softcap": ("qk_attention_mse", replaced(11, 2.0), ["softcap", "reference only"]),
     "query dimensions": ("qk_attention_mse", replaced(0, QUERY[0]), ["query", "4 dimensions", "[4, 5, 3]"]),
     "attn_aug": ("attention_mse", [ATTN, ATTN[:, :2], None, None], ["attn_aug", "[2, 4, 5, 6]", "[2, 2, 5, 6]"]),
     "attn odd": ("attention_mse", [ATTN[:1], None, None, None], ["attn", "even batch", "[1, 4, 5, 6]"]),
@@ -351,5 +352,6 @@ def test_float8_runs_on_the_reference() -> None:
     """No kernel takes it, the definition does."""
     hidden = torch.randn(2, 3, 4).to(torch.float8_e4m3fn)
     found = ear_ops.pooled_distance(hidden, hidden.flip(1)[:, :, [1, 0, 3, 2]])
-    expected = reference.pooled_distance(hidden, hidden.flip(1)[:, :, [1, 0, 3, 2]]).mean() / 4
+    problem = pooled_distance.PooledProblem(hidden, hidden.flip(1)[:, :, [1, 0, 3, 2]], None)
+    expected = pooled_distance.reference(problem).mean() / 4
     torch.testing.assert_close(found, expected)

@@ -128,9 +128,9 @@ std::tuple<Tensor, Tensor> pooled_distance(const Tensor& hidden, const OptionalT
   return {sums, difference};
 }
 
-std::vector<Tensor> pooled_distance_backward(const Tensor& grad_sums, const Tensor& difference, const Tensor& hidden,
+std::vector<Tensor> pooled_distance_backward(const Tensor& grad_sums, const Tensor& hidden,
                                              const OptionalTensor& hidden_aug, const OptionalTensor& mask,
-                                             const c10::List<bool>& needs) {
+                                             const Tensor& difference, const c10::List<bool>& needs) {
   const auto h = cpu::make_hidden(hidden, hidden_aug, mask);
   check_shape(cpu::kOp, "grad_sums", grad_sums, {h.pairs});
   check_shape(cpu::kOp, "difference", difference, {h.pairs, h.features});

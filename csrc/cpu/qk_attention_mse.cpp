@@ -266,7 +266,8 @@ std::tuple<Tensor, Tensor> qk_attention_mse(const Tensor& query, const Tensor& k
                                             const OptionalTensor& key_aug, const OptionalTensor& key_mask,
                                             const OptionalTensor& counted_queries, const OptionalTensor& attn_bias,
                                             const OptionalTensor& attn_bias_aug, double scale, bool is_causal,
-                                            int64_t window) {
+                                            int64_t window, std::optional<double> softcap) {
+  TORCH_CHECK_VALUE(!softcap, "qk_attention_mse: softcap: computed by the reference only, use backend='reference'");
   const auto p = cpu::make_qk_problem(query, key, query_aug, key_aug, key_mask, counted_queries, attn_bias,
                                       attn_bias_aug, scale, is_causal, window);
   const auto options = query.options().dtype(cpu::accumulator_of(query));
@@ -282,8 +283,10 @@ std::vector<Tensor> qk_attention_mse_backward(const Tensor& grad_sums, const Ten
                                               const OptionalTensor& query_aug, const OptionalTensor& key_aug,
                                               const OptionalTensor& key_mask, const OptionalTensor& counted_queries,
                                               const OptionalTensor& attn_bias, const OptionalTensor& attn_bias_aug,
-                                              double scale, bool is_causal, int64_t window, const Tensor& row_stats,
+                                              double scale, bool is_causal, int64_t window,
+                                              std::optional<double> softcap, const Tensor& row_stats,
                                               const c10::List<bool>& needs) {
+  TORCH_CHECK_VALUE(!softcap, "qk_attention_mse: softcap: computed by the reference only, use backend='reference'");
   std::vector<Tensor> gradients;
   const auto p = cpu::make_qk_problem(query, key, query_aug, key_aug, key_mask, counted_queries, attn_bias,
                                       attn_bias_aug, scale, is_causal, window);

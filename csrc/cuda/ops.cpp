@@ -268,7 +268,8 @@ std::tuple<Tensor, Tensor> qk_attention_mse(const Tensor& query, const Tensor& k
                                             const OptionalTensor& key_aug, const OptionalTensor& key_mask,
                                             const OptionalTensor& counted_queries, const OptionalTensor& attn_bias,
                                             const OptionalTensor& attn_bias_aug, double scale, bool is_causal,
-                                            int64_t window) {
+                                            int64_t window, std::optional<double> softcap) {
+  TORCH_CHECK_VALUE(!softcap, "qk_attention_mse: softcap: computed by the reference only, use backend='reference'");
   const cuda::Launch launch(query);
   auto call = cuda::qk_call(query, key, query_aug, key_aug, key_mask, counted_queries, attn_bias, attn_bias_aug, scale,
                             is_causal, window);
@@ -285,8 +286,10 @@ std::vector<Tensor> qk_attention_mse_backward(const Tensor& grad_sums, const Ten
                                               const OptionalTensor& query_aug, const OptionalTensor& key_aug,
                                               const OptionalTensor& key_mask, const OptionalTensor& counted_queries,
                                               const OptionalTensor& attn_bias, const OptionalTensor& attn_bias_aug,
-                                              double scale, bool is_causal, int64_t window, const Tensor& row_stats,
+                                              double scale, bool is_causal, int64_t window,
+                                              std::optional<double> softcap, const Tensor& row_stats,
                                               const c10::List<bool>& needs) {
+  TORCH_CHECK_VALUE(!softcap, "qk_attention_mse: softcap: computed by the reference only, use backend='reference'");
   const cuda::Launch launch(query);
   auto call = cuda::qk_call(query, key, query_aug, key_aug, key_mask, counted_queries, attn_bias, attn_bias_aug, scale,
                             is_causal, window);
@@ -350,9 +353,9 @@ std::tuple<Tensor, Tensor> pooled_distance(const Tensor& hidden, const OptionalT
   return {block_sums.sum(-1), difference};
 }
 
-std::vector<Tensor> pooled_distance_backward(const Tensor& grad_sums, const Tensor& difference, const Tensor& hidden,
+std::vector<Tensor> pooled_distance_backward(const Tensor& grad_sums, const Tensor& hidden,
                                              const OptionalTensor& hidden_aug, const OptionalTensor& mask,
-                                             const c10::List<bool>& needs) {
+                                             const Tensor& difference, const c10::List<bool>& needs) {
   const cuda::Launch launch(hidden);
   auto call = cuda::pooled_call(hidden, hidden_aug, mask);
   auto& a = call.args;

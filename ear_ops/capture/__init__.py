@@ -8,11 +8,18 @@ what a loss gets, :mod:`.recorder` says when a recording begins and ends. Nothin
 
 from __future__ import annotations
 
-from .layout import Layout, find_attention, unwrap
-from .recorder import Recorder
-from .records import Record
-from .sites import AttentionSite, HiddenSite, Place, ProjectionSite, Site
-from .views import AttentionInputs, AttentionMaps, HiddenStates, align_attention, align_hidden, align_maps
+from ear_ops.capture.layout import Layout, find_attention, unwrap
+from ear_ops.capture.readings import (
+    AttentionInputs,
+    AttentionMaps,
+    HiddenStates,
+    align_attention,
+    align_hidden,
+    align_maps,
+)
+from ear_ops.capture.recorder import Recorder
+from ear_ops.capture.records import Record
+from ear_ops.capture.sites import AttentionSite, HiddenSite, Place, ProjectionSite, Site
 
 __all__ = [
     "AttentionInputs",

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from .inside import computes_attention
-from .interface import uses_interface
-from .sites import AttentionSite, HiddenSite, Place, ProjectionSite
+from ear_ops.capture.sites import AttentionSite, HiddenSite, Place, ProjectionSite
+from ear_ops.capture.taps.inside import computes_attention
+from ear_ops.capture.taps.interface import uses_interface
 
 
 def unwrap(model: nn.Module) -> nn.Module:

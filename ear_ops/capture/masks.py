@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import structure_mask
-from .records import AttentionCall
+from ear_ops.capture.records import AttentionCall
+from ear_ops.ops.probabilities import structure_mask
 
 _FORBIDDEN = -9999.0  # additive masks forbid with -inf, the lowest number of a dtype, -1e9 or -1e4
 

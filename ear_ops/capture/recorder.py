@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import interface
-from .hooks import ModelHook
-from .records import Record
-from .sites import AttentionSite, Site
+from ear_ops.capture.records import Record
+from ear_ops.capture.sites import AttentionSite, Site
+from ear_ops.capture.taps import interface
+from ear_ops.capture.taps.hooks import ModelHook
 
 VIEWS = ("original", "augmented")
 MASKS = ("attention_mask", "encoder_attention_mask", "decoder_attention_mask")  # arguments of a model's forward

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .hooks import ModelHook, add_tap, remove_tap
-from .inside import Watch, other_softmax
-from .masks import attention_structure, dense_bias, padding_mask, tensor_mask
-from .records import AttentionCall, Record, SoftmaxCall, TensorCall
-from .views import AttentionInputs, AttentionMaps, HiddenStates
+from ear_ops.capture.masks import attention_structure, dense_bias, padding_mask, tensor_mask
+from ear_ops.capture.readings import AttentionInputs, AttentionMaps, HiddenStates
+from ear_ops.capture.records import AttentionCall, Record, SoftmaxCall, TensorCall
+from ear_ops.capture.taps.hooks import ModelHook, add_tap, remove_tap
+from ear_ops.capture.taps.inside import Watch, other_softmax
 
 Undo = Callable[[], None]
 

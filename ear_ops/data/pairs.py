@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ear_ops.data.tasks import TASKS, Task
+from ear_ops.errors import EarOpsError
 
 _SUFFIXES = (".tsv", ".tsv.gz")
 _COLUMNS = ("text1", "text2", "label")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-class DataError(ValueError):
+class DataError(EarOpsError, ValueError):
     """A data file that is missing or not what it should be; the message names the file, and the line if possible."""
 
 

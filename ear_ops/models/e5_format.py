@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ear_ops.errors import EarOpsError
+
 WORD_EMBEDDINGS = "emb.word"
 
 _FLOAT32, _Q4_0 = 0, 1
 _Q4_0_BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", (16,))])  # 18 bytes, 32 weights
 
 
-class E5FormatError(ValueError):
+class E5FormatError(EarOpsError, ValueError):
     """The file is damaged, or of a format or version that this module does not read."""
 
 

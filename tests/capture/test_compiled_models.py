@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from ear_ops.regularizers import AttentionPull, EmbeddingPush, SentencePull, attach
+from ear_ops import AttentionPull, EmbeddingPush, SentencePull, attach
 
 TERMS = (EmbeddingPush(5.0), AttentionPull(2, 30.0), SentencePull(1, 1.0))  # gradients about as large as the logits'
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers.modeling_utils import AttentionInterface
 
-from ear_ops.regularizers import AttentionPull, EmbeddingPush, SentencePull, attach
+from ear_ops import AttentionPull, EmbeddingPush, SentencePull, attach
 
 ENCODERS = ("bert", "xlm-roberta", "roberta", "distilbert")
 DECODERS = ("llama", "mistral")

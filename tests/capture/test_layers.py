@@ -10,8 +10,8 @@ import transformers
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import AttentionInterface
 
+from ear_ops import AttentionPull, attach
 from ear_ops.capture import Layout
-from ear_ops.regularizers import AttentionPull, attach
 
 PATH = "bert.encoder.layer.{}.attention.self"
 

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
-from ear_ops.regularizers import AttentionPull, EmbeddingPush, SentencePull, attach
+from ear_ops import AttentionPull, EmbeddingPush, SentencePull, attach
 
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 BY_PATH = {"query": "bert.encoder.layer.1.attention.self.query", "key": "bert.encoder.layer.1.attention.self.key"}

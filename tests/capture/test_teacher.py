@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from ear_ops.regularizers import AttentionPull, EmbeddingPush, SentencePull, attach
+from ear_ops import AttentionPull, EmbeddingPush, SentencePull, attach
 
 
 def model(layers=2, hidden=32, heads=4, seed=0, kind="bert"):

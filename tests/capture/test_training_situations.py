@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from ear_ops.regularizers import AttentionPull, EmbeddingPush, SentencePull, attach
+from ear_ops import AttentionPull, EmbeddingPush, SentencePull, attach
 
 TERMS = (EmbeddingPush(5.0), AttentionPull(3, 30.0), SentencePull(2, 1.0))  # gradients about as large as the logits'
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ear_ops import _library
+from ear_ops.ops.operator import SCHEMAS
 
 LIBRARY = Path(__file__).parents[2] / "build" / "cuda_on_host" / "ear_ops_cuda_on_host.so"
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}  # bytes that a block may ask for
@@ -18,7 +18,7 @@ SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}  
 def load() -> None:
     """Load the library; its operators take CPU tensors."""
     if not hasattr(torch.ops.ear_ops_cuda_on_host, "configure"):
-        for name, schema in _library.SCHEMAS.items():
+        for name, schema in SCHEMAS.items():
             torch.library.define(f"ear_ops_cuda_on_host::{name}", schema)
         torch.ops.load_library(LIBRARY)
 
@@ -34,7 +34,7 @@ def in_place_of_cpu_kernels() -> Iterator[None]:
     library = torch.library.Library("ear_ops", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-        for name in _library.SCHEMAS:
+        for name in SCHEMAS:
             library.impl(name, getattr(torch.ops.ear_ops_cuda_on_host, name).default, "CPU", allow_override=True)
     try:
         yield

@@ -1,6 +1,6 @@
 """The losses as one writes them without this package, in the dtype of the inputs.
 
-They serve twice: in float64 as an independent check of :mod:`ear_ops.reference`, and in the dtype under test as the
+They serve twice: in float64 as an independent check of the references, and in the dtype under test as the
 yardstick, because a kernel is measured by what plain PyTorch loses. Nothing of ear_ops is used here. Two tensors for
 the two views; masks as the functional layer takes them.
 """

@@ -28,10 +28,10 @@ def train(settings: dict[str, Any], die_at: int | None = None, started_by_mpi: b
         die_at: the processes are killed before this step.
         started_by_mpi: as `accelerate launch --cpu` does.
     """
-    from ear_ops.training import checkpoints, processes, run
-    from ear_ops.training.config import TrainConfig
-    from ear_ops.training.errors import ConfigError
-    from ear_ops.training.folder import RunFolderError
+    from ear_ops.recipes.training import checkpoints, processes, run
+    from ear_ops.recipes.training.config import TrainConfig
+    from ear_ops.recipes.training.errors import ConfigError
+    from ear_ops.recipes.training.folder import RunFolderError
 
     if started_by_mpi:
         for name, their in OPEN_MPI.items():
@@ -63,8 +63,8 @@ def first_step(settings: dict[str, Any]) -> float:
     """The loss of the first batch in this process, all rows of which are the same in all processes."""
     import torch
 
-    from ear_ops.training import run
-    from ear_ops.training.config import TrainConfig
+    from ear_ops.recipes.training import run
+    from ear_ops.recipes.training.config import TrainConfig
 
     losses = []
     training_loss = run.PairTrainer.training_loss
@@ -85,7 +85,7 @@ def roles() -> dict[str, Any]:
     """What each process gets and does."""
     import torch
 
-    from ear_ops.training import processes
+    from ear_ops.recipes.training import processes
 
     def fails() -> None:
         raise ValueError(f"in process {processes.rank()}")

@@ -22,7 +22,7 @@ TIMEOUT = 300  # seconds
 def run(function: Callable[..., Any], folder: Path, *arguments: Any, count: int = 2) -> list[Any]:
     """What ``function(*arguments)`` returns in each process; raises with the traceback of the first that failed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ear_ops.training.run"])  # and with it torch and transformers
+    context.set_forkserver_preload(["ear_ops.recipes.training.run"])  # and with it torch and transformers
     port = free_port()
     files = [folder / f"rank{rank}.pt" for rank in range(count)]
     processes = [

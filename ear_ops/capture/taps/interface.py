@@ -1,0 +1,96 @@
+"""The attention functions of transformers, made to report to the taps while any recorder is attached.
+
+transformers looks an attention function up by name (``sdpa``, ``eager``, ``flash_attention_2``, ...) and calls it as
+``function(module, query, key, value, attention_mask, ...)``. Every registered function is replaced *under its own
+name* by one that hands the arguments to the module's taps and calls it unchanged: under a new name the model would
+build other masks. The lookup itself is wrapped too, for each modeling file's own eager function and for kernels
+registered later.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ear_ops.capture.taps.hooks import TAPS
+
+_lock = threading.Lock()
+_users = 0  # recorders attached now
+_undo: list[Callable[[], None]] = []
+
+
+def uses_interface(module: nn.Module) -> bool:
+    """Whether ``module`` itself (not a child) looks its attention function up in the registry of transformers."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def acquire() -> None:
+    """Wrap the attention functions, unless another recorder already did."""
+    global _users
+    with _lock:
+        if _users == 0:
+            _wrap_all()
+        _users += 1
+
+
+def release() -> None:
+    """Undo :func:`acquire`; the last release puts every function back."""
+    global _users
+    with _lock:
+        _users -= 1
+        if _users == 0:
+            while _undo:
+                _undo.pop()()
+
+
+def _wrap_all() -> None:
+    from transformers.modeling_utils import AttentionInterface
+
+    registered = AttentionInterface()  # a fresh instance shows what is registered for all models
+    for name, function in list(registered.items()):
+        reporting = functools.wraps(function)(_reporting(name, function))
+        reporting._reports_to_taps = True  # type: ignore[attr-defined]
+        AttentionInterface.register(name, reporting)
+        _undo.append(functools.partial(_put_back, name, reporting, function))
+
+    lookup = AttentionInterface.get_interface
+
+    @functools.wraps(lookup)
+    def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        function = lookup(self, attn_implementation, default)
+        if getattr(function, "_reports_to_taps", False):
+            return function
+        return _reporting("eager" if function is default else attn_implementation, function)
+
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+
+    def restore_lookup() -> None:
+        if AttentionInterface.get_interface is get_interface:  # else someone wrapped it again, which hides ours
+            AttentionInterface.get_interface = lookup  # type: ignore[method-assign]
+
+    _undo.append(restore_lookup)
+
+
+def _put_back(name: str, reporting: Callable[..., Any], function: Callable[..., Any]) -> None:
+    from transformers.modeling_utils import AttentionInterface
+
+    if AttentionInterface().get(name) is reporting:  # else registered anew in the meantime: leave that
+        AttentionInterface.register(name, function)
+
+
+def _reporting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which reports its arguments to the taps of the module that calls it."""
+
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if TAPS in module.__dict__:
+            for tap in module.__dict__[TAPS]:
+                tap.report(name, module, *args, **kwargs)
+        return function(module, *args, **kwargs)
+
+    return attention

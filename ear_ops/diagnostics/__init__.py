@@ -1,0 +1,1 @@
+"""What to look at while training: means of loss terms, ratios of gradients."""

@@ -1,0 +1,1 @@
+"""Regularisers inside the training loops of other libraries."""

@@ -1,0 +1,173 @@
+"""Regularisers in the Trainer of transformers, by a mixin.
+
+    class Trainer(ear_ops.RegularizedTrainerMixin, transformers.Trainer):
+        pass
+
+    trainer = Trainer(model, args, regularizers=[ear_ops.AttentionPull(layer=6)], train_dataset=..., data_collator=...)
+
+Nothing of transformers is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from ear_ops.attachment import Attachment, attach
+from ear_ops.capture.teacher import LayerMap
+from ear_ops.diagnostics.running_means import RunningMeans
+from ear_ops.functional import check_labels_of_views, repeat_labels
+from ear_ops.regularizers import Regularizer
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+
+class StepLoss(NamedTuple):
+    """The loss of one step, the model's output, and the terms to log (unweighted scalars)."""
+
+    loss: Tensor  # []
+    outputs: Any
+    terms: dict[str, Tensor]
+
+
+class RegularizedTrainerMixin(_Trainer):
+    """Adds regularisers to the training loss of a ``transformers.Trainer``; evaluation and prediction stay as they are.
+
+    A training batch holds both views, rows 0..B-1 of x and rows B..2B-1 of its augmentation, and the labels of the B
+    pairs (or of all 2B rows). The loss is that of both views, as the Trainer computes it (by the model, with label
+    smoothing, by ``compute_loss_func``), plus the regularisers. With a teacher a batch holds B rows and the
+    labels of these, and the Trainer runs the teacher itself.
+
+    The log gets the mean of every regulariser's term since its last line, over all processes, and ``task_loss``: the
+    mean over the rows of what the Trainer computes.
+
+    Args:
+        regularizers, teacher, layer_map: see :func:`ear_ops.attach`. The teacher is put into eval mode and on the
+            device of the model.
+        others: those of ``transformers.Trainer``.
+
+    Raises:
+        ValueError: ``args`` would drop the augmented view (``remove_unused_columns``), split pairs between processes
+            (``dispatch_batches``) or use DataParallel; there is no model to attach to (``model_init``); or what
+            :func:`ear_ops.attach` raises. In training: labels fit neither pairs nor rows, or are classes of all rows
+            (on the CPU) that differ between the views of a pair, as in a batch with one view.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: Any = None,
+        *others: Any,
+        regularizers: Iterable[Regularizer] = (),
+        teacher: nn.Module | None = None,
+        layer_map: LayerMap | None = None,
+        **more: Any,
+    ) -> None:
+        super().__init__(model, args, *others, **more)
+        self._check_arguments(two_views=teacher is None)
+        # The loss is a mean over the batch, plus terms that are: the Trainer has to divide it by the accumulation
+        # steps itself, and must not take the **kwargs of a model for a sign that the model does so.
+        self.loss_is_scaled_for_ga = False
+        self.model_accepts_loss_kwargs = False
+        self.teacher = None if teacher is None else teacher.eval().to(self.args.device)
+        regularizers = list(regularizers)
+        self.attached: Attachment | None = None
+        if regularizers:
+            attachable: Any = self.model
+            self.attached = attach(attachable, regularizers, teacher=teacher, layer_map=layer_map)
+        self.means = RunningMeans()
+
+    def detach(self) -> None:
+        """Take the regularisers off the model."""
+        if self.attached is not None:
+            self.attached.detach()
+            self.attached = None
+
+    def training_loss(self, model: nn.Module, inputs: dict[str, Any]) -> StepLoss:
+        """The loss of one batch in training mode; override it to train on another one.
+
+        Args:
+            inputs: the batch, a dictionary of its own; ``word_ids`` in it go to the regularisers and not to the model.
+        """
+        word_ids = inputs.pop("word_ids", None)
+        if self.teacher is not None:
+            with torch.no_grad():
+                self.teacher(**{name: value for name, value in inputs.items() if name not in self.label_names})
+        else:
+            inputs = self._with_labels_of_both_views(inputs)
+        task_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        terms = {"task_loss": task_loss}
+        loss = task_loss if self.teacher is not None else 2 * task_loss  # the mean over 2B rows: CE(x) + CE(x^a)
+        if self.attached is not None:
+            loss = loss + self.attached.loss(step=self.state.global_step, word_ids=word_ids)
+            terms.update(self.attached.components())
+        return StepLoss(loss, outputs, terms)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The regularised loss in training mode, else that of the Trainer."""
+        if not model.training:
+            inputs = {name: value for name, value in inputs.items() if name != "word_ids"}
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        step = self.training_loss(model, dict(inputs))
+        self.means.add(step.terms)
+        return (step.loss, step.outputs) if return_outputs else step.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the terms to the lines of the training log."""
+        if "loss" in logs:
+            logs.update(self.means.pop(lambda means: self.accelerator.reduce(means, reduction="mean")))
+        super().log(logs, start_time)
+
+    def _check_arguments(self, two_views: bool) -> None:
+        args = self.args
+        if self.model_init is not None:
+            raise ValueError("model_init: every train() would build another model, without regularisers; pass model")
+        if args.n_gpu > 1:
+            raise ValueError("the regularisers do not run under DataParallel: show one GPU, or start with torchrun")
+        own_loss = getattr(self, "compute_loss_func", None) is not None
+        if own_loss and args.gradient_accumulation_steps > 1 and not hasattr(type(self), "loss_is_scaled_for_ga"):
+            raise ValueError(
+                "compute_loss_func: this version of transformers takes such a loss for one that is divided by the "
+                "accumulation steps already, which the regularisers' is not: upgrade transformers, override "
+                "training_loss, or leave out gradient_accumulation_steps"
+            )
+        if not two_views:
+            return
+        if args.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True drops the augmented view before the collator: pass False")
+        dispatch = getattr(args.accelerator_config, "dispatch_batches", None)
+        if dispatch is None:  # accelerate then dispatches the batches of iterable data sets
+            dispatch = args.world_size > 1 and isinstance(self.train_dataset, IterableDataset)
+        if dispatch:
+            raise ValueError(
+                "dispatch_batches splits the pairs of a batch between processes: pass "
+                'accelerator_config={"dispatch_batches": False} (None dispatches iterable data sets)'
+            )
+
+    def _with_labels_of_both_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """``inputs`` with labels for all 2B rows."""
+        rows = next(len(value) for name, value in inputs.items() if name not in self.label_names)
+        for name in self.label_names:
+            labels = inputs.get(name)
+            if not isinstance(labels, Tensor):
+                continue
+            if len(labels) == rows:
+                if name == "labels" and labels.dim() == 1 and not labels.is_floating_point():
+                    check_labels_of_views(name, labels, -100)  # not of positions, which a synonym moves
+                continue
+            if 2 * len(labels) != rows:
+                raise ValueError(
+                    f"{name}: expected {rows // 2} (of the pairs) or {rows} (of all rows) to go with a batch of {rows} "
+                    f"rows that holds both views, got {len(labels)}"
+                )
+            inputs[name] = repeat_labels(labels)
+        return inputs

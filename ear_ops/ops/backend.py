@@ -1,0 +1,99 @@
+"""Which backend runs a call of an operator: compiled kernels for the tensors' device, or the reference."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ear_ops.errors import BackendUnavailableError
+from ear_ops.ops import extension
+
+BACKENDS = ("auto", "reference", "cpu", "cuda")
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+_EXTENSIONS = {"cpu": extension.CPU, "cuda": extension.CUDA}
+
+
+def kernels_of(op: str) -> frozenset[str]:
+    """The devices, ``"cpu"`` or ``"cuda"``, that have a kernel for ``op``.
+
+    Ask once, when the operator is defined: a compiled graph cannot trace a question to the dispatcher.
+    """
+    return frozenset(
+        device
+        for device in _EXTENSIONS
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"ear_ops::{op}", device.upper())
+    )
+
+
+def why_no_gpu() -> str:
+    """What to say where ``torch.cuda.is_available()`` is false."""
+    return "torch finds no GPU" if torch.version.cuda else f"this torch ({torch.__version__}) was built without CUDA"
+
+
+def select_backend(
+    requested: str | None, tensor: Tensor, op: str, kernels: frozenset[str], unsupported: str | None = None
+) -> str:
+    """The backend that runs ``op`` on ``tensor``: ``"reference"``, ``"cpu"`` or ``"cuda"``.
+
+    Args:
+        requested: what the caller asked for, None for the environment's ``EAR_OPS_BACKEND``.
+        kernels: the devices that have kernels for ``op``, see :func:`kernels_of`.
+        unsupported: why no kernel can take this call, if so.
+
+    Raises:
+        ValueError: ``requested`` is no backend.
+        BackendUnavailableError: the backend asked for by name cannot run.
+    """
+    if requested is None:
+        requested = os.environ.get("EAR_OPS_BACKEND") or "auto"
+    if requested not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {requested!r}")
+    if requested == "reference":
+        return "reference"
+    backend = tensor.device.type if requested == "auto" else requested
+    reason = _why_not(backend, tensor, op, kernels, unsupported)
+    if reason is None:
+        return backend
+    if requested == "auto":
+        return "reference"
+    raise BackendUnavailableError(f"backend {requested!r} cannot run {op}: {reason}; use backend='auto' or 'reference'")
+
+
+def _why_not(backend: str, tensor: Tensor, op: str, kernels: frozenset[str], unsupported: str | None) -> str | None:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "its kernels cannot be taken through torch.func (grad, vmap, ...)"
+    if backend not in _EXTENSIONS:
+        return f"there are no kernels for device {backend!r}"
+    if tensor.device.type != backend:
+        no_device = f", and {why_no_gpu()}" if backend == "cuda" and not torch.cuda.is_available() else ""
+        return f"the tensors are on {tensor.device}{no_device}"
+    if tensor.dtype not in _DTYPES[backend]:
+        return f"it takes {', '.join(str(dtype) for dtype in _DTYPES[backend])}, got {tensor.dtype}"
+    if unsupported is not None:
+        return unsupported
+    if backend not in kernels:
+        binary = _EXTENSIONS[backend]
+        return f"{binary.name} kernels hold no {op}" if binary.loaded else binary.reason
+    # A compiled graph cannot ask the device; there the launch says that it did not start.
+    return why_not_this_gpu(tensor.device.index) if backend == "cuda" and not torch.compiler.is_compiling() else None
+
+
+@cache
+def why_not_this_gpu(index: int) -> str | None:
+    """Why kernels that were built do not run on this GPU, None where they do: machine code runs on later GPUs of its
+    own generation, and for the last architecture there is code to be translated for any later one, too."""
+    if not torch.cuda.is_available():  # fake tensors of a GPU that is elsewhere
+        return None
+    info = extension.build_info()
+    built = [int(name.removeprefix("sm_")) for name in info["cuda_architectures"].split()] if info else []
+    major, minor = torch.cuda.get_device_capability(index)
+    here = 10 * major + minor
+    if not built or here >= built[-1] or any(each // 10 == major and each <= here for each in built):
+        return None
+    return f"its kernels were built for {', '.join(f'sm_{each}' for each in built)} and the GPU is sm_{here}"

@@ -1,0 +1,197 @@
+"""The inputs of every operator that compares attention straight from Q and K, checked once and kept in one object."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ear_ops.ops.masks import check_two_views, resolve_attention_masks, split_views
+from ear_ops.ops.probabilities import attention_probabilities, compute_dtype
+
+
+class AttentionProblem(NamedTuple):
+    """Queries, keys, masks and structure of two views; the order of the fields is the schema of the operators.
+
+    Both views come in one tensor (``query_aug`` and ``key_aug`` None, x first) or in two. To add an input, add a field
+    here, in ``csrc/problem.h`` and in :func:`attention_problem`, and use it in :meth:`probabilities` and the kernels.
+    """
+
+    query: Tensor  # [B, H, L, D], or [2B, H, L, D] with both views
+    key: Tensor  # [B, H_kv, S, D], or [2B, H_kv, S, D]
+    query_aug: Tensor | None  # [B, H, L, D]
+    key_aug: Tensor | None  # [B, H_kv, S, D]
+    key_mask: Tensor | None  # [2B, S] bool, the keys that are real in each view
+    counted_queries: Tensor | None  # [B, L] bool, the rows that enter the sum
+    attn_bias: Tensor | None  # [B, H, L, S] in the compute dtype, added to the scores; -inf masks
+    attn_bias_aug: Tensor | None  # the same of the second view, None where both share one
+    scale: float  # of the scores
+    is_causal: bool  # the future is masked, aligned to the bottom right
+    window: int  # keys less than this many positions away may be attended to; 0: all
+    softcap: float | None  # c of c * tanh(scores / c), before the bias; kernels do not have it
+
+    @property
+    def pairs(self) -> int:
+        """B, the number of pairs (x, x^a)."""
+        return self.query.shape[0] // 2 if self.query_aug is None else self.query.shape[0]
+
+    def probabilities(self) -> tuple[Tensor, Tensor]:
+        """P and T: the attention probabilities ``[B, H, L, S]`` of both views; rows that do not count are zero."""
+        key_masks = (None, None) if self.key_mask is None else split_views(self.key_mask, None)
+        biases = (self.attn_bias, self.attn_bias if self.attn_bias_aug is None else self.attn_bias_aug)
+        queries, keys = split_views(self.query, self.query_aug), split_views(self.key, self.key_aug)
+        attn, attn_aug = (
+            attention_probabilities(
+                query,
+                key,
+                key_mask,
+                bias,
+                self.counted_queries,
+                scale=self.scale,
+                is_causal=self.is_causal,
+                window=self.window or None,
+                softcap=self.softcap,
+            )
+            for query, key, key_mask, bias in zip(queries, keys, key_masks, biases, strict=True)
+        )
+        return attn, attn_aug
+
+    @property
+    def unsupported(self) -> str | None:
+        """Why no kernel can take this problem, None where they can."""
+        return None if self.softcap is None else "softcap is computed by the reference only"
+
+
+def fake_outputs(problem: AttentionProblem, row_stats: int) -> tuple[Tensor, Tensor]:
+    """Empty tensors like the sums ``[B, H]`` and ``row_stats`` numbers ``[row_stats, B, H, L]`` for each query."""
+    _, heads, length, _ = problem.query.shape
+    dtype = compute_dtype(problem.query.dtype)
+    sums = problem.query.new_empty((problem.pairs, heads), dtype=dtype)
+    return sums, problem.query.new_empty((row_stats, problem.pairs, heads, length), dtype=dtype)
+
+
+def attention_problem(
+    query: Tensor,
+    key: Tensor,
+    query_aug: Tensor | None,
+    key_aug: Tensor | None,
+    *,
+    attention_mask: Tensor | None,
+    attention_mask_aug: Tensor | None,
+    query_mask: Tensor | None,
+    query_mask_aug: Tensor | None,
+    attn_bias: Tensor | None,
+    attn_bias_aug: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    window: int | None,
+    softcap: float | None,
+    count_padded_queries: bool,
+) -> tuple[AttentionProblem, Tensor | None]:
+    """The problem that a user's arguments describe, and the ``[B]`` number of counted (query, key) pairs of each head.
+
+    The number is None where all pairs count. ``count_padded_queries`` belongs to the reduction ``"padded_mean"``; for
+    the other arguments see :func:`ear_ops.qk_attention_mse`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+    """
+    stacked = _check_queries_and_keys(query, key, query_aug, key_aug)
+    pairs, (_, heads, query_length, head_dim) = query.shape[0] // 2 if stacked else query.shape[0], query.shape
+    key_length = key.shape[2]
+    if window is not None:
+        if not isinstance(window, int) or isinstance(window, bool):
+            raise TypeError(f"window: expected None or an integer, got {window!r}")
+        if window < 1:
+            raise ValueError(f"window: expected None or at least 1, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
+    masks = resolve_attention_masks(
+        attention_mask,
+        attention_mask_aug,
+        query_mask,
+        query_mask_aug,
+        batch=pairs,
+        query_length=query_length,
+        key_length=key_length,
+        stacked=stacked,
+        count_padded_queries=count_padded_queries,
+    )
+    bias, bias_aug = _resolve_biases(attn_bias, attn_bias_aug, (pairs, heads, query_length, key_length), stacked, query)
+    problem = AttentionProblem(
+        query=query,
+        key=key,
+        query_aug=query_aug,
+        key_aug=key_aug,
+        key_mask=masks.key_mask,
+        counted_queries=masks.counted_queries,
+        attn_bias=bias,
+        attn_bias_aug=bias_aug,
+        scale=1.0 / math.sqrt(head_dim) if scale is None else float(scale),
+        is_causal=is_causal,
+        window=window or 0,
+        softcap=None if softcap is None else float(softcap),
+    )
+    return problem, masks.counted_pairs
+
+
+def _check_queries_and_keys(query: Tensor, key: Tensor, query_aug: Tensor | None, key_aug: Tensor | None) -> bool:
+    """True where both views came in one tensor."""
+    stacked = check_two_views("query", query, query_aug, ndim=4, layout="[B, H, L, D]")
+    if (query_aug is None) != (key_aug is None):
+        present, missing = ("query", "key") if query_aug is not None else ("key", "query")
+        raise ValueError(f"{missing}_aug: expected a tensor because {present}_aug was given, got None")
+    check_two_views("key", key, key_aug, ndim=4, layout="[B, H_kv, S, D]")
+    rows, heads, _, head_dim = query.shape
+    if key.shape[0] != rows or key.shape[3] != head_dim:
+        raise ValueError(
+            f"key: expected [{rows}, H_kv, S, {head_dim}] to go with query {list(query.shape)}, got {list(key.shape)}"
+        )
+    if head_dim < 1:
+        raise ValueError(f"query: expected a head dimension of at least 1, got shape {list(query.shape)}")
+    if key.shape[1] == 0 or heads % key.shape[1]:
+        raise ValueError(
+            f"key: expected a number of heads that divides the {heads} heads of query (grouped-query attention), "
+            f"got shape {list(key.shape)}"
+        )
+    for what in ("dtype", "device"):
+        if getattr(key, what) != getattr(query, what):
+            raise TypeError(f"key: expected {what} {getattr(query, what)} like query, got {getattr(key, what)}")
+    return stacked
+
+
+def _resolve_biases(
+    bias: Tensor | None, bias_aug: Tensor | None, shape: tuple[int, int, int, int], stacked: bool, like: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Each view's bias expanded to ``[B, H, L, S]`` in the compute dtype; the second None where both share it."""
+    if bias is None:
+        if bias_aug is not None:
+            raise ValueError("attn_bias: expected a tensor because attn_bias_aug was given, got None")
+        return None, None
+    if stacked and bias_aug is not None:
+        raise ValueError("attn_bias_aug: expected None, because both views came in one tensor, got a tensor")
+    both_views = (2 * shape[0], *shape[1:]) if stacked else shape
+    first = _expand_bias("attn_bias", bias, both_views, like)
+    if stacked:
+        shared = bias.dim() < 4 or bias.shape[0] == 1
+        return (first[: shape[0]], None) if shared else split_views(first, None)
+    return first, None if bias_aug is None else _expand_bias("attn_bias_aug", bias_aug, both_views, like)
+
+
+def _expand_bias(name: str, bias: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if bias.requires_grad:
+        raise ValueError(
+            f"{name}: expected a constant, got a tensor that requires grad; the loss has no gradient for it, "
+            f"so pass {name}.detach()"
+        )
+    dtype = compute_dtype(like.dtype)
+    if bias.dtype == torch.bool:
+        bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device).masked_fill(~bias, -math.inf)
+    elif not bias.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected float (additive) or bool (True = attend), got {bias.dtype}")
+    try:
+        return bias.to(device=like.device, dtype=dtype).expand(shape)
+    except RuntimeError:
+        raise ValueError(f"{name}: expected a shape broadcastable to {list(shape)}, got {list(bias.shape)}") from None

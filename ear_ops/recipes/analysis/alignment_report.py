@@ -1,0 +1,217 @@
+"""Finished runs from inside: alignment of languages by layer, before and after training, and figures 3 to 5."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from ear_ops.data import DataError, load_parallel, load_synonyms
+from ear_ops.recipes.analysis.figures import scatter_panels
+from ear_ops.recipes.analysis.states import alignment_by_layer, sentence_states, word_vectors
+from ear_ops.recipes.study.definition import load_study
+from ear_ops.recipes.study.sweep import STUDY_FILE, StudyError, plan_of
+from ear_ops.recipes.training import checkpoints
+from ear_ops.recipes.training.errors import ConfigError
+from ear_ops.recipes.training.folder import load_config, versions
+from ear_ops.recipes.training.results import markdown_table
+from ear_ops.recipes.training.run import initial_model, trained_model
+
+PICTURED_SENTENCES = 25  # of each language
+PICTURED_LANGUAGES = 6
+PICTURED_WORDS = 12  # each with its synonyms
+
+
+def analyse(
+    folders: Sequence[str | Path],
+    parallel_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    synonyms: str | Path | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Measure the model of each run before and after its training, and draw figures 3, 4 and 5 for each.
+
+    Both are asked with the whole vocabulary, also where the run has pruned it: the parallel sentences are not the texts
+    that it was pruned to, and the pieces that were dropped would have come out of training as they went in.
+
+    Args:
+        folders: of finished runs that still have their models, or of studies: of these, the finished runs of the groups
+            with `keep_model: true`.
+        parallel_dir: with `XX-en.tsv`, see `load_parallel`.
+        output_dir: gets `analysis.json`, `analysis.md` and `figure-N-RUN.png`.
+        synonyms: the dictionary whose words figure 4 shows; without it figure 4 is not drawn.
+        limit: sentences a language, at least 4; all by default.
+
+    Returns:
+        What `analysis.json` holds: by run, `before` and `after` as `alignment_by_layer` gives them; and `not_run`, the
+        runs of the studies whose models are still to come.
+
+    Raises:
+        StudyError: a run has no model any more, a study has none yet, or two runs have one name.
+        ConfigError, RunFolderError: a study cannot be read, a run of it is damaged, or `limit` is below 4.
+        DataError: no parallel sentences, or fewer than 4 of a language.
+        ModuleNotFoundError: scikit-learn or matplotlib is missing.
+    """
+    _need_extra()
+    if limit is not None and limit < 4:
+        raise ConfigError(f"limit: expected at least 4 sentences a language, got {limit}")
+    chosen, not_run = _runs_of(folders)
+    runs = {folder.name: folder for folder in chosen}
+    if len(runs) != len(chosen):
+        raise StudyError("two of the runs have folders of the same name: rename one")
+    parallel, output_dir = load_parallel(parallel_dir, limit), Path(output_dir)
+    if short := [language for language, pairs in parallel.items() if len(pairs) < 4]:
+        raise DataError(f"{parallel_dir}: expected at least 4 sentences of each language, got fewer of {short[0]}")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    english = {sentence for pairs in parallel.values() for _, sentence in pairs}
+    groups = _synonym_groups(synonyms, english) if synonyms is not None else []
+    content: dict[str, Any] = {"versions": versions(), "not_run": not_run, "runs": {}}
+    before: dict[str, Any] = {}  # by pretrained model: runs of one differ by their heads, which are not measured
+    for name, folder in runs.items():
+        config = load_config(folder)
+        models = {"before": initial_model(config, None), "after": trained_model(config, folder)}
+        for model, _ in models.values():
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if config.model not in before:
+            before[config.model] = alignment_by_layer(*models["before"], parallel)
+        content["runs"][name] = {
+            "method": config.method,
+            "seed": config.seed,
+            "before": before[config.model],
+            "after": alignment_by_layer(*models["after"], parallel),
+        }
+        checkpoints.write_json(output_dir / "analysis.json", content)  # of every run as soon as it is measured
+        checkpoints.write_atomically(output_dir / "analysis.md", analysis_markdown(content))
+        _draw(output_dir, name, models, parallel, groups)
+    return content
+
+
+def _runs_of(folders: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+    """The runs to analyse, and the names of those that studies have still to come."""
+    runs: list[Path] = []
+    not_run: list[str] = []
+    for folder in map(Path, folders):
+        if not (folder / STUDY_FILE).is_file():
+            load_config(folder)
+            if not checkpoints.is_complete(folder / "model"):
+                raise StudyError(
+                    f"{folder} holds no complete model: in a study, `keep_model: true` keeps it; of a run that is "
+                    "finished without it, delete the folder and sweep again"
+                )
+            runs.append(folder)
+            continue
+        plan = plan_of(load_study(folder / STUDY_FILE), folder)
+        kept = {
+            run.name: checkpoints.is_complete(folder / run.name / "model")
+            for run in plan.runs
+            if run.name in plan.kept_models
+        }
+        if not any(kept.values()):
+            raise StudyError(
+                f"{folder}: no run of this study has its model yet: groups with `keep_model: true` keep them; sweep on"
+            )
+        runs += [folder / name for name, there in kept.items() if there]
+        not_run += [name for name, there in kept.items() if not there]
+    return runs, not_run
+
+
+def analysis_markdown(content: dict[str, Any]) -> str:
+    """A table a run: a row for each layer, means over languages before and after training."""
+    lines = [
+        "# Alignment of languages by layer",
+        "",
+        "Layer 0 is the embedding layer; a sentence is the mean over its tokens. Retrieval: share of sentences whose "
+        "English translation is the nearest by cosine, in %. Alignment: linear centred kernel alignment with English, "
+        "debiased. "
+        "Separation: mean silhouette with the languages as clusters (lower: the languages lie within each other). "
+        "Retrieval and alignment are means over languages; each language is in `analysis.json`.",
+    ]
+    for name, run in content["runs"].items():
+        header = ["layer", *(f"{measure}, {when}" for measure in _MEASURES for when in ("before", "after"))]
+        rows = []
+        for layer in range(len(run["before"]["separation"])):
+            cells = [
+                f"{show(run[when], layer):.{digits}f}"
+                for show, digits in _MEASURES.values()
+                for when in ("before", "after")
+            ]
+            rows.append([str(layer), *cells])
+        sentences = sum(run["before"]["sentences"].values())
+        lines += ["", f"## {name}: {run['method']}, seed {run['seed']}", ""]
+        lines += [f"{len(run['before']['sentences'])} languages, {sentences:,} sentence pairs.", ""]
+        lines += [markdown_table(header, rows)]
+    if content["not_run"]:
+        lines += ["", f"Not run yet: {', '.join(content['not_run'])}."]
+    versions_text = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    return "\n".join([*lines, "", f"Versions: {versions_text}."]) + "\n"
+
+
+_MEASURES: dict[str, tuple[Any, int]] = {
+    "retrieval": (lambda measured, layer: 100 * mean(values[layer] for values in measured["retrieval"].values()), 1),
+    "alignment": (lambda measured, layer: mean(values[layer] for values in measured["alignment"].values()), 3),
+    "separation": (lambda measured, layer: measured["separation"][layer], 3),
+}
+
+
+def _draw(
+    output_dir: Path,
+    name: str,
+    models: dict[str, tuple[Any, Any]],
+    parallel: dict[str, list[tuple[str, str]]],
+    synonyms: list[tuple[str, str]],
+) -> None:
+    """Figure 3: word embeddings of the words of parallel sentences; 4: of synonyms; 5: sentences in the last layer."""
+    pictured = {
+        language: pairs[:PICTURED_SENTENCES] for language, pairs in islice(parallel.items(), PICTURED_LANGUAGES)
+    }
+    sentences = [("en", english) for pairs in pictured.values() for _, english in pairs]
+    sentences += [(language, sentence) for language, pairs in pictured.items() for sentence, _ in pairs]
+    sentences = list(dict.fromkeys(sentences))
+    _, whole = models["before"]
+    words = list(dict.fromkeys((language, word) for language, sentence in sentences for word in sentence.split()))
+    for number, title, labelled in (
+        (3, "Words of parallel sentences, embedding layer", words),
+        (4, "Words and their synonyms, embedding layer", synonyms),
+        (5, "Parallel sentences, last layer", sentences),
+    ):
+        if number != 5:  # a zero-width space is a word to Python, and no piece
+            labelled = [each for each in labelled if whole(each[1], add_special_tokens=False)["input_ids"]]
+        texts = [text for _, text in labelled]
+        if len(texts) < 4:  # of no use as a t-SNE
+            continue
+        panels = {
+            when: sentence_states(model, tokenizer, texts)[-1] if number == 5 else word_vectors(model, tokenizer, texts)
+            for when, (model, tokenizer) in models.items()
+        }
+        path = output_dir / f"figure-{number}-{name}.png"
+        scatter_panels(path, title, panels, [group for group, _ in labelled])
+
+
+def _synonym_groups(path: str | Path, sentences: Iterable[str]) -> list[tuple[str, str]]:
+    """(word, the word or a synonym): of the words that the sentences use those with most synonyms, the most frequent
+    first; none stands in two groups."""
+    counts = Counter(word for sentence in sentences for word in sentence.lower().split())
+    dictionary = load_synonyms(path)
+    groups: dict[str, str] = {}  # word or synonym: the word that it stands with
+    for word in sorted(counts.keys() & dictionary.keys(), key=lambda w: (-len(dictionary[w]), -counts[w], w)):
+        members = [word, *dictionary[word]]
+        if groups.keys().isdisjoint(members):
+            groups.update(dict.fromkeys(members, word))
+        if len(set(groups.values())) == PICTURED_WORDS:
+            break
+    return [(word, each) for each, word in groups.items()]
+
+
+def _need_extra() -> None:
+    try:
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+    except ModuleNotFoundError as error:
+        message = f"ear-ops analyse needs {error.name}: pip install 'ear-ops[analysis]'"
+        raise ModuleNotFoundError(message, name=error.name) from None

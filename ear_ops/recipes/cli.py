@@ -1,0 +1,250 @@
+"""`ear-ops`: train, evaluate, compare, sweep, report, analyse, augment, bench.
+
+The options of `train` are the fields of `TrainConfig`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from ear_ops.recipes.training import processes
+from ear_ops.recipes.training.config import SETTING_TYPES, TrainConfig
+from ear_ops.recipes.training.errors import ConfigError
+
+try:
+    import typer
+except ModuleNotFoundError:
+    raise ModuleNotFoundError("the ear-ops command needs typer: pip install 'ear-ops[train]'", name="typer") from None
+
+# The heavy imports (transformers, accelerate) are inside the commands, so that `--help` and errors come at once.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # else "[default: ...]" in a help text is taken for markup
+    help="Train and score zero-shot cross-lingual classifiers with attention and embedding regularizers.",
+)
+
+# By name: their modules are heavy.
+_USER_ERRORS = {
+    "ConfigError",
+    "DataError",
+    "FolderInUseError",
+    "NotComparableError",
+    "OfflineModelError",
+    "RunFolderError",
+    "StudyError",
+}
+_DATA_SETTINGS = (
+    "task",
+    "source_language",
+    "data_dir",
+    "hub",
+    "max_train_examples",
+    "synonyms",
+    "match",
+    "dictionary_scale",
+    "seed",
+)
+
+
+@app.callback()
+def _check_processes(context: typer.Context) -> None:
+    if processes.count() > 1 and context.invoked_subcommand not in ("train", "evaluate"):
+        raise ConfigError(
+            f"`ear-ops {context.invoked_subcommand}` runs in one process, and a launcher started {processes.count()}: "
+            f"start it without torchrun or accelerate launch. Only `train` and `evaluate` share their work; several "
+            f"sweeps, each started by itself, may share a folder"
+        )
+
+
+def main() -> None:
+    """Entry point. What a user can mend ends with one line and exit code 1; anything else shows its traceback."""
+    try:
+        app()
+    except Exception as error:
+        if not isinstance(error, (OSError, ImportError)) and type(error).__name__ not in _USER_ERRORS:
+            raise
+        sys.exit(f"error: {error}")
+
+
+def _settings_as_options(names: Sequence[str] | None = None) -> Callable[..., Callable[..., None]]:
+    """Turn the `**settings` of a command into options, one for each field of `TrainConfig` (or those in `names`)."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(function, eval_str=True).parameters.values()
+        options = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
+        for setting in fields(TrainConfig):
+            if names is None or setting.name in names:
+                kind = SETTING_TYPES[setting.name]
+                flag = [f"--{setting.name.replace('_', '-')}"] if kind is bool else []
+                shown = bool(setting.default)
+                default = typer.Option(setting.default, *flag, help=setting.metadata["help"], show_default=shown)
+                options.append(
+                    inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+                )
+        function.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # what typer reads
+        function.__annotations__ = {option.name: option.annotation for option in options}
+        return function
+
+    return decorate
+
+
+@app.command()
+@_settings_as_options()
+def train(**settings: Any) -> None:
+    """Train on English and print the accuracy in every language; an interrupted run goes on where it stopped."""
+    from ear_ops.recipes.training.results import results_text, text_table
+
+    config = TrainConfig(**settings)
+    shown = {"output_dir": config.output_dir, **config.to_dict()}
+    processes.say(text_table(["setting", "value"], [[k, str(v)] for k, v in shown.items() if v is not None]))
+
+    results = _run_module().train(config)
+    processes.say(f"\n{results_text(results)}\nTables, configuration and model are in {config.output_dir}.")
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    eval_split: Annotated[str | None, typer.Option(help="dev or test.  [default: as configured]")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Where the data are now.  [default: where they were]")] = None,
+) -> None:
+    """Score a finished run once more, also on another split."""
+    from ear_ops.recipes.training.results import results_text
+
+    processes.say(results_text(_run_module().evaluate(folder, eval_split, data_dir)).rstrip("\n"))
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Also print the paired differences from this run.")
+    ] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Where the data are now.  [default: where they were]")] = None,
+) -> None:
+    """Print finished runs side by side: a row for each run, a column for each language."""
+    from ear_ops.recipes.training.folder import read_json
+    from ear_ops.recipes.training.results import comparison, markdown_table, text_table
+
+    runs = [read_json(Path(folder) / "results.json") for folder in folders]
+    table = markdown_table if markdown else text_table
+    print(comparison(runs, table))
+    if baseline is not None:
+        from ear_ops.recipes.study.report import differences_table
+
+        print("\n" + differences_table([Path(folder) for folder in folders], Path(baseline), data_dir, table))
+
+
+@app.command()
+def sweep(
+    study: Annotated[str, typer.Argument(metavar="STUDY.yaml", help="What to run; see docs/studies.md.")],
+    output_dir: Annotated[str, typer.Option(help="Folder of the study.  [default: runs/NAME OF THE FILE]")] = "",
+    groups: Annotated[
+        list[str] | None,
+        typer.Option("--group", metavar="NAME", help="Only this group, and what chooses settings for it; repeatable."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what there is to run, and run nothing.")] = False,
+) -> None:
+    """Run a study: every run once, going on where it stopped; several processes may share the folder."""
+    folder = output_dir or f"runs/{Path(study).stem}"
+    _run_module()
+    from ear_ops.recipes.study.sweep import outline
+    from ear_ops.recipes.study.sweep import sweep as run_study
+
+    if dry_run:
+        print(outline(study, folder, groups or ()))
+        return
+
+    progress = run_study(study, folder, groups=groups or ())
+    if progress.failed:
+        names = "; ".join(f"{name}: {reason}" for name, reason in progress.failed.items())
+        sys.exit(f"error: {len(progress.failed)} runs failed ({names}). The others are kept; the same command goes on")
+    part = f"{', '.join(groups)} in {study}" if groups else study
+    print(f"All runs of {part} are finished: `ear-ops report {folder}` makes the tables.")
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of a study, finished or not.")],
+    data_dir: Annotated[str | None, typer.Option(help="Where the data are now.  [default: where they were]")] = None,
+) -> None:
+    """Turn the runs of a study into the paper's tables, beside the paper's numbers."""
+    from ear_ops.recipes.study.report import report as write_report
+
+    content = write_report(folder, data_dir)
+    print(f"{content['finished']} of {content['planned']} runs: the tables are in {folder}/report.md.")
+
+
+@app.command()
+@_settings_as_options(_DATA_SETTINGS)
+def augment(
+    *,
+    output: Annotated[str, typer.Option(help="File to write: .tsv or .tsv.gz.")],
+    num_variants: Annotated[int | None, typer.Option(help="Variants a pair.  [default: 3; pawsx: 10]")] = None,
+    **settings: Any,
+) -> None:
+    """Write variants of the training pairs as TSV: to look at, or for `train --variants-file`."""
+    from ear_ops.recipes.training.sources import write_variants_file
+
+    print(write_variants_file(TrainConfig(**settings, method="finetune"), output, num_variants))
+
+
+@app.command()
+def analyse(
+    folders: Annotated[list[str], typer.Argument(metavar="FOLDER...", help="Studies, or finished runs with models.")],
+    parallel: Annotated[str, typer.Option(help="Folder with XX-en.tsv: sentence, tab, English.")],
+    output_dir: Annotated[str, typer.Option(help="Where tables and figures go.")] = "analysis",
+    synonyms: Annotated[str | None, typer.Option(help="Dictionary whose words figure 4 shows.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Sentences a language.  [default: all]")] = None,
+) -> None:
+    """Measure how languages are aligned in each layer, before and after training, and draw figures 3 to 5."""
+    _run_module()
+    from ear_ops.recipes.analysis.alignment_report import analyse as run_analysis
+
+    run_analysis(folders, parallel, output_dir, synonyms=synonyms, limit=limit)
+    print(f"Measures and figures are in {output_dir}.")
+
+
+_BENCHMARKS = {"losses": "bench_losses.py", "step": "bench_step.py", "report": "report.py"}
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(metavar="losses|step|report")],
+) -> None:
+    """Measure speed, memory and error of the losses or of a training step (needs a checkout); `bench losses -h`."""
+    import subprocess
+
+    folder = Path(__file__).parents[2] / "benchmarks"
+    if what not in _BENCHMARKS:
+        raise ConfigError(f"bench: expected one of {', '.join(_BENCHMARKS)}, got {what!r}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the benchmarks come with a checkout, not with the installed package: no {folder}")
+    sys.exit(subprocess.call([sys.executable, str(folder / _BENCHMARKS[what]), *context.args]))
+
+
+def _run_module() -> Any:
+    """The heavy half, without the progress bars that transformers draws for every file that it loads or saves."""
+    from transformers.utils import logging
+
+    from ear_ops.memory import keep_freed_memory
+
+    keep_freed_memory()
+    logging.disable_progress_bar()
+    from ear_ops.recipes.training import run
+
+    return run
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""A study: which runs there are. One YAML file describes it, in groups, the most important first.
+
+    base:                                   # settings of `ear-ops train` that all runs share
+      data_dir: ${XTREME_DATA}/xnli         # environment variables are put in
+      max_train_examples: 9600
+    groups:
+      - name: learning-rate
+        settings: {method: finetune}
+        grid: {learning_rate: [2.0e-5, 5.0e-5]}
+        select: [learning_rate]             # the best on dev of the source language holds for all later groups
+      - name: methods
+        table: "1"                          # of the paper, to be set beside
+        grid: {method: [finetune, rs-da, ear], seed: [1, 2, 3]}
+
+`cases` in a group is a list of settings that vary together, taken times the grid. `for: {method: adv}` beside `select`
+restricts what was chosen to runs with these settings. `keep_model: true` keeps the models, for `ear-ops analyse`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ear_ops.recipes.study.tables import TABLES
+from ear_ops.recipes.training.config import SETTING_TYPES, TrainConfig
+from ear_ops.recipes.training.errors import ConfigError
+from ear_ops.recipes.training.methods import METHODS, OWN_SETTINGS
+
+Settings = dict[str, Any]
+
+_WEIGHTING = {"alpha", "beta", "layer", "reduction"}  # what a preset says, besides the padding
+_DEFAULTS = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study. Two that would compute the same are equal: they have the same name, and are run once."""
+
+    settings: Settings = field(hash=False, compare=False)  # complete: of `TrainConfig`, without the folder
+    name: str
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Run:
+        """Settings that its method does not look at are set aside: `finetune` is the same run for every beta.
+
+        Raises:
+            ConfigError: a setting is unknown or cannot be used.
+        """
+        config = TrainConfig.from_dict({name: _typed(name, settings[name]) for name in settings}, output_dir="-")
+        used, complete = config.used, config.to_dict()
+        if not METHODS[config.method].two_views:
+            complete["measure_gradients"] = 0
+        if not used & _WEIGHTING:
+            complete["preset"] = _DEFAULTS["preset"]
+        for name in OWN_SETTINGS - used:
+            complete[name] = _DEFAULTS[name]
+        complete = TrainConfig.from_dict(complete, output_dir="-").to_dict()
+        # Values that are the default are left out, so that a new setting does not give old runs new names.
+        telling = {name: value for name, value in complete.items() if value != _DEFAULTS[name]}
+        telling = {name: value for name, value in telling.items() if name in used or name not in OWN_SETTINGS}
+        digest = hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:10]
+        return cls(complete, f"{config.task}-{config.method}-seed{config.seed}-{digest}")
+
+    def config(self, folder: Path) -> TrainConfig:
+        return TrainConfig.from_dict(self.settings, output_dir=str(folder / self.name))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that belong together: the product of `cases` and `grid` over `settings`."""
+
+    name: str
+    table: str | None = None
+    settings: Settings = field(default_factory=dict)
+    cases: tuple[Settings, ...] = ({},)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    select: tuple[str, ...] = ()
+    only_for: Settings = field(default_factory=dict)
+    baseline: Settings = field(default_factory=dict)
+    keep_model: bool = False
+
+    @property
+    def axes(self) -> list[str]:
+        """What varies, besides the seed."""
+        varied = dict.fromkeys([name for case in self.cases for name in case] + list(self.grid))
+        return [name for name in varied if name != "seed"]
+
+    def combinations(self) -> Iterator[Settings]:
+        for case in self.cases:
+            for values in product(*self.grid.values()):
+                yield {**self.settings, **case, **dict(zip(self.grid, values, strict=True))}
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run in its group, with what the group says about it. One run may be in several groups."""
+
+    group: Group
+    own: Settings  # the group's own settings of this run
+    run: Run
+
+    def row(self) -> Settings:
+        """What tells its row apart. As the group says it: there, `finetune` too may have the beta of its row."""
+        axes = [TABLES[self.group.table].axis] if self.group.table else self.group.axes
+        return {axis: self.own.get(axis, self.run.settings[axis]) for axis in axes}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a group with `select` chose: the mean dev accuracy of every candidate, and the best."""
+
+    group: Group
+    candidates: list[tuple[Settings, float]]
+    chosen: Settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a study as far as they are known.
+
+    Attributes:
+        members: of all groups that are known.
+        selections: made so far.
+        waiting: groups that are not known yet, each with the name of a group whose choice it waits for.
+        maybe_kept: method and seed of each run of these whose model is kept.
+    """
+
+    members: list[Member]
+    selections: list[Selection]
+    waiting: list[tuple[Group, str]]
+    maybe_kept: set[tuple[str, int]]
+
+    @property
+    def runs(self) -> list[Run]:
+        """Each once, in the order of the file."""
+        return list(dict.fromkeys(member.run for member in self.members))
+
+    @property
+    def kept_models(self) -> set[str]:
+        return {member.run.name for member in self.members if member.group.keep_model}
+
+    def may_keep(self, run: Run) -> bool:
+        """Whether a group that is not known yet keeps models of this method and seed, so maybe this run's."""
+        return (run.settings["method"], run.settings["seed"]) in self.maybe_kept
+
+
+@dataclass(frozen=True)
+class Study:
+    base: Settings
+    groups: tuple[Group, ...]
+    text: str  # the YAML, environment variables put in
+
+    def plan(self, dev_accuracy: Callable[[Run], float | None]) -> Plan:
+        """Expand the groups, but for those that wait for a choice that cannot be made yet.
+
+        Args:
+            dev_accuracy: of a finished run, on the source language; None of one that is not.
+
+        Raises:
+            ConfigError: a combination of settings cannot be used, two runs of a group would make one cell, or a
+                baseline is no row of its group.
+        """
+        members: list[Member] = []
+        selections: list[Selection] = []
+        waiting: list[tuple[Group, str]] = []
+        maybe_kept: set[tuple[str, int]] = set()
+        open_choices: list[Group] = []
+        for group in self.groups:
+            chooser = next((each for each in open_choices if self._chooses_for(each, group)), None)
+            selection = None
+            if chooser is not None:
+                waiting.append((group, chooser.name))
+                if group.keep_model:
+                    settings = [self._resolved(group, own).settings for own in group.combinations()]
+                    maybe_kept |= {(each["method"], each["seed"]) for each in settings}
+            else:
+                own = [Member(group, each, self._run(group, each, selections)) for each in group.combinations()]
+                _check_cells(group, own)
+                _check_baseline(group, own)
+                members += own
+                selection = _select(group, own, dev_accuracy) if group.select else None
+            if selection is not None:
+                selections.append(selection)
+            elif group.select:
+                open_choices.append(group)
+        return Plan(members, selections, waiting, maybe_kept)
+
+    def only(self, names: Sequence[str]) -> Study:
+        """The study with these groups alone, and those above them that choose a setting for them.
+
+        Raises:
+            ConfigError: there is no group of such a name.
+        """
+        if unknown := [name for name in names if name not in {group.name for group in self.groups}]:
+            known = ", ".join(group.name for group in self.groups)
+            raise ConfigError(f"group: the study has none called {', '.join(unknown)}; it has {known}")
+        kept: list[Group] = []
+        for group in reversed(self.groups):
+            if group.name in names or any(self._chooses_for(group, below) for below in kept):
+                kept.insert(0, group)
+        return replace(self, groups=tuple(kept))
+
+    def _chooses_for(self, group: Group, other: Group) -> bool:
+        return any(set(group.select) - own.keys() and self._is_for(group, other, own) for own in other.combinations())
+
+    def _is_for(self, chooser: Group, group: Group, own: Settings) -> bool:
+        """Whether what `chooser` chooses holds for the run of `group` with these settings of its own."""
+        settings = self._resolved(group, own).settings if chooser.only_for else {}
+        return all(settings[name] == _typed(name, value) for name, value in chooser.only_for.items())
+
+    def _run(self, group: Group, own: Settings, selections: list[Selection]) -> Run:
+        chosen = [each.chosen for each in selections if self._is_for(each.group, group, own)]
+        return self._resolved(group, {name: value for each in chosen for name, value in each.items()} | own)
+
+    def _resolved(self, group: Group, settings: Settings) -> Run:
+        try:
+            return Run.of({**self.base, **settings})
+        except (ConfigError, TypeError) as error:
+            raise ConfigError(f"group {group.name!r}, {settings}: {error}") from None
+
+
+def load_study(path: str | Path) -> Study:
+    """Read and check a study.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or says something unknown; the message names the place.
+    """
+    path = Path(path)
+    try:
+        text = _with_environment(path.read_text(encoding="utf-8"), path)
+        content = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such study") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected the keys base and groups, got {content!r}")
+    _check_keys(content, {"base", "groups"}, str(path))
+    base = _settings(content.get("base"), f"{path}: base")
+    entries = content.get("groups")
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f"{path}: groups: expected a list of groups, got {entries!r}")
+    groups = tuple(_group(entry, f"{path}: group {number}") for number, entry in enumerate(entries, start=1))
+    names = [group.name for group in groups]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"{path}: each group needs a name of its own, got {', '.join(repeated)} more than once")
+    study = Study(base, groups, text)
+    for number, group in enumerate(groups):
+        if group.only_for and not any(study._chooses_for(group, below) for below in groups[number + 1 :]):
+            raise ConfigError(
+                f"{path}: group {group.name!r}: for: no run of a group below takes over what is chosen for "
+                f"{group.only_for}: each has other settings, or gives {', '.join(group.select)} itself"
+            )
+    return study
+
+
+def _typed(name: str, value: Any) -> Any:
+    """YAML reads 1 as an integer and 2e-5 as a text where a setting is a float."""
+    if SETTING_TYPES.get(name) not in (float, float | None) or value is None or isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name}: expected a number, got {value!r}") from None
+
+
+def _with_environment(text: str, path: Path) -> str:
+    def value(match: re.Match[str]) -> str:
+        if not os.environ.get(match[1]):
+            raise ConfigError(f"{path}: the environment variable {match[1]} is not set: set it to what the study needs")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
+_GROUP_KEYS = {"name", "table", "settings", "cases", "grid", "select", "for", "baseline", "keep_model"}
+
+
+def _group(entry: Any, where: str) -> Group:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise ConfigError(f"{where}: expected a mapping with a name, got {entry!r}")
+    where = f"{where} ({entry['name']})"
+    _check_keys(entry, _GROUP_KEYS, where)
+    table = entry.get("table")
+    if table is not None and table not in TABLES:
+        raise ConfigError(f"{where}: unknown table {table!r}; known: {', '.join(TABLES)} (in quotes)")
+    grid = _settings(entry.get("grid"), f"{where}: grid")
+    for name, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"{where}: grid: {name}: expected a list of values, got {values!r}")
+    cases = entry.get("cases", [{}])
+    if not isinstance(cases, list) or not cases:
+        raise ConfigError(f"{where}: cases: expected a list of settings, got {cases!r}")
+    select = entry.get("select") or []
+    if not isinstance(select, list):
+        raise ConfigError(f"{where}: select: expected a list of settings, got {select!r}")
+    group = Group(
+        name=entry["name"],
+        table=table,
+        settings=_settings(entry.get("settings"), f"{where}: settings"),
+        cases=tuple(_settings(case, f"{where}: cases") for case in cases),
+        grid=grid,
+        select=tuple(_settings(dict.fromkeys(select), f"{where}: select")),
+        only_for=_settings(entry.get("for"), f"{where}: for"),
+        baseline=_settings(entry.get("baseline"), f"{where}: baseline"),
+        keep_model=entry.get("keep_model", False),
+    )
+    if not isinstance(group.keep_model, bool):
+        raise ConfigError(f"{where}: keep_model: expected true or false, got {group.keep_model!r}")
+    if group.only_for and not group.select:
+        raise ConfigError(f"{where}: for: it restricts what `select` chooses, and there is no `select`")
+    if missing := [name for name in group.select if name not in group.axes]:
+        raise ConfigError(f"{where}: select: {', '.join(missing)} does not vary in this group, so there is no choice")
+    if missing := [name for name in group.select if any(name not in each for each in group.combinations())]:
+        raise ConfigError(f"{where}: select: {', '.join(missing)} is missing in one of the cases: give it in each")
+    return group
+
+
+def _settings(value: Any, where: str) -> Settings:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: expected settings of `ear-ops train`, got {value!r}")
+    _check_keys(value, _DEFAULTS.keys() - {"output_dir"}, where)
+    return value
+
+
+def _check_keys(given: Mapping[str, Any], known: Any, where: str) -> None:
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{where}: unknown {name!r}; known: {', '.join(sorted(known))}")
+
+
+def _check_cells(group: Group, members: list[Member]) -> None:
+    """Raise where two runs would stand in one row with one seed."""
+    seen: dict[str, Member] = {}
+    for member in members:
+        cell = json.dumps([member.row(), member.run.settings["seed"]])
+        if cell in seen and seen[cell].run != member.run:
+            raise ConfigError(
+                f"group {group.name!r}: {seen[cell].own} and {member.own} would stand in one row, {member.row()}, of "
+                f"table {group.table}: put them into different groups"
+            )
+        seen[cell] = member
+
+
+def _check_baseline(group: Group, members: list[Member]) -> None:
+    rows = [member.row() for member in members]
+    if not any(group.baseline.items() <= row.items() for row in rows):
+        raise ConfigError(
+            f"group {group.name!r}: baseline: expected what tells one of its rows apart, "
+            f"{', '.join(dict.fromkeys(map(str, rows)))}, got {group.baseline}"
+        )
+
+
+def _select(group: Group, members: list[Member], dev_accuracy: Callable[[Run], float | None]) -> Selection | None:
+    sums: dict[str, list[float]] = {}
+    for member in members:
+        accuracy = dev_accuracy(member.run)
+        if accuracy is None:
+            return None
+        key = json.dumps({name: member.own[name] for name in group.select})
+        sums.setdefault(key, []).append(accuracy)
+    candidates = [(json.loads(key), sum(values) / len(values)) for key, values in sums.items()]
+    return Selection(group, candidates, max(candidates, key=lambda candidate: candidate[1])[0])

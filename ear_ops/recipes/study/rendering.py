@@ -1,0 +1,220 @@
+"""A report as Markdown, and its one figure. `content` is what `report.json` holds."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from ear_ops.recipes.study.statistics import DRAWS, Difference, Estimate
+from ear_ops.recipes.training.results import markdown_table
+
+_AVERAGES = {"average": "avg", "average_other": "avg w/o source", "average_translated": "avg w/o NS"}
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The whole report, a section for each group of the study."""
+    lines = ["# Report", ""]
+    lines += [f"{content['finished']} of {content['planned']} runs are finished."]
+    if content["waiting"]:
+        lines += [f"Groups that wait for a choice are not counted: `{'`, `'.join(content['waiting'])}`."]
+    lines += [
+        "",
+        "Accuracy in %, mean ± sample standard deviation over seeds. The paper's rows are its own numbers, on the test "
+        "sets, with other models: they stand here for the pattern, not for the level. * marks runs whose cross-entropy "
+        "stayed at chance. Dev of the language trained on (the source) has chosen each checkpoint, and the settings "
+        "below: what is scored on it is a little too good.",
+    ]
+    for selection in content["selections"]:
+        lines += _selection(selection)
+    for section in content["sections"]:
+        lines += _section(section, content)
+    if content["not_in_the_study"]:
+        lines += [
+            "",
+            f"Tables of the paper that no group of the study fills: {', '.join(content['not_in_the_study'])}.",
+        ]
+    return "\n".join([*lines, *_provenance(content)]) + "\n"
+
+
+def figure_6(content: dict[str, Any], path: Path) -> str | None:
+    """Draw accuracy over the scale of the dictionary, ours and the paper's; returns why not, or None.
+
+    Needs matplotlib.
+    """
+    rows = [row for section in content["sections"] if section["table"] == "6" for row in section["rows"]]
+    points = [(row["settings"]["dictionary_scale"], row["average"]) for row in rows if "average" in row]
+    if not points:
+        return "figure 6 was not drawn: no run of table 6 is finished"
+    if importlib.util.find_spec("matplotlib") is None:
+        return "figure 6 was not drawn: it needs matplotlib (pip install 'ear-ops[analysis]')"
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    ours, paper = figure.subplots(1, 2)
+    points.sort()
+    ours.errorbar(
+        [scale for scale, _ in points],
+        [100 * value.mean for _, value in points],
+        yerr=[100 * (value.deviation or 0) for _, value in points],
+        marker="o",
+        capsize=3,
+    )
+    ours.set_title("here")
+    printed = [(float(each["name"]), each["accuracies"]["avg"]) for row in rows for each in row["paper"]]
+    paper.plot(*zip(*sorted(printed), strict=True), marker="o", color="gray")
+    paper.set_title("paper, mBERT")
+    for axes in (ours, paper):
+        axes.set_xlabel("share of the dictionary")
+        axes.set_ylabel("average accuracy, %")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    return None
+
+
+def _selection(selection: dict[str, Any]) -> list[str]:
+    chosen = _settings_text(selection["chosen"])
+    scope = f" for {_settings_text(selection['for'])}" if selection["for"] else ""
+    rows = [[_settings_text(each["settings"]), f"{100 * each['dev_accuracy']:.2f}"] for each in selection["candidates"]]
+    table = markdown_table(["candidate", "dev accuracy of the source language"], rows)
+    return ["", f"## Chosen by `{selection['group']}`{scope}: {chosen}", "", table]
+
+
+def _section(section: dict[str, Any], content: dict[str, Any]) -> list[str]:
+    title = f"Table {section['table']}: {section['title']}" if section["table"] else section["title"]
+    lines = ["", f"## {title} (group `{section['group']}`)", ""]
+    if not section["rows"]:
+        return [*lines, f"Not run: it waits for the choice of `{content['waiting'][section['group']]}`."]
+    ours = [name for row in section["rows"] for name in row.get("accuracies", {})]
+    theirs = [name for row in _paper_rows(section) for name in row["accuracies"] if name != "avg"]
+    languages = list(dict.fromkeys(theirs + ours))
+    averages = [key for key in _AVERAGES if key == "average" or any(key in row for row in section["rows"])]
+    header = [", ".join(section["axes"]), "of", *languages, *(_AVERAGES[key] for key in averages)]
+    rows = []
+    for row in section["rows"]:
+        rows.append(_own_row(row, languages, averages))
+        rows += [_paper_row(each, languages, averages) for each in row["paper"]]
+    rows += [_paper_row(each, languages, averages) for each in section["paper_only"]]
+    lines.append(markdown_table(header, rows))
+    lines += _missing(section) + _differences(section) + _terms(section)
+    if section["table"] == "6":
+        lines += ["", content["figure_6"] or "![Figure 6](figure-6.png)"]
+    return lines
+
+
+def _paper_rows(section: dict[str, Any]) -> list[dict[str, Any]]:
+    return [each for row in section["rows"] for each in row["paper"]] + section["paper_only"]
+
+
+def _own_row(row: dict[str, Any], languages: list[str], averages: list[str]) -> list[str]:
+    name = "**" + ", ".join(str(value) for value in row["settings"].values()) + "**" + " *" * bool(row["collapsed"])
+    if not row["seeds"]:
+        return [name, "here: not run", *[""] * (len(languages) + len(averages))]
+    cells = [_percent(row["accuracies"].get(language)) for language in languages]
+    where = f"here, {row['split']}, seed{'s' * (len(row['seeds']) > 1)} {_listed(row['seeds'])}"
+    return [name, where, *cells, *(_percent(row.get(key)) for key in averages)]
+
+
+def _paper_row(row: dict[str, Any], languages: list[str], averages: list[str]) -> list[str]:
+    cells = [f"{row['accuracies'][name]:g}" if name in row["accuracies"] else "" for name in languages]
+    average = [f"{row['accuracies'].get('avg', '')}" if key == "average" else "" for key in averages]
+    return [row["name"], f"paper, {row['model']}", *cells, *average]
+
+
+def _missing(section: dict[str, Any]) -> list[str]:
+    missing = [
+        f"{_settings_text(row['settings'])} (seeds {_listed(row['not_run'])})"
+        for row in section["rows"]
+        if row["not_run"]
+    ]
+    return ["", f"Not run: {'; '.join(missing)}."] if missing else []
+
+
+def _differences(section: dict[str, Any]) -> list[str]:
+    averages = {"average": "avg", "average_other": "avg w/o sources"}
+    rows, missing = [], []
+    for row in section["rows"]:
+        difference = row.get("difference") or {}
+        if "missing" in difference:
+            missing += ["", f"No difference for {_settings_text(row['settings'])}: {difference['missing']}."]
+        elif difference:
+            first = next(name for name in difference if name not in ("seeds", "over_seeds", *_AVERAGES))
+            cells = [points(difference[name]) if name in difference else "" for name in (first, *averages)]
+            by_seed = ", ".join(f"{seed}: {100 * value:+.1f}" for seed, value in difference["seeds"].items())
+            over_seeds = points(difference["over_seeds"]) if difference["over_seeds"] else ""
+            rows.append([_settings_text(row["settings"]), first, *cells, by_seed, over_seeds])
+    if not rows:
+        return missing
+    header = ["row", "first language", "there", *averages.values(), "avg by seed", "avg, over seeds"]
+    return [
+        *missing,
+        "",
+        f"Difference from {_settings_text(section['baseline'])} in points, with the 95% interval of a paired bootstrap "
+        f"over items ({DRAWS:,} draws; items with one first sentence are drawn together, in all languages; runs "
+        "are paired by seed and averaged over seeds). How much a run changes with its seed is not in these intervals "
+        "but in that of the last column, Student's t over the seeds, which is wide where they are few and missing "
+        "where there is one: a difference that it does not tell from 0 is not shown, whatever the others say. All "
+        "languages are in `report.json`.",
+        "",
+        markdown_table(header, rows),
+    ]
+
+
+def _terms(section: dict[str, Any]) -> list[str]:
+    """Loss terms, weights that follow from ratios, and gradient norms over that of the cross-entropy, if measured."""
+    rows, names = [], []
+    for row in section["rows"]:
+        values = {**row.get("terms", {}), **{f"{name}, chosen": each for name, each in row.get("weights", {}).items()}}
+        for when, ratios in row.get("gradient_ratios", {}).items():
+            values.update({f"{name}, {when}": value for name, value in ratios.items()})
+        rows.append((row, values))
+        names += [name for name in values if name not in names]
+    if not names:
+        return []
+    table = [
+        [_settings_text(row["settings"]), *(f"{values[name].mean:.3g}" if name in values else "" for name in names)]
+        for row, values in rows
+        if values
+    ]
+    measured = any("gradient_ratios" in row for row in section["rows"])
+    weights = any("weights" in row for row in section["rows"])
+    text = "Loss terms over the last quarter of training, unweighted"
+    text += "; weights chosen for the wanted ratios" if weights else ""
+    text += "; gradient norms of the unweighted terms over that of the cross-entropy" if measured else ""
+    return ["", f"{text}:", "", markdown_table(["row", *names], table)]
+
+
+def _provenance(content: dict[str, Any]) -> list[str]:
+    lines = ["", "## Settings", ""]
+    shared = [[name, str(value)] for name, value in content["shared_settings"].items() if value is not None]
+    lines += [markdown_table(["setting of all runs", "value"], shared)]
+    for versions in content["versions"]:
+        lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
+    for run in content["runs"]:
+        for notice in run["notices"]:
+            lines += ["", f"{run['name']}: {notice}."]
+    dates = sorted({run["date"] for run in content["runs"]})
+    lines += ["", f"Date: {dates[0]} to {dates[-1]}." if dates else "Date: nothing was run."]
+    lines += ["", "## Study", "", "```yaml", content["study"].rstrip(), "```"]
+    return lines
+
+
+def _settings_text(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def _percent(value: Estimate | None) -> str:
+    if value is None:
+        return ""
+    deviation = "" if value.deviation is None else f" ± {100 * value.deviation:.1f}"
+    return f"{100 * value.mean:.1f}{deviation}"
+
+
+def points(value: Difference) -> str:
+    """A difference of shares and its interval, in percentage points."""
+    return f"{100 * value.mean:+.1f} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
+
+
+def _listed(values: list[int]) -> str:
+    return ", ".join(map(str, values))

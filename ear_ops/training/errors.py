@@ -1,9 +1,0 @@
-"""What is wrong with what a user asked for, where more than one module finds it out."""
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names it, what was expected and what came."""
-
-
-class NotComparableError(ValueError):
-    """Runs that were not scored on the same things."""

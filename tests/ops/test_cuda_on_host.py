@@ -1,0 +1,311 @@
+"""The CUDA kernels, compiled for the host and run thread by thread, against the float64 reference.
+
+Everything about indices, masks, barriers and rounding is tried here; races between instructions and speed are for a
+GPU, where the other tests run these kernels through their ``device`` parameter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import cuda_on_host
+from support.cases import LAYOUTS, Case, attention_case, pooled_case, qk_case
+from support.rules import check_case, check_pairs_without_upstream, check_strides_and_forms
+from support.strategies import MASK_KINDS, REDUCTIONS, cases
+
+import ear_ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+pytestmark = pytest.mark.skipif(
+    not cuda_on_host.LIBRARY.exists(), reason="not compiled: python tests/cuda_on_host/build.py"
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels() -> Iterator[None]:
+    with cuda_on_host.in_place_of_cpu_kernels():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def device_as_usual(kernels: None) -> Iterator[None]:
+    cuda_on_host.configure()
+    yield
+    cuda_on_host.configure()
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    # One rounded score spreads over a whole row of gradients, so the errors of so few rows do not average out.
+    check_case(case, dtype, "cpu", slack=2.0)
+
+
+def all_queries(queries: int) -> dict[str, torch.Tensor]:
+    """Query masks of two pairs, needed where there are key masks and another number of keys."""
+    return {name: torch.ones(2, queries, dtype=torch.bool) for name in ("query_mask", "query_mask_aug")}
+
+
+# --- qk_attention_mse ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [1, 17, 32, 40, 64, 80, 96, 128, 160])
+def test_head_dimensions(dim: int, dtype: torch.dtype) -> None:
+    check(qk_case(18, 21, dim, pairs=1, heads=1, reduction="sum"), dtype)
+
+
+def test_the_gradient_of_a_single_key_is_exactly_zero() -> None:
+    """The backward subtracts what the forward has summed: with rows and columns swapped it must be the same bits."""
+    check_case(qk_case(513, 1, 16, reduction="none"), torch.float32, "cpu")
+
+
+def test_no_chunk_of_the_head_dimension_is_less_exact_than_the_others() -> None:
+    """As it would be if its pass summed the scores in another order than the forward."""
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.randn(1, 1, length, 256, generator=generator) for length in (64, 2, 64, 2)]
+    gradients = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "cpu")):
+        given = [view.to(dtype).clone().requires_grad_() for view in views]
+        ear_ops.qk_attention_mse(*given, reduction="sum", backend=backend).backward()
+        gradients.append(given[0].grad.double())
+    exact, found = (gradient.unflatten(-1, (-1, 64)) for gradient in gradients)
+    errors = (found - exact).square().sum((0, 1, 2, 4)).sqrt() / exact.square().sum((0, 1, 2, 4)).sqrt()
+    assert errors.max() < 4 * errors.min(), errors
+
+
+@pytest.mark.parametrize(("architecture", "dim"), [("sm_80", 128), ("sm_86", 64), ("sm_86", 128), ("sm_80", 256)])
+def test_head_dimensions_in_chunks_where_shared_memory_is_scarce(
+    architecture: str, dim: int, dtype: torch.dtype
+) -> None:
+    cuda_on_host.configure(architecture=architecture)
+    check(qk_case(5, 66, dim, pairs=1, heads=1, reduction="sum"), dtype)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys"), [(1, 1), (1, 130), (64, 64), (65, 128), (70, 129), (3, 200), (130, 2)], ids=str
+)
+def test_lengths(queries: int, keys: int, dtype: torch.dtype) -> None:
+    check(qk_case(queries, keys, 16, pairs=1, heads=1, reduction="none"), dtype)
+
+
+@pytest.mark.parametrize("lengths", [([150, 9], [120, 131]), ([0, 3], [0, 150]), ([64, 65], [128, 1])], ids=str)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding(lengths: tuple[list[int], list[int]], side: str) -> None:
+    check(qk_case(150, None, 32, heads=1, lengths=lengths, side=side), torch.bfloat16)
+
+
+@pytest.mark.parametrize("lengths", [([30, 9], [20, 31]), ([0, 3], [0, 31])], ids=str)
+def test_padding_of_short_rows(lengths: tuple[list[int], list[int]], dtype: torch.dtype) -> None:
+    check(qk_case(31, None, 16, lengths=lengths, reduction="padded_mean"), dtype)
+
+
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(70, 150), (150, 70), (40, 40)], ids=str)
+def test_structure(queries: int, keys: int, is_causal: bool, window: int | None) -> None:
+    options = {"is_causal": is_causal, "window": window}
+    check(qk_case(queries, keys, 8, pairs=1, heads=1, options=options, reduction="sum"), torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "options"),
+    [(64, 129, {"is_causal": True}), (64, 129, {"window": 3}), (128, 191, {"window": 3})],
+    ids=["last key of a causal row", "far end of a window", "near end of a window"],
+)
+def test_a_tile_that_holds_one_pair_in_its_corner_is_not_passed_over(
+    queries: int, keys: int, options: dict[str, object]
+) -> None:
+    check(qk_case(queries, keys, 8, pairs=1, heads=1, options=options, reduction="sum"), torch.float32)
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["one bias", "a bias for each view"])
+def test_bias(both: bool, dtype: torch.dtype) -> None:
+    biases = {}
+    for seed, name in enumerate(("attn_bias", "attn_bias_aug")[: 1 + both]):
+        generator = torch.Generator().manual_seed(seed)
+        bias = torch.randn((2, 1, 9, 23), generator=generator, dtype=torch.float64)
+        biases[name] = bias.masked_fill(bias > 1, -torch.inf)
+    check(qk_case(9, 23, 16, biases=biases, reduction="sum"), dtype)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_grouped_queries_under_every_reduction(reduction: str, dtype: torch.dtype) -> None:
+    case = qk_case(10, 12, 16, heads=4, key_heads=2, lengths=([12, 7], [11, 12]), reduction=reduction)
+    case = replace(case, masks={**case.masks, **all_queries(10)})
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stacked", [False, True], ids=["two tensors", "one tensor"])
+def test_strides_and_forms(layout: str, stacked: bool) -> None:
+    case = qk_case(20, 33, 24, heads=4, key_heads=2, lengths=([33, 9], [20, 31]), reduction="sum")
+    check_strides_and_forms(case, layout, stacked, torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("dim", [32, 160])
+def test_only_the_gradients_asked_for(dim: int) -> None:
+    case = qk_case(10, 12, dim, pairs=1, heads=2, key_heads=1, reduction="sum").to(torch.bfloat16)
+    _, all_gradients = case.run("cpu")
+    for needs in itertools.product([False, True], repeat=4):
+        _, gradients = case.run("cpu", needs=needs)
+        for needed, gradient, expected in zip(needs, gradients, all_gradients, strict=True):
+            assert (gradient is not None) == needed
+            assert not needed or torch.equal(gradient, expected)
+
+
+def test_heads_of_a_group_with_upstream_gradients_of_different_sizes() -> None:
+    """The largest sets the scale: under the first's, the others' gradients would leave the range of float16."""
+    case = qk_case(10, 12, 16, pairs=1, heads=2, key_heads=1, reduction="none").to(torch.float16)
+    for upstream in (torch.tensor([[1e-7, 1.0]]), torch.tensor([[1.0, 1e-7]])):
+        _, gradients = case.run("cpu", upstream=upstream)
+        _, expected = case.to(torch.float64).run("reference", upstream=upstream)
+        for gradient, reference in zip(gradients[1::2], expected[1::2], strict=True):  # of the keys
+            assert (gradient.double() - reference).norm() < 2e-3 * reference.norm()
+
+
+@pytest.mark.parametrize("make", [qk_case, attention_case, pooled_case], ids=["qk", "attention", "pooled"])
+def test_a_pair_without_upstream_gradient(make, dtype: torch.dtype) -> None:
+    check_pairs_without_upstream(make(7, 9, pairs=2), dtype, "cpu")
+
+
+def test_small_gradients_survive_float16() -> None:
+    close = qk_case(40, None, 32, pairs=1, heads=1, closeness=1e-2, reduction="sum").to(torch.float16)
+    upstream = torch.tensor(2.0**12)
+    _, gradients = close.run("cpu", upstream=upstream)
+    _, expected = close.to(torch.float64).run("reference", upstream=upstream)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert (gradient.double() - reference).norm() < 2e-3 * reference.norm()
+
+
+@pytest.mark.parametrize("make", [qk_case, attention_case, pooled_case], ids=["qk", "attention", "pooled"])
+def test_the_order_in_which_threads_run_changes_no_bit(make, dtype: torch.dtype) -> None:
+    case = make(70, 40, pairs=2, lengths=None, reduction="none").to(dtype)
+    upstream = case.upstream()
+    expected, expected_gradients = case.run("cpu", upstream=upstream)
+    for seed in (1, 2):
+        cuda_on_host.configure(seed=seed)
+        value, gradients = case.run("cpu", upstream=upstream)
+        assert torch.equal(value, expected)
+        assert all(map(torch.equal, gradients, expected_gradients))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("keys", [9, 140])
+def test_bad_numbers_show_where_they_are_real_and_only_there(bad: float, keys: int, dtype: torch.dtype) -> None:
+    mask = torch.ones(2, keys, dtype=torch.bool)
+    mask[1, 4] = mask[0, 5] = False
+    masks = {"attention_mask": mask, "attention_mask_aug": mask, **all_queries(9)}
+    case = qk_case(9, keys, 8, masks=masks, reduction="none").to(dtype)
+    clean, clean_gradients = case.run("cpu")
+    for pair in (0, 1):
+        key = case.x[1].clone()
+        key[pair, 0, 4] = bad
+        value, gradients = replace(case, x=(case.x[0], key)).run("cpu")
+        if pair == 1:  # padding
+            assert torch.equal(value, clean) and all(map(torch.equal, gradients, clean_gradients))
+        else:
+            assert value[0, 0].isnan() and torch.equal(value.flatten()[1:], clean.flatten()[1:])
+            assert gradients[0][0, 0].isnan().any() and gradients[0][0, 1:].isfinite().all()
+            assert not gradients[1][0, :, 5].any()  # of a padded key, which nothing reaches
+
+
+@pytest.mark.parametrize("keys", [1, 9, 140])
+def test_a_row_of_nothing_but_minus_infinity_shows(keys: int, dtype: torch.dtype) -> None:
+    case = qk_case(3, keys, 8, pairs=1, reduction="none").to(dtype)
+    query, key = torch.ones_like(case.x[0]), case.x[1].clone()
+    key[0, 0] = -torch.inf
+    for backend in ("cpu", "reference"):
+        value, _ = replace(case, x=(query, key)).run(backend)
+        assert value[0, 0].isnan() and value[0, 1].isfinite()
+
+
+# --- the other losses ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [1, 13, 16, 200])
+@pytest.mark.parametrize("lengths", [None, ([1, 1], [1, 0])], ids=["no padding", "padding"])
+def test_attention_mse(keys: int, lengths: tuple[list[int], list[int]] | None, dtype: torch.dtype) -> None:
+    if lengths is not None:
+        lengths = tuple([n * keys * 2 // 3 for n in view] for view in lengths)
+    masks = all_queries(90)
+    masks["query_mask"][0, 7] = 0
+    check(attention_case(90, keys, lengths=lengths, masks=masks, reduction="none"), dtype)
+
+
+@pytest.mark.parametrize("length", [1, 31, 300])
+@pytest.mark.parametrize("features", [1, 24, 64, 100])
+@pytest.mark.parametrize("lengths", [None, (1.0, 0.3, 0.0)], ids=["no padding", "padding"])
+def test_pooled_distance(length: int, features: int, lengths: tuple[float, ...] | None, dtype: torch.dtype) -> None:
+    ragged = lengths and ([int(n * length) for n in lengths], [length, int(0.6 * length), length])
+    check(pooled_case(length, features, lengths=ragged, offset=5.0, reduction="none"), dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stacked", [False, True], ids=["two tensors", "one tensor"])
+@pytest.mark.parametrize("make", [attention_case, pooled_case], ids=["attention", "pooled"])
+def test_strides_and_forms_of_the_others(make, layout: str, stacked: bool) -> None:
+    case = make(24, 32, pairs=2, lengths=([24, 9], [20, 24]), reduction="sum")
+    check_strides_and_forms(case, layout, stacked, torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("op", ["qk_attention_mse", "attention_mse", "pooled_distance"])
+@given(data=st.data())
+@settings(max_examples=10)
+def test_anything(op: str, data: st.DataObject) -> None:
+    case = data.draw(cases(op, dtypes=DTYPES, mask_kinds=MASK_KINDS))
+    check_case(case, data.draw(st.sampled_from(DTYPES)), "cpu", slack=16.0)
+
+
+# --- what is reported ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (1, "global memory: an access of 4 bytes outside of every tensor .*thread 63"),
+        (2, "shared memory: an access of 4 bytes at offset 256 of 256 .*thread 63"),
+        (3, "global memory: an access of 16 bytes is not aligned"),
+        (4, "sync_block: not every thread of a warp is there .*thread 5 has finished"),
+        (5, "shuffle_xor: not every thread of a warp is there .*thread 5 has finished"),
+        (6, "not every thread of a warp is there .*thread"),
+    ],
+)
+def test_mistakes_are_reported(mistake: int, message: str) -> None:
+    data = torch.zeros(64)
+    assert torch.ops.ear_ops_cuda_on_host.run_mistaken(data, 0) == "" and data.eq(1).all()
+    assert re.search(message, torch.ops.ear_ops_cuda_on_host.run_mistaken(data, mistake))
+
+
+@pytest.mark.parametrize("mistake", [7, 8, 9], ids=["no barrier", "no wait for a copy", "nothing written"])
+def test_what_is_read_too_early_is_nan(mistake: int) -> None:
+    data = torch.zeros(64)
+    assert torch.ops.ear_ops_cuda_on_host.run_mistaken(data, mistake) == ""
+    assert data.isnan().any()
+
+
+def test_a_mask_at_an_odd_address_is_read_byte_by_byte() -> None:
+    """Masks are read as many at a time as probabilities, where all of them lie evenly."""
+    attn = torch.rand(4, 2, 3, 8)
+    mask = torch.ones(1 + 4 * 8, dtype=torch.bool)[1:].view(4, 8)
+    mask[1, 3:] = False
+    expected = torch.ops.ear_ops_cuda_on_host.attention_mse(attn, None, mask.clone(), None)
+    assert torch.equal(torch.ops.ear_ops_cuda_on_host.attention_mse(attn, None, mask, None), expected)
+
+
+def test_statistics_of_another_kind_are_refused() -> None:
+    query = torch.randn(2, 1, 3, 8)
+    inputs = (query, query, None, None, None, None, None, None, 1.0, False, 0, None)
+    sums, stats = torch.ops.ear_ops_cuda_on_host.qk_attention_mse(*inputs)
+    with pytest.raises(TypeError, match="row_stats: expected dtype Float"):
+        torch.ops.ear_ops_cuda_on_host.qk_attention_mse_backward(sums, *inputs, stats.double(), [True] * 4)

@@ -1,0 +1,277 @@
+"""Reports of runs that were written by hand: each number can be worked out from the predictions."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ear_ops.recipes.study.definition import load_study
+from ear_ops.recipes.study.report import differences_table, report
+from ear_ops.recipes.study.sweep import plan_of
+from ear_ops.recipes.study.tables import TABLES, paper_rows, same_row
+from ear_ops.recipes.training.checkpoints import write_json
+from ear_ops.recipes.training.results import markdown_table
+
+LANGUAGES = ("en", "de", "sw")
+LABELS = [i % 3 for i in range(15)]  # of every file of the tiny task
+
+
+def finish(folder: Path, name: str, settings: dict[str, Any], wrong: dict[str, int]) -> None:
+    """A run that has the first `wrong[language]` items wrong."""
+    predictions = {
+        language: [(label + (i < wrong[language])) % 3 for i, label in enumerate(LABELS)] for language in LANGUAGES
+    }
+    scores = {
+        language: {"accuracy": 1 - wrong[language] / 15, "correct": 15 - wrong[language], "total": 15}
+        for language in LANGUAGES
+    }
+    results = {
+        "task": "xnli",
+        "split": "dev",
+        "collapsed": False,
+        "average": sum(score["accuracy"] for score in scores.values()) / 3,
+        "languages": scores,
+        "best": {"step": 8, "dev_accuracy": scores["en"]["accuracy"]},
+        "steps": 8,
+        "terms": {"cross_entropy": 1.25},
+        "notices": [],
+        "config": settings,
+        "versions": {"python": "3.11"},
+        "date": "2026-01-02",
+    }
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    write_json(folder / name / "config.json", {"config": settings})
+    log = [{"step": 8, "eval_accuracy": 0.5, "eval_runtime": 2.0}]
+    write_json(folder / name / "training.json", {"log": log})
+    write_json(folder / name / "predictions.json", predictions)
+    write_json(folder / name / "results.json", results)
+
+
+@pytest.fixture
+def make_report(write_study, tmp_path: Path):
+    """Writes a study, finishes those of its runs for which `wrong` gives a count, and reports."""
+
+    def make(*groups: dict[str, Any], wrong: Any) -> tuple[dict[str, Any], str]:
+        folder = tmp_path / "study"
+        folder.mkdir()
+        path = write_study(*groups)
+        (folder / "study.yaml").write_text(path.read_text())
+        study = load_study(path)
+        for _ in range(3):  # choices open further groups
+            for run in plan_of(study, folder).runs:
+                count = wrong(run.settings)
+                if count is not None:
+                    finish(folder, run.name, run.settings, count)
+        report(folder)
+        return json.loads((folder / "report.json").read_text()), (folder / "report.md").read_text()
+
+    return make
+
+
+def test_means_deviations_and_the_paper_stand_in_one_table(make_report) -> None:
+    def wrong(settings: dict[str, Any]) -> dict[str, int] | None:
+        if settings["method"] == "rs-da" and settings["seed"] == 3:
+            return None
+        base = {"finetune": 6, "rs-da": 3}.get(settings["method"])
+        better = 2 * settings["seed"] if settings["method"] == "rs-da" else 0
+        return base and {"en": base, "de": base + settings["seed"], "sw": 9 - better}
+
+    content, text = make_report(
+        {"name": "methods", "table": "1", "grid": {"method": ["finetune", "rs-da", "adv"], "seed": [1, 2, 3]}},
+        wrong=wrong,
+    )
+    finetune, rs_da, adv = content["sections"][0]["rows"]
+    assert finetune["accuracies"]["en"] == [pytest.approx(0.6), 0.0]
+    assert finetune["accuracies"]["de"] == [pytest.approx(7 / 15), pytest.approx(1 / 15)]
+    assert rs_da["seeds"] == [1, 2] and rs_da["not_run"] == [3]
+    assert "accuracies" not in adv and adv["not_run"] == [1, 2, 3]
+
+    # 3 of 15 items in English and German, in every seed; in Swahili 2 and 4.
+    difference = rs_da["difference"]
+    assert difference["seeds"] == {"1": pytest.approx(8 / 45), "2": pytest.approx(10 / 45)}
+    assert all(difference[name][0] == pytest.approx(0.2) for name in (*LANGUAGES, "average"))
+    assert difference["en"][1] < 0.2 < difference["en"][2] and "difference" not in finetune
+
+    lines = text.splitlines()
+    row = next(i for i, line in enumerate(lines) if line.startswith("| **finetune**"))
+    assert (
+        lines[row].startswith("| **finetune** | here, dev, seeds 1, 2, 3 | 60.0 ± 0.0 |") and "46.7 ± 6.7" in lines[row]
+    )
+    assert lines[row + 1].startswith("| finetune | paper, mBERT | 80.8 | 64.3 |")
+    assert lines[row + 1].endswith("65.4 |  |")
+    assert lines[row + 2].startswith("| finetune | paper, XLM-R | 84 |")
+    assert "| **adv** | here: not run |" in text
+    assert "Not run: method rs-da (seeds 3); method adv (seeds 1, 2, 3)." in text
+    assert "| method rs-da | en | +20.0 [" in text and "| 1: +17.8, 2: +22.2 | +20.0 [-8.2, +48.2] |" in text
+    assert any(line.startswith("| ear | paper, mBERT |") for line in lines), "rows of the paper that the study lacks"
+    assert content["not_in_the_study"] == sorted(TABLES.keys() - {"1"})
+    assert "Tables of the paper that no group of the study fills: 2, 3, 4, 5, 6, A.1, A.2, A.3, A.4." in text
+    by_name = {each["name"]: each for each in content["runs"]}
+    assert by_name[rs_da["runs"][1]]["log"] == [{"step": 8, "eval_accuracy": 0.5}]
+    assert by_name[rs_da["runs"][1]]["accuracies"]["sw"] == pytest.approx(10 / 15), "each run, not only their mean"
+    assert "5 of 9 runs" in text and "2026-01-02" in text and "python 3.11" in text
+    assert "| max_length | 24 |" in text and "batch_size: 8" in text
+
+
+def test_choices_are_shown_with_their_candidates(make_report) -> None:
+    def wrong(settings: dict[str, Any]) -> dict[str, int]:
+        return dict.fromkeys(LANGUAGES, 2 if settings["learning_rate"] == 0.2 else 5)
+
+    content, text = make_report(
+        {"name": "rate", "grid": {"learning_rate": [0.1, 0.2]}, "select": ["learning_rate"]},
+        {"name": "weights", "grid": {"alpha": [0.5, 1.0]}, "baseline": {"alpha": 0.5}},
+        wrong=wrong,
+    )
+    assert content["selections"][0]["chosen"] == {"learning_rate": 0.2}
+    assert "## Chosen by `rate`: learning_rate 0.2" in text and "| learning_rate 0.2 | 86.67 |" in text
+    assert "| alpha 1.0 | en |" + 3 * " +0.0 [+0.0, +0.0] |" + " 1: +0.0 |" in text
+    assert all(row["accuracies"]["en"][0] == pytest.approx(13 / 15) for row in content["sections"][1]["rows"])
+
+
+def test_a_run_that_collapsed_is_marked(make_report, tmp_path: Path) -> None:
+    make_report({"name": "a", "grid": {"alpha": [1.0, 9.0]}}, wrong=lambda settings: dict.fromkeys(LANGUAGES, 5))
+    for path in (tmp_path / "study").glob("*/results.json"):
+        results = json.loads(path.read_text())
+        write_json(path, {**results, "collapsed": results["config"]["alpha"] == 9.0})
+    content = report(tmp_path / "study")
+    assert [row["collapsed"] for row in content["sections"][0]["rows"]] == [[], [1]]
+    text = (tmp_path / "study" / "report.md").read_text()
+    assert "| **9.0** * | here" in text and "| **1.0** | here" in text
+
+
+def test_weights_that_follow_from_ratios_stand_beside_the_terms(make_report, tmp_path: Path) -> None:
+    def wrong(settings: dict[str, Any]) -> dict[str, int]:
+        return dict.fromkeys(LANGUAGES, 5)
+
+    make_report({"name": "ratios", "grid": {"push_ratio": [0.1], "seed": [1, 2]}}, wrong=wrong)
+    for seed, path in enumerate(sorted((tmp_path / "study").glob("*/results.json")), start=1):
+        write_json(path, {**json.loads(path.read_text()), "weights": {"alpha": 10.0 * seed}})
+    report(tmp_path / "study")
+    lines = (tmp_path / "study" / "report.md").read_text().splitlines()
+    assert any(line.startswith("Loss terms") and "weights chosen for the wanted ratios" in line for line in lines)
+    assert "| row | cross_entropy | alpha, chosen |" in lines and "| push_ratio 0.1 | 1.25 | 15 |" in lines
+
+
+def test_ratios_that_not_all_seeds_have_are_left_out(make_report, tmp_path: Path) -> None:
+    make_report({"name": "a", "grid": {"seed": [1, 2]}}, wrong=lambda settings: dict.fromkeys(LANGUAGES, 5))
+    for number, path in enumerate(sorted((tmp_path / "study").glob("*/results.json"))):
+        measured = {"pull at query": 1.0 + number} | ({"pull at key": 9.0} if number == 0 else {})
+        write_json(path, {**json.loads(path.read_text()), "gradient_ratios": {"before": measured, "after": measured}})
+    report(tmp_path / "study")
+    lines = (tmp_path / "study" / "report.md").read_text().splitlines()
+    assert "| row | cross_entropy | pull at query, before | pull at query, after |" in lines
+    assert any(line.endswith("| 1.25 | 1.5 | 1.5 |") for line in lines)
+
+
+def test_figure_6_is_drawn_from_table_6(make_report, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need the extra `analysis`")
+
+    def wrong(settings: dict[str, Any]) -> dict[str, int]:
+        return dict.fromkeys(LANGUAGES, 5)
+
+    _, text = make_report(
+        {
+            "name": "scale",
+            "table": "6",
+            "settings": {"method": "ear"},
+            "grid": {"dictionary_scale": [1, 0.75, 0.5, 0.25]},
+        },
+        wrong=wrong,
+    )
+    assert "![Figure 6](figure-6.png)" in text
+    assert (tmp_path / "study" / "figure-6.png").read_bytes().startswith(b"\x89PNG")
+    assert "| 0.75 | paper, mBERT |" in text and "68.392" in text
+
+
+def test_other_data_than_the_run_was_scored_on_are_refused(make_report, data_dir: Path, tmp_path: Path) -> None:
+    make_report(
+        {"name": "methods", "table": "1", "grid": {"method": ["finetune", "ear"]}},
+        wrong=lambda settings: dict.fromkeys(LANGUAGES, 5),
+    )
+    reason = "10 of 15 predictions in en were right, which the {} items in {} do not say"
+    for lines in (14, 15):
+        other = tmp_path / f"other{lines}"
+        other.mkdir()
+        for language in LANGUAGES:
+            (other / f"dev-{language}.tsv").write_text("a\tb\tneutral\n" * lines)
+        rows = report(tmp_path / "study", str(other))["sections"][0]["rows"]
+        assert reason.format(lines, other) in rows[1]["difference"]["missing"], "accuracies stand without the data"
+        text = (tmp_path / "study" / "report.md").read_text()
+        assert "No difference for method ear: " in text and "| 66.7 |" in text
+
+
+def test_accuracies_stand_without_predictions(make_report, tmp_path: Path) -> None:
+    content, _ = make_report(
+        {"name": "methods", "table": "1", "grid": {"method": ["finetune", "ear"]}},
+        wrong=lambda settings: dict.fromkeys(LANGUAGES, 5),
+    )
+    (name,) = content["sections"][0]["rows"][1]["runs"]
+    (tmp_path / "study" / name / "predictions.json").unlink()
+    row = report(tmp_path / "study")["sections"][0]["rows"][1]
+    assert "predictions.json is missing" in row["difference"]["missing"] and row["average"].mean == pytest.approx(2 / 3)
+
+
+def test_averages_are_over_the_languages_that_all_seeds_have(make_report, tmp_path: Path) -> None:
+    make_report(
+        {"name": "a", "grid": {"seed": [1, 2]}}, wrong=lambda settings: {"en": 3, "de": 6, "sw": 3 * settings["seed"]}
+    )
+    path = next(iter((tmp_path / "study").glob("*seed2*/results.json")))
+    results = json.loads(path.read_text())
+    del results["languages"]["de"]
+    write_json(path, {**results, "average": 0.7, "notices": ["no dev data for de: not in the averages"]})
+    row = report(tmp_path / "study")["sections"][0]["rows"][0]
+    assert list(row["accuracies"]) == ["en", "sw"]
+    assert row["average"] == (pytest.approx(0.75), pytest.approx(0.1 / 2**0.5)) and row["average_other"].mean == 0.7
+    assert (
+        f"{path.parent.name}: no dev data for de: not in the averages."
+        in (tmp_path / "study" / "report.md").read_text()
+    )
+
+
+def test_two_runs_are_compared_by_themselves(tmp_path: Path, data_dir: Path) -> None:
+    for name, count in (("a", 3), ("b", 6)):
+        finish(tmp_path, name, {"data_dir": str(data_dir)}, dict.fromkeys(LANGUAGES, count))
+    text = differences_table([tmp_path / "a"], tmp_path / "b", None, markdown_table)
+    assert text.splitlines()[0].startswith("| points over") and "| +20.0 [" in text
+
+
+def test_the_papers_numbers_are_all_there() -> None:
+    assert {table: len(paper_rows(table)) for table in TABLES} == {
+        **{"1": 9, "2": 9, "3": 4, "4": 3, "A.4": 3, "5": 3, "6": 4},
+        **{"A.1": 4, "A.2": 6, "A.3": 7},
+    }
+    ear = next(row for row in paper_rows("1") if (row.model, row.name) == ("mBERT", "ear"))
+    assert ear.accuracies["en"] == 83.2 and ear.accuracies["avg"] == 68.4 and len(ear.accuracies) == 16
+    syntax = next(row for row in paper_rows("1") if row.name == "syntax")
+    assert "sw" not in syntax.accuracies, "not printed there"
+    assert paper_rows("6")[1].accuracies == {"avg": 68.392} and paper_rows("A.4")[0].model == "XLM-R"
+
+
+@pytest.mark.parametrize("table", ["1", "A.1", "5"])
+def test_a_full_row_of_the_paper_agrees_with_its_own_average(table: str) -> None:
+    for row in paper_rows(table):
+        if "avg" in row.accuracies:
+            values = [value for name, value in row.accuracies.items() if name != "avg"]
+            assert sum(values) / len(values) == pytest.approx(row.accuracies["avg"], abs=0.06), row
+
+
+def test_rows_are_matched_by_number_and_by_name() -> None:
+    assert same_row("A.3", 1.0, "1") and same_row("6", 1.0, "1.0") and not same_row("A.3", 1.2, "1")
+    assert same_row("4", "ear", "EPT+APT") and same_row("A.4", "nt+apt", "NT+APT") and not same_row("1", "ear", "rs-da")
+    assert same_row("5", "de", "de")
+    for table, spec in TABLES.items():
+        baseline = [row for row in paper_rows(table) if same_row(table, spec.baseline, row.name)]
+        assert baseline, table
+
+
+def test_the_data_of_the_package_hold_every_table() -> None:
+    import ear_ops.recipes.study
+
+    folder = Path(ear_ops.recipes.study.__file__).with_name("paper")
+    assert sorted(path.stem for path in folder.glob("*.csv")) == sorted(f"table-{table}" for table in TABLES)
+    for path in folder.glob("*.csv"):
+        assert len({len(line) for line in csv.reader(path.open())}) == 1, path

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ear_ops.recipes.study.statistics import (
+    Items,
+    accuracy_differences,
+    estimate,
+    interval_over_seeds,
+    paired_bootstrap,
+)
+from ear_ops.recipes.training.errors import NotComparableError
+
+
+def items(**correct: Any) -> Items:
+    """Each in a group of its own."""
+    arrays = {language: np.array(right, bool) for language, right in correct.items()}
+    return Items(arrays, np.arange(len(next(iter(arrays.values())))), "en")
+
+
+def test_mean_and_sample_deviation() -> None:
+    assert estimate([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5))
+    assert estimate([2.0]) == (2.0, None)
+    with pytest.raises(ValueError, match="at least one"):
+        estimate([])
+
+
+@pytest.mark.parametrize("seeds", range(2, 12))
+def test_the_interval_over_seeds_is_that_of_students_t(seeds: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    values = [0.01 * each**2 - 0.1 for each in range(seeds)]
+    low, high = stats.t.interval(0.95, seeds - 1, loc=mean(values), scale=stats.sem(values))
+    assert interval_over_seeds(values) == pytest.approx((mean(values), low, high), abs=1e-4)
+
+
+def test_the_interval_over_very_many_seeds_is_a_little_too_wide_and_never_too_narrow() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    values = [0.01 * each for each in range(30)]
+    low, high = stats.t.interval(0.95, 29, loc=mean(values), scale=stats.sem(values))
+    found = interval_over_seeds(values)
+    assert found is not None and 1.0 < (found.high - found.low) / (high - low) < 1.1
+
+
+def test_one_seed_has_no_interval_over_seeds() -> None:
+    assert interval_over_seeds([0.1]) is None
+
+
+def test_the_interval_is_that_of_the_normal_approximation_where_that_holds() -> None:
+    rng = np.random.default_rng(1)
+    differences = rng.choice([-1.0, 0.0, 1.0], size=4000, p=[0.1, 0.75, 0.15])
+    alone = np.arange(4000)
+    mean, low, high = paired_bootstrap(differences, alone)
+    half = 1.96 * differences.std() / 4000**0.5
+    assert mean == differences.mean()
+    assert (low, high) == (pytest.approx(mean - half, abs=0.1 * half), pytest.approx(mean + half, abs=0.1 * half))
+    assert paired_bootstrap(differences, alone) == (mean, low, high), "the same data give the same interval"
+
+    thrice = paired_bootstrap(differences.repeat(3), alone.repeat(3))
+    assert thrice == pytest.approx((mean, low, high)), "three items that always agree are worth one"
+
+
+def test_an_item_is_drawn_in_all_languages_at_once_and_seeds_are_averaged_first() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.random(500) < 0.5  # where the runs differ, they do so in both languages
+    run, baseline = items(en=~hard, de=~hard), items(en=hard | ~hard, de=hard | ~hard)
+    result = accuracy_differences([run], [baseline])
+    assert result["average"] == result["en"] == result["de"], "drawn apart, the average would have a narrower interval"
+    assert result["average"].mean == pytest.approx(-hard.mean()) and result["average_other"] == result["de"]
+    assert "average_other" not in accuracy_differences([items(en=~hard)], [items(en=hard)])
+
+    flipped = items(en=[True, False, True], de=[True, True, True])
+    none = items(en=[False] * 3, de=[False] * 3)
+    both = accuracy_differences([flipped, none], [none, none])
+    assert both["en"].mean == pytest.approx(1 / 3) and both["average"].mean == pytest.approx(5 / 12)
+
+
+def test_runs_on_other_items_are_refused() -> None:
+    a, b = items(en=[False] * 3), items(en=[False] * 4)
+    with pytest.raises(NotComparableError, match="as many items"):
+        accuracy_differences([a], [b])
+    with pytest.raises(NotComparableError, match=r"same languages.*got en and de"):
+        accuracy_differences([a], [items(de=[False] * 3)])
+    with pytest.raises(ValueError, match="as many runs"):
+        accuracy_differences([a, a], [a])

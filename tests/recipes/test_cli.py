@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("typer", reason="the command line needs the extra `train`")
+
+from typer.testing import CliRunner
+
+from ear_ops.data import XNLI, read_variants
+from ear_ops.recipes import cli
+from ear_ops.recipes.training.config import TrainConfig
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_help_names_every_command_and_every_setting() -> None:
+    commands = run("--help")
+    assert all(
+        name in commands for name in ("train", "evaluate", "compare", "sweep", "report", "analyse", "augment", "bench")
+    )
+    train = run("train", "--help")
+    for name in TrainConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')} " in train
+    assert "[default: 32]" in train and "[default: the preset's]" in train and "--no-hub" not in train
+    augment = run("augment", "--help")
+    assert "--dictionary-scale" in augment and "--num-variants" in augment and "--epochs" not in augment
+
+
+def test_options_reach_the_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+
+    class Module:
+        @staticmethod
+        def train(config: TrainConfig) -> None:
+            seen.append(config)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run_module", lambda: Module)
+    arguments = ["--data-dir", "mini", "--method", "rs-da", "--bf16", "--max-train-examples", "7", "--beta", "0.5"]
+    CliRunner().invoke(cli.app, ["train", *arguments, "--output-dir", str(tmp_path)])
+    expected = TrainConfig(
+        data_dir="mini", method="rs-da", bf16=True, max_train_examples=7, beta=0.5, output_dir=str(tmp_path)
+    )
+    assert seen == [expected]
+
+
+def test_train_prints_the_configuration_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_run_module", lambda: None)
+    output = CliRunner().invoke(cli.app, ["train", "--data-dir", "mini", "--preset", "released"]).output
+    lines = dict(line.split(maxsplit=1) for line in output.splitlines() if len(line.split(maxsplit=1)) == 2)
+    assert lines["alpha"] == "0.1" and lines["beta"] == "1.0" and lines["reduction"] == "padded_mean"
+    assert lines["output_dir"] == "runs/xnli-ear-seed1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train"], ["error:", "--data-dir", "mini"]),
+        (["train", "--data-dir", "mini", "--method", "eer"], ["error:", "unknown method 'eer'", "rs-da"]),
+        (["evaluate", "no-such-run"], ["error:", "no-such-run", "no run"]),
+        (["evaluate", "run", "--eval-split", "tset"], ["error: eval_split: expected dev or test, got 'tset'"]),
+        (["compare", "no-such-run", "--baseline", "other"], ["error:", "no-such-run: no such folder"]),
+        (["sweep", "no-such.yaml"], ["error:", "no-such.yaml: no such study"]),
+        (["report", "no-such-study"], ["error:", "holds no study", "ear-ops sweep"]),
+        (["analyse", "no-such-run", "--parallel", "p"], ["error:", "no-such-run holds no run"]),
+        (["compare", "no-such-run"], ["error:", "no-such-run: no such folder"]),
+        (["augment", "--data-dir", "no-such-data", "--output", "x.tsv", "--synonyms", "s.json"], ["no-such-data"]),
+        (["augment", "--data-dir", "mini", "--output", "x.tsv", "--num-variants", "0"], ["num_variants", "at least 1"]),
+        (["augment", "--data-dir", "no-such-data", "--output", "x.csv"], ["output", ".tsv or .tsv.gz, got 'x.csv'"]),
+    ],
+)
+def test_mistakes_end_with_one_line(arguments: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ear-ops", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    message = str(end.value)
+    assert message.startswith("error: ") and "\n" not in message
+    assert all(word in message for word in words)
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "_run_module", broken)
+    monkeypatch.setattr(sys, "argv", ["ear-ops", "evaluate", "run"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_augment_writes_a_file_that_training_reads(tmp_path: Path) -> None:
+    (tmp_path / "train-en.tsv").write_text("a b c\td e\tneutral\nb b\tf\tentailment\n")
+    (tmp_path / "synonyms.json").write_text(json.dumps({"b": ["x", "y"], "z": ["a"]}))
+    common = ["augment", "--data-dir", str(tmp_path), "--synonyms", str(tmp_path / "synonyms.json")]
+    output = run(*common, "--output", str(tmp_path / "variants.tsv"))
+    assert "6 lines, 3 variants of 2 pairs" in output and "replaced" in output
+    groups = read_variants(tmp_path / "variants.tsv", XNLI)
+    assert [group.original.text1 for group in groups] == ["a b c", "b b"]
+    assert {word for group in groups for variant in group.variants for word in variant[0].split()} <= set("abcxy")
+    output = run(
+        *common,
+        *("--output", str(tmp_path / "more.tsv.gz"), "--num-variants", "5", "--max-train-examples", "1"),
+        *("--dictionary-scale", "0.5", "--seed", "3"),
+    )
+    assert "5 lines, 5 variants of 1 pairs" in output
+    assert len(read_variants(tmp_path / "more.tsv.gz", XNLI)[0].variants) == 5
+
+
+def test_pawsx_gets_ten_variants(tmp_path: Path) -> None:
+    (tmp_path / "train-en.tsv").write_text("a b\tb a\t1\n")
+    (tmp_path / "synonyms.json").write_text('{"b": ["x"]}')
+    arguments = ["--task", "pawsx", "--data-dir", str(tmp_path), "--synonyms", str(tmp_path / "synonyms.json")]
+    assert "10 lines" in run("augment", *arguments, "--output", str(tmp_path / "v.tsv"))
+
+
+def test_the_help_does_not_wait_for_transformers() -> None:
+    program = (
+        "import sys, ear_ops.recipes.cli; print('transformers.trainer' in sys.modules, 'accelerate' in sys.modules)"
+    )
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert output.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "module"), [("typer", "ear_ops.recipes.cli"), ("accelerate", "ear_ops.recipes.training.pair_trainer")]
+)
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, missing: str, module: str) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'ear-ops\[train\]'"):
+        importlib.import_module(module)
+
+
+def test_a_sweep_with_failed_runs_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ear_ops.recipes.study import sweep
+
+    monkeypatch.setattr(
+        sweep, "sweep", lambda study, folder, groups: sweep.Progress(["a"], {"b": f"no file in {folder}"})
+    )
+    result = CliRunner().invoke(cli.app, ["sweep", "studies/one.yaml"])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert "1 runs failed (b: no file in runs/one)" in str(result.output) + str(result.exception)
+    monkeypatch.setattr(sweep, "sweep", lambda study, folder, groups: sweep.Progress([*groups]))
+    assert "ear-ops report there" in run("sweep", "studies/one.yaml", "--output-dir", "there")
+    assert "runs of a, b in studies/one.yaml" in run("sweep", "studies/one.yaml", "--group", "a", "--group", "b")

@@ -1,0 +1,218 @@
+"""A run may die anywhere: started again, it ends with the metrics of a run that nobody disturbed, to the last digit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ear_ops.recipes.training import checkpoints, run
+from ear_ops.recipes.training.config import TrainConfig
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process: nothing catches it."""
+
+
+def outcome(config: TrainConfig) -> dict[str, Any]:
+    """Train, and return everything that must not depend on interruptions: results, log, predictions, weights."""
+    results = {k: v for k, v in run.train(config).items() if k not in ("date", "timing", "versions")}
+    folder = Path(config.output_dir)
+    log = json.loads((folder / "training.json").read_text())["log"]
+    log = [line for line in log if "train_runtime" not in line]  # of the last session alone
+    log = [{k: v for k, v in line.items() if not k.endswith(("runtime", "_per_second", "_time"))} for line in log]
+    predictions = json.loads((folder / "predictions.json").read_text())
+    weights = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+    return {"results": results, "log": log, "predictions": predictions, "weights": weights}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Outcomes by method, each made when first asked for."""
+    return {"folder": tmp_path_factory.mktemp("undisturbed")}
+
+
+def expect(undisturbed: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    if config.method not in undisturbed:
+        folder = undisturbed["folder"] / config.method
+        undisturbed[config.method] = outcome(TrainConfig.from_dict(config.to_dict(), output_dir=str(folder)))
+    return undisturbed[config.method]
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    training_step = run.PairTrainer.training_step
+
+    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise Killed
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(run.PairTrainer, "training_step", dying)
+
+
+def die_when_marking(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Die when the folder `name` is about to be declared complete, with its weights half written."""
+    mark_complete = checkpoints.mark_complete
+
+    def dying(folder: Path) -> None:
+        if folder.name == name:
+            weights = folder / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:100])
+            raise Killed
+        mark_complete(folder)
+
+    monkeypatch.setattr(checkpoints, "mark_complete", dying)
+
+
+# Checkpoints are at 4, 8 (end of the first epoch), 12 and 16; the log is written every third step.
+@pytest.mark.parametrize(
+    ("method", "step", "resumed"),
+    [
+        ("ear", 2, None),
+        ("ear", 7, 4),
+        ("ear", 8, 8),
+        ("finetune", 14, 12),
+        ("rs-rp", 7, 4),
+        ("adv", 7, 4),
+        ("nt+apt", 7, 4),
+    ],
+)
+def test_an_interrupted_run_ends_like_an_undisturbed_one(
+    make_config, undisturbed, monkeypatch: pytest.MonkeyPatch, capsys, method: str, step: int, resumed: int | None
+) -> None:
+    config = make_config(method=method)
+    expected = expect(undisturbed, config)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, step)
+        run.train(config)
+    capsys.readouterr()
+    assert outcome(config) == expected
+    output = capsys.readouterr().out
+    assert (f"Resuming from checkpoint-{resumed}." in output) if resumed else ("Resuming" not in output)
+
+
+def test_a_run_killed_again_and_again_arrives(make_config, undisturbed, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(method="ear")
+    expected = expect(undisturbed, config)
+    for step in (6, 9, 15):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            die_at(patch, step)
+            run.train(config)
+    assert outcome(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "resumed"), [("checkpoint-4", None), ("checkpoint-16", "checkpoint-12"), ("model", "checkpoint-16")]
+)
+def test_a_half_written_folder_is_not_used(
+    make_config, undisturbed, monkeypatch: pytest.MonkeyPatch, capsys, name: str, resumed: str | None
+) -> None:
+    config = make_config(method="ear")
+    expected = expect(undisturbed, config)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_when_marking(patch, name)
+        run.train(config)
+    capsys.readouterr()
+    assert outcome(config) == expected
+    output = capsys.readouterr().out
+    assert (f"{name} was not finished and is not used." in output) == name.startswith("checkpoint")
+    assert (f"Resuming from {resumed}." in output) if resumed else ("Resuming" not in output)
+
+
+@pytest.mark.parametrize("function", ["predict", "results_markdown"])
+def test_a_run_killed_while_it_is_scored_is_not_trained_again(
+    make_config, undisturbed, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    config = make_config(method="ear")
+    expected = expect(undisturbed, config)
+
+    def dying(*args: Any, **kwargs: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run, function, dying)
+        run.train(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_fit", lambda *arguments: pytest.fail("trained again"))
+        assert outcome(config) == expected
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(make_config, undisturbed, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(method="ear")
+    expected = expect(undisturbed, config)
+    save = run.PairTrainer._save_optimizer_and_scheduler
+
+    def full(self: Any, folder: str) -> None:
+        if self.state.global_step == 12:
+            raise OSError(28, "No space left on device")
+        save(self, folder)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(run.PairTrainer, "_save_optimizer_and_scheduler", full)
+        run.train(config)
+    assert checkpoints.complete_checkpoints(Path(config.output_dir) / "checkpoints")[-1].name == "checkpoint-8"
+    assert outcome(config) == expected
+
+
+def test_the_best_checkpoint_survives_an_interruption_and_a_move(
+    make_config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_dev = {4: 0.9, 8: 0.2, 12: 0.4, 16: 0.3}
+    evaluate = run.PairTrainer.evaluate
+
+    def fake(self: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return {**evaluate(self, *args, **kwargs), "eval_accuracy": on_dev[self.state.global_step]}
+
+    monkeypatch.setattr(run.PairTrainer, "evaluate", fake)
+    expected = outcome(make_config(output_dir=str(tmp_path / "undisturbed")))
+    assert expected["results"]["best"] == {"step": 4, "dev_accuracy": 0.9}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_when_marking(patch, "model")
+        run.train(make_config())
+    kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert sorted(kept) == ["checkpoint-16", "checkpoint-4"], "the newest and the best, no others"
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert outcome(make_config(output_dir=str(tmp_path / "moved"))) == expected
+
+
+# The command line, with steps that leave time to kill it.
+SLOW_TRAINING = """
+import time
+from ear_ops.recipes import cli
+from ear_ops.recipes.training.pair_trainer import PairTrainer
+step = PairTrainer.training_step
+PairTrainer.training_step = lambda *args, **kwargs: (time.sleep(0.05), step(*args, **kwargs))[1]
+cli.main()
+"""
+
+
+def test_kill_9(make_config, tmp_path: Path) -> None:
+    config = make_config(method="ear", epochs=4)
+    expected = outcome(make_config(method="ear", epochs=4, output_dir=str(tmp_path / "undisturbed")))
+    arguments = [
+        argument
+        for name, value in {**config.to_dict(), "output_dir": config.output_dir}.items()
+        if value is not None and value is not False
+        for argument in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    command = [sys.executable, "-c", SLOW_TRAINING, "train", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    folder = Path(config.output_dir) / "checkpoints"
+    deadline = time.monotonic() + 300
+    while not (folder / "checkpoint-8" / checkpoints.MANIFEST).exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0].decode()
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (Path(config.output_dir) / "model").exists(), "it was killed while training"
+    assert outcome(config) == expected
+    assert run.train(config)["timing"]["resumed"]

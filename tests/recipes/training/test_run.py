@@ -1,0 +1,412 @@
+"""Whole runs of a tiny model: what is written, what is refused, what is said."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, MBartConfig, MBartModel
+
+from ear_ops.data import DataError
+from ear_ops.recipes.training import run
+from ear_ops.recipes.training.config import TrainConfig
+from ear_ops.recipes.training.errors import ConfigError
+from ear_ops.recipes.training.folder import RunFolderError, claim, locked, versions
+
+
+def metrics(results: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a repeated run must reproduce to the last digit."""
+    return {name: value for name, value in results.items() if name not in ("date", "timing", "versions")}
+
+
+@pytest.fixture(scope="module")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture
+def finished(make_config, shared_folder: Path, tmp_path: Path) -> TrainConfig:
+    """A finished run of `ear` in a folder of the test's own; it is trained once."""
+    if not (shared_folder / "run").exists():
+        run.train(make_config(output_dir=str(shared_folder / "run")))
+    shutil.copytree(shared_folder / "run", tmp_path / "run")
+    return make_config()
+
+
+def results_of(config: TrainConfig) -> dict[str, Any]:
+    return json.loads((Path(config.output_dir) / "results.json").read_text())
+
+
+def test_a_run_writes_its_tables_configuration_and_model(finished: TrainConfig) -> None:
+    config, results = finished, results_of(finished)
+    folder = Path(config.output_dir)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
+        "config.json",
+        "model",
+        "predictions.json",
+        "results.json",
+        "results.md",
+        "training.json",
+    ]
+    assert json.loads((folder / "config.json").read_text())["config"] == config.to_dict()
+    assert {"python", "torch", "transformers", "accelerate"} <= set(results["versions"])
+
+    assert list(results["languages"]) == ["en", "de", "sw"]
+    predictions = json.loads((folder / "predictions.json").read_text())
+    labels = [i % 3 for i in range(15)]
+    for language, entry in results["languages"].items():
+        hits = sum(p == label for p, label in zip(predictions[language], labels, strict=True))
+        assert (entry["correct"], entry["total"], entry["accuracy"]) == (hits, 15, hits / 15)
+        assert entry["low"] < entry["accuracy"] < entry["high"]
+    accuracies = [entry["accuracy"] for entry in results["languages"].values()]
+    assert results["average"] == pytest.approx(sum(accuracies) / 3)
+    assert 0 < results["timing"]["evaluation_seconds"] < results["timing"]["seconds"]
+    assert results["average_other"] == pytest.approx(sum(accuracies[1:]) / 2)
+
+    # The checkpoint is the best of the four on English dev, and it is the one that was scored.
+    training = json.loads((folder / "training.json").read_text())
+    on_dev = {line["step"]: line["eval_accuracy"] for line in training["log"] if "eval_accuracy" in line}
+    assert list(on_dev) == [4, 8, 12, 16]
+    assert results["best"]["dev_accuracy"] == max(on_dev.values()) == results["languages"]["en"]["accuracy"]
+    assert on_dev[results["best"]["step"]] == max(on_dev.values())
+    assert {"cross_entropy", "cross_entropy_augmented", "embedding_push", "attention_pull.1"} <= set(results["terms"])
+    assert "| en |" in (folder / "results.md").read_text()
+
+
+def test_the_best_checkpoint_is_kept_when_later_ones_are_worse(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_dev = iter([0.2, 0.9, 0.4, 0.3])
+    evaluate = run.PairTrainer.evaluate
+    weights: list[float] = []
+
+    def fake(self: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        weights.append(self.model.classifier.weight.sum().item())
+        return {**evaluate(self, *args, **kwargs), "eval_accuracy": next(on_dev)}
+
+    monkeypatch.setattr(run.PairTrainer, "evaluate", fake)
+    config = make_config()
+    results = run.train(config)
+    assert results["best"] == {"step": 8, "dev_accuracy": 0.9}
+    model, _ = run.load_classifier(str(Path(config.output_dir) / "model"), 3)
+    assert model.classifier.weight.sum().item() == pytest.approx(weights[1], abs=1e-6)
+    assert len({round(weight, 6) for weight in weights}) == 4
+
+
+def test_the_same_run_twice_gives_the_same_metrics(make_config, finished: TrainConfig, tmp_path: Path) -> None:
+    first = results_of(finished)
+    assert metrics(run.train(make_config(output_dir=str(tmp_path / "second")))) == metrics(first)
+    other = run.train(make_config(output_dir=str(tmp_path / "third"), seed=2))
+    assert other["terms"] != first["terms"]
+
+
+def test_a_tiny_model_learns_the_task(make_config) -> None:
+    settings = {"epochs": 10, "batch_size": 4, "learning_rate": 3e-3, "evaluations_per_epoch": 1}
+    results = run.train(make_config(method="finetune", **settings))
+    assert results["average"] > 0.9 and results["average_other"] > 0.9
+    assert not results["collapsed"] and results["notices"][0].startswith("no dev data for ar")
+
+
+def test_a_finished_run_is_returned_and_not_trained_again(
+    finished: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(run, "_fit", lambda *arguments: pytest.fail("trained again"))
+    monkeypatch.setattr(run, "_evaluate", lambda *arguments: pytest.fail("scored again"))
+    assert run.train(finished) == results_of(finished)
+    assert "finished run of this configuration" in capsys.readouterr().out
+
+
+def test_a_folder_of_another_configuration_is_refused_with_what_differs(make_config) -> None:
+    config = make_config(seed=1)
+    claim(Path(config.output_dir), config)
+    (Path(config.output_dir) / "checkpoints" / "checkpoint-4").mkdir(parents=True)
+    before = (Path(config.output_dir) / "config.json").read_bytes()
+    with pytest.raises(RunFolderError) as error:
+        run.train(make_config(seed=2, beta=0.5))
+    assert "beta: 0.1 there, 0.5 now" in str(error.value) and "seed: 1 there, 2 now" in str(error.value)
+    assert "alpha" not in str(error.value) and "--output-dir" in str(error.value)
+    assert (Path(config.output_dir) / "config.json").read_bytes() == before
+
+
+def test_a_setting_that_is_newer_than_the_run_has_its_default(make_config) -> None:
+    config = make_config()
+    folder = Path(config.output_dir)
+    claim(folder, config)
+    saved = json.loads((folder / "config.json").read_text())
+    del saved["config"]["warmup_ratio"]
+    (folder / "config.json").write_text(json.dumps(saved))
+    claim(folder, config)
+    (folder / "training.json").write_text("{}")
+    with pytest.raises(RunFolderError, match=r"warmup_ratio: 0\.0 there, 0\.5 now"):
+        claim(folder, make_config(warmup_ratio=0.5))
+    saved["config"]["learnign_rate"] = 1
+    (folder / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match="unknown setting 'learnign_rate'"):
+        claim(folder, config)
+
+
+def test_a_first_attempt_that_computed_nothing_leaves_the_folder_free(make_config, tmp_path: Path) -> None:
+    config = make_config(method="finetune", epochs=1)
+    with pytest.raises(DataError, match="nope is not a folder"):
+        run.train(make_config(data_dir=str(tmp_path / "nope")))
+    (tmp_path / "run" / "checkpoints").mkdir()
+    run.train(config)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["config"] == config.to_dict()
+    with pytest.raises(RunFolderError, match="holds a run of another configuration"):
+        run.train(make_config())
+
+
+@pytest.mark.parametrize("name", ["checkpoints/checkpoint-4/complete.json", "weights.json", "results.json", "notes"])
+def test_a_folder_with_anything_computed_is_not_taken_over(make_config, tmp_path: Path, name: str) -> None:
+    claim(tmp_path / "run", make_config())
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "run" / name).write_text("{}")
+    with pytest.raises(RunFolderError, match="seed: 1 there, 2 now"):
+        claim(tmp_path / "run", make_config(seed=2))
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("not a run's", "damaged"), ('{"model_type": "bert"}', "written by something else")]
+)
+def test_a_config_of_something_else_is_not_overwritten(make_config, tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(text)
+    with pytest.raises(RunFolderError, match=reason):
+        claim(tmp_path / "run", make_config())
+    assert (tmp_path / "run" / "config.json").read_text() == text
+
+
+def test_a_folder_with_other_files_is_refused(make_config, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunFolderError, match=r"thesis\.tex"):
+        run.train(make_config())
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+
+
+def test_two_processes_do_not_share_a_folder(make_config, tmp_path: Path) -> None:
+    with locked(tmp_path / "run"), pytest.raises(RunFolderError, match="in use by another process"):
+        run.train(make_config())
+
+
+def test_evaluate_repeats_the_last_step(finished: TrainConfig, tmp_path: Path) -> None:
+    config, trained = finished, results_of(finished)
+    (tmp_path / "run" / "results.json").unlink()
+    assert metrics(run.evaluate(config.output_dir)) == metrics(trained)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["average"] == trained["average"]
+    on_test = run.evaluate(config.output_dir, split="test")
+    assert on_test["split"] == "test" and (tmp_path / "run" / "results-test.md").exists()
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["split"] == "dev"
+
+
+def test_scores_are_not_overwritten_by_those_of_other_items(
+    finished: TrainConfig, data_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data_dir, tmp_path / "other")
+    german = tmp_path / "other" / "xnli" / "dev-de.tsv"
+    german.write_text("".join(german.read_text().splitlines(keepends=True)[:5]))
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    with pytest.raises(RunFolderError, match=r"results\.json counts other items .*\(de: 15 there, 5 in the data\)"):
+        run.evaluate(finished.output_dir, data_dir=str(tmp_path / "other"))
+    german.rename(german.with_name("dev-fr.tsv"))
+    with pytest.raises(RunFolderError, match="de: 15 there, 0 in the data"):
+        run.evaluate(finished.output_dir, data_dir=str(tmp_path / "other"))
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+    shutil.copy(data_dir / "xnli" / "dev-de.tsv", german)  # a language more loses nothing
+    results = run.evaluate(finished.output_dir, data_dir=str(tmp_path / "other"))
+    assert list(results["languages"]) == ["en", "de", "fr", "sw"]
+
+
+def test_evaluate_reads_new_texts_with_the_whole_vocabulary(
+    make_config, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(data_dir, tmp_path / "data")
+    for path in (tmp_path / "data" / "xnli").glob("test-*.tsv"):
+        path.unlink()
+    config = make_config(data_dir=str(tmp_path / "data"), method="finetune", epochs=1, prune_vocabulary=True)
+    trained = run.train(config)
+    (tmp_path / "data" / "xnli" / "test-en.tsv").write_text("unused3 a1\tindeed\tentailment\n")
+    pieces = []
+    predict = run.predict
+
+    def listening(model: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> list[int]:
+        pieces.append(tokenizer.tokenize("unused3 a1"))
+        return predict(model, tokenizer, *args, **kwargs)
+
+    monkeypatch.setattr(run, "predict", listening)
+    run.evaluate(config.output_dir, split="test")
+    assert pieces == [["unused3", "a1"]]
+    assert metrics(run.evaluate(config.output_dir)) == metrics(trained)
+
+
+def test_files_that_changed_since_the_run_began_are_named(make_config, data_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(data_dir, tmp_path / "data")
+    train, dev = (tmp_path / "data" / "xnli" / f"{split}-en.tsv" for split in ("train", "dev"))
+    config, folder = make_config(data_dir=str(tmp_path / "data")), tmp_path / "run"
+    claim(folder, config)
+    dev.write_text(dev.read_text() + "a1\tindeed\tentailment\n")
+    claim(folder, config)  # nothing has been computed from it
+    (folder / "checkpoints" / "checkpoint-4").mkdir(parents=True)
+    claim(folder, config)
+    train.write_text(train.read_text() + "a1\tindeed\tentailment\n")
+    with pytest.raises(RunFolderError, match=r"other contents of \S*train-en\.tsv: bring"):
+        claim(folder, config)
+    shutil.copy(data_dir / "xnli" / "train-en.tsv", train)
+    (tmp_path / "data" / "xnli" / "dev-de.tsv").write_text("")  # scored, and not learnt from
+    claim(folder, config)
+
+
+def test_a_model_with_a_decoder_is_evaluated_while_it_trains(make_config, tiny_model: Path, tmp_path: Path) -> None:
+    """Its output holds the encoder's states besides the logits."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model, eos_token="[SEP]")
+    config = MBartConfig(
+        vocab_size=len(tokenizer),
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        decoder_start_token_id=tokenizer.sep_token_id,
+    )
+    MBartModel(config).save_pretrained(tmp_path / "mbart")
+    tokenizer.save_pretrained(tmp_path / "mbart")
+    results = run.train(make_config(model=str(tmp_path / "mbart"), method="finetune", epochs=1, pooling="cls"))
+    assert 0 <= results["best"]["dev_accuracy"] <= 1 and list(results["languages"]) == ["en", "de", "sw"]
+
+
+def test_evaluate_needs_a_finished_run(make_config, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="no run"):
+        run.evaluate(tmp_path)
+    config = make_config()
+    claim(Path(config.output_dir), config)
+    with pytest.raises(RunFolderError, match="no complete model"):
+        run.evaluate(config.output_dir)
+
+
+def test_a_cross_entropy_stuck_at_chance_is_said_loudly(make_config, caplog, capsys) -> None:
+    config = make_config(learning_rate=0.0, epochs=1)
+    with caplog.at_level(logging.WARNING):
+        results = run.train(config)
+    assert results["collapsed"] is True
+    assert "lower alpha/beta" in results["notices"][0]
+    assert results["replaced"]["summary"] in capsys.readouterr().out
+    assert "cross-entropy stayed at chance" in caplog.text
+    folder = Path(config.output_dir)
+    assert "stayed at chance" in (folder / "results.md").read_text().split("| language |")[0]
+    assert json.loads((folder / "results.json").read_text())["collapsed"] is True
+
+
+def test_pawsx_shows_the_accuracy_without_untranslated_rows(tiny_model, make_config, tmp_path: Path) -> None:
+    folder = tmp_path / "pawsx"
+    folder.mkdir()
+    for name, rows in {"train-en": 16, "dev-en": 8, "dev-ko": 8}.items():
+        lines = [f"a{i % 8} b1\tc2 {'indeed' if i % 2 else 'never'}\t{i % 2}\n" for i in range(rows)]
+        (folder / f"{name}.tsv").write_text("".join(lines))
+    with open(folder / "dev-ko.tsv", "a") as file:
+        file.write("NS\ta1\t0\na1\tNS\t0\n")
+    results = run.train(make_config(task="pawsx", method="finetune", data_dir=str(tmp_path), epochs=1))
+    assert results["languages"]["ko"]["total"] == 10 and results["languages"]["ko"]["translated"]["total"] == 8
+    assert results["languages"]["en"]["translated"]["total"] == 8
+    assert "without NS" in (tmp_path / "run" / "results.md").read_text()
+
+
+def test_missing_data_are_noticed_before_training(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.PairTrainer, "train", lambda *arguments, **options: pytest.fail("trained"))
+    with pytest.raises(DataError, match=r"dev-fr\.tsv") as error:
+        run.train(make_config(languages="en,fr"))
+    assert "en, de, sw" in str(error.value)
+    with pytest.raises(DataError, match=r"train-en\.tsv"):
+        run.train(make_config(data_dir=str(tmp_path), output_dir=str(tmp_path / "other")))
+    with pytest.raises(ConfigError, match="--synonyms"):
+        run.train(make_config(synonyms=None, output_dir=str(tmp_path / "third")))
+
+
+def test_another_source_language_is_trained_on_and_chooses_the_checkpoint(
+    make_config, data_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data_dir / "xnli", folder)
+    lines = (folder / "train-en.tsv").read_text().splitlines(keepends=True)
+    (folder / "train-en.tsv").unlink()
+    (folder / "train-de.tsv").write_text("".join(lines[:24]))
+    results = run.train(make_config(method="finetune", source_language="de", data_dir=str(folder), epochs=1))
+    languages = results["languages"]
+    assert results["steps"] == 3 and results["best"]["dev_accuracy"] == languages["de"]["accuracy"]
+    assert results["average_other"] == pytest.approx((languages["en"]["accuracy"] + languages["sw"]["accuracy"]) / 2)
+    text = (tmp_path / "run" / "results.md").read_text()
+    assert "from de, seed 1" in text and "average without de" in text and "best on de dev" in text
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"layer": 3}, "layer"), ({"max_length": 999}, "max_length")])
+def test_a_setting_that_the_model_does_not_have_is_named(make_config, changes: dict[str, int], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run.train(make_config(**changes))
+
+
+def test_words_replaced_are_counted(finished: TrainConfig) -> None:
+    replaced = results_of(finished)["replaced"]
+    assert 0 < replaced["replaced"] < replaced["found"] < replaced["words"]
+    # Two of three draws of a word with two synonyms replace it.
+    assert replaced["replaced"] / replaced["found"] == pytest.approx(2 / 3, abs=0.15)
+
+
+def test_pruning_the_vocabulary_does_not_change_the_run(make_config, tmp_path: Path, capsys) -> None:
+    whole = run.train(make_config(output_dir=str(tmp_path / "whole"), max_train_examples=8))
+    pruned = run.train(make_config(output_dir=str(tmp_path / "pruned"), max_train_examples=8, prune_vocabulary=True))
+    assert "pieces kept" in capsys.readouterr().out
+    for name in ("languages", "best", "terms"):
+        assert pruned[name] == whole[name]
+    size = lambda name: (tmp_path / name / "model" / "model.safetensors").stat().st_size  # noqa: E731
+    assert size("pruned") < size("whole")
+
+
+def test_bf16_trains_and_scores_under_autocast(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predict, scored = run.predict, []
+
+    def spy(*args: Any, **kwargs: Any) -> list[int]:
+        scored.append(kwargs["bf16"])
+        return predict(*args, **kwargs)
+
+    monkeypatch.setattr(run, "predict", spy)
+    full = run.train(make_config(output_dir=str(tmp_path / "full"), epochs=1))
+    half = run.train(make_config(output_dir=str(tmp_path / "half"), epochs=1, bf16=True))
+    assert scored == [False] * 3 + [True] * 3
+    assert half["terms"]["cross_entropy"] == pytest.approx(full["terms"]["cross_entropy"], rel=0.02)
+    assert half["terms"] != full["terms"]
+
+
+@pytest.mark.parametrize(("method", "collapsed"), [("adv", False), ("finetune", True)])
+def test_a_model_that_beats_the_majority_may_fail_on_perturbed_embeddings(
+    make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, collapsed: bool
+) -> None:
+    monkeypatch.setattr(run, "collapse_notice", lambda *args, **kwargs: "cross-entropy stayed at chance")
+    monkeypatch.setattr(run, "beats_majority", lambda accuracy, labels: accuracy >= 0 and len(labels) == 15)
+    results = run.train(make_config(output_dir=str(tmp_path / "run"), epochs=1, method=method))
+    assert results["collapsed"] is collapsed and results["pairs"] == 60
+
+
+def test_settings_that_the_method_takes_no_account_of_are_named_once(make_config, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        run.train(make_config(method="ear-no-both", epochs=1, push_ratio=1.0, layer=9))
+    assert caplog.text.count("takes no account of") == 1
+    assert "method 'ear-no-both' takes no account of layer, push_ratio" in caplog.text
+
+
+def test_the_versions_name_the_commit_of_a_checkout() -> None:
+    checkout = Path(__file__).parents[3]
+    found = subprocess.run(["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("there is no checkout, or no git")
+    assert versions()["ear-ops"].removesuffix(")").removesuffix("-dirty").endswith(f" ({found.stdout.strip()}")
