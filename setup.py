@@ -2,14 +2,17 @@
 
 ``EAR_OPS_BUILD``: ``auto`` (default: CPU kernels where a C++ compiler works, CUDA kernels where torch has CUDA and
 there is an nvcc; what cannot be built is left out), ``cpu`` (these or fail), ``cuda`` (both or fail; neither a GPU nor
-a torch with CUDA is needed to compile) or ``none``. ``EAR_OPS_CUDA_ARCHITECTURES``: what to compile for, ``80 90``
-unless told; the last of them also as PTX, for whatever comes after it.
+a torch with CUDA is needed to compile) or ``none``.
+
+``EAR_OPS_CUDA_ARCHITECTURES`` names what the CUDA kernels are compiled for, ``80 90`` by default. The last name
+without a letter is also compiled to PTX, which later GPUs translate. A name such as ``90a`` never is.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +25,22 @@ BUILD = os.environ.get("EAR_OPS_BUILD", "auto")
 CHOICES = ("auto", "cpu", "cuda", "none")
 if BUILD not in CHOICES:
     raise SystemExit(f"EAR_OPS_BUILD: expected one of {', '.join(CHOICES)}, got {BUILD!r}")
-CUDA_ARCHITECTURES = os.environ.get("EAR_OPS_CUDA_ARCHITECTURES", "80 90").split()
+
+
+def architecture(name: str) -> str:
+    """``90`` out of ``90``, ``sm_90`` or ``9.0``; a letter, as in ``90a``, stays."""
+    match = re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)([af]?)", name, re.ASCII)
+    if match is None:
+        raise SystemExit(f"EAR_OPS_CUDA_ARCHITECTURES: expected names such as 80, 90 or 90a, got {name!r}")
+    return "".join(match.groups())
+
+
+def architectures(text: str) -> list[str]:
+    """The names in a text, in its order, without repetitions."""
+    return list(dict.fromkeys(architecture(name) for name in text.split() or [""]))
+
+
+CUDA_ARCHITECTURES = architectures(os.environ.get("EAR_OPS_CUDA_ARCHITECTURES", "80 90"))
 
 
 def version() -> str:
@@ -97,13 +115,13 @@ def extensions() -> list:
             define_macros=[(name, f'"{value}"') for name, value in facts.items()],
             extra_compile_args=flags,
         ),
-        CppExtension("ear_ops._C_cpu", relative("cpu/*.cpp"), depends=headers, extra_compile_args=flags),
+        CppExtension("ear_ops._C_cpu", relative("cpu/**/*.cpp"), depends=headers, extra_compile_args=flags),
     ]
     if cuda:
         # The CUDA runtime is linked in, so that the module loads where there is no driver.
         extension = CppExtension(
             "ear_ops._C_cuda",
-            relative("cuda/*.cpp"),
+            relative("cuda/**/*.cpp"),
             depends=headers + relative("cuda/**/*.cu"),
             extra_compile_args=flags,
             library_dirs=[str(cuda_home() / "lib64")],
@@ -114,21 +132,27 @@ def extensions() -> list:
     return found
 
 
-def compile_cuda(sources: list[str], build_temp: Path) -> list[str]:
-    """The object files of ``.cu`` files, those that are older than any source compiled anew."""
-    newest = max((HERE / name).stat().st_mtime for name in [*relative("cuda/**/*.cu*"), *relative("cuda/*.h")])
-    last = CUDA_ARCHITECTURES[-1]
-    targets = [*((a, f"sm_{a}") for a in CUDA_ARCHITECTURES), (last, f"compute_{last}")]
-    code = [f"-gencode=arch=compute_{virtual},code={real}" for virtual, real in targets]
-    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *code]
+def generate_code(names: list[str]) -> list[str]:
+    """nvcc's flags: machine code for every architecture, and PTX of the last one without a letter."""
+    plain = [name for name in names if name.isdigit()]
+    targets = [(name, f"sm_{name}") for name in names] + [(name, f"compute_{name}") for name in plain[-1:]]
+    return [f"-gencode=arch=compute_{virtual},code={code}" for virtual, code in targets]
+
+
+def compile_cuda(sources: list[str], folder: Path) -> list[str]:
+    """The object files of ``.cu`` files; those older than a source or header are compiled anew."""
+    read = [*relative("cuda/**/*.cu*"), *relative("cuda/**/*.h"), *relative("*.h")]
+    newest = max((HERE / name).stat().st_mtime for name in read)
+    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *generate_code(CUDA_ARCHITECTURES)]
+    objects = folder / "_".join(CUDA_ARCHITECTURES)  # objects for other architectures are no use
 
     def compile_one(source: str) -> str:
-        target = build_temp / Path(source).with_suffix(".o").name
+        target = objects / Path(source).with_suffix(".o")
+        target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists() or target.stat().st_mtime < newest:
             subprocess.run([cuda_home() / "bin" / "nvcc", *flags, "-c", HERE / source, "-o", target], check=True)
         return str(target)
 
-    build_temp.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         return list(pool.map(compile_one, sources))
 
