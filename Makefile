@@ -60,11 +60,11 @@ sanitize: install
 		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	cd $(SANITIZED); export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"; \
 	$(PY) -c "import ear_ops; assert 'sanitized' in ear_ops.__file__, ear_ops.__file__" && \
-	$(PY) -m pytest -q -s -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/test_properties.py
+	$(PY) -m pytest -q -s -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/ops/test_properties.py
 
 # Syntax only: that the portable path keeps compiling where there is no x86-64.
 check-aarch64: install
-	for file in csrc/cpu/*.cpp; do \
+	for file in $$(find csrc/cpu -name '*.cpp'); do \
 		aarch64-linux-gnu-g++ -std=c++20 -fsyntax-only -Wall -Wno-psabi -Werror $(TORCH_INCLUDES) $$file || exit 1; done
 
 # What nvcc makes of the CUDA kernels, for sm_80 and sm_90, without a GPU: no spills, tensor cores, wide accesses.

@@ -1,6 +1,8 @@
-"""Regularisers on a running model: the loss of the last forward, its components, views, and how to let go.
+"""Regularisers on a running model: attach them, and take the loss of each forward.
 
-Made by :func:`ear_ops.regularizers.attach`.
+ear = ear_ops.attach(model, [ear_ops.EmbeddingPush(1.0), ear_ops.AttentionPull(layer=6, weight=0.1)])
+logits = model(**pair_batch).logits          # rows 0..B-1 are x, rows B..2B-1 are its augmentation x^a
+loss = ear_ops.robust_cross_entropy(logits, labels) + ear.loss()
 """
 
 from __future__ import annotations
@@ -16,7 +18,14 @@ from ear_ops.capture.layout import Layout, unwrap
 from ear_ops.capture.recorder import Recorder
 from ear_ops.capture.records import Record
 from ear_ops.capture.sites import Site
-from ear_ops.capture.teacher import LayerMap, TeacherLayout, as_constant, check_teacher, outside_inference_mode
+from ear_ops.capture.teacher import (
+    LayerMap,
+    TeacherLayout,
+    as_constant,
+    check_same_batch,
+    check_teacher,
+    outside_inference_mode,
+)
 from ear_ops.regularizers.base import Regularizer
 from ear_ops.regularizers.word_alignment import WordIds
 
@@ -40,10 +49,10 @@ class Attachment:
         self._warned: set[str] = set()
 
     def loss(self, step: int | None = None, *, word_ids: WordIds | None = None) -> Tensor:
-        """Sum of weight times term over the regularisers, of the last forward (of the last two views; of the last
-        forwards of model and teacher).
+        """The sum of weight times term over the regularisers.
 
-        Call it once per forward, before ``backward``; the recorded tensors are dropped here.
+        The terms are of the last forward, of the last forwards of both views, or of the last forwards of model and
+        teacher. Call this once per forward and before ``backward``: it drops the recorded tensors.
 
         Args:
             step: optimiser step, for weights that are functions of it.
@@ -53,29 +62,32 @@ class Attachment:
             A scalar, float32 (float64 for a float64 model).
 
         Raises:
-            RuntimeError: no forward was recorded, or it did not come through a layer; the teacher is in training mode.
-            ValueError: an odd batch, or masks or shapes that do not fit.
+            RuntimeError: no forward was recorded, or it did not come through a layer; the teacher is in training mode
+                or has seen another batch.
+            ValueError: the batch is odd, or masks or shapes do not fit.
         """
         weights = [regularizer.weight_at(step) for regularizer in self.regularizers]
         for regularizer in self.regularizers:
             if regularizer.uses_word_ids and word_ids is None:
                 raise TypeError(f"{regularizer.name}: it compares words, so it needs ear.loss(word_ids=...)")
         try:
-            taken = self._take()
+            records = self._take()
         except RuntimeError as error:
             raise RuntimeError(f"{', '.join(r.name for r in self.regularizers)}: {error}") from None
         total: Tensor | None = None
         components: dict[str, Tensor] = {}
         for index, (regularizer, weight) in enumerate(zip(self.regularizers, weights, strict=True)):
-            views = [outside_inference_mode(sites[index].read(record, regularizer.name)) for record, sites in taken]
-            self._check_rows(regularizer.name, [view[0].shape[0] for view in views])
+            readings = [
+                outside_inference_mode(sites[index].read(record, regularizer.name)) for record, sites in records
+            ]
+            self._check_rows(regularizer.name, [reading[0].shape[0] for reading in readings])
             if self._teacher is not None:
-                views[1] = as_constant(views[1], views[0][0].device)
-            with torch.autocast(views[0][0].device.type, enabled=False):
-                if self._teacher is not None and isinstance(word_ids, Tensor) and len(word_ids) == len(views[0][0]):
+                readings[1] = as_constant(readings[1], readings[0][0].device)
+                if isinstance(word_ids, Tensor) and len(word_ids) == len(readings[0][0]):
                     word_ids = (word_ids, word_ids)  # the teacher sees the very same rows
-                words = {"word_ids": word_ids} if regularizer.uses_word_ids else {}
-                term = regularizer.term(views[0], views[1] if len(views) == 2 else None, **words)
+            words = {"word_ids": word_ids} if regularizer.uses_word_ids else {}
+            with torch.autocast(readings[0][0].device.type, enabled=False):
+                term = regularizer.term(readings[0], readings[1] if len(readings) == 2 else None, **words)
             self._warn_if_constant(regularizer.name, term)
             components[regularizer.name] = term.detach()
             total = weight * term if total is None else total + (weight * term).to(total.device)
@@ -90,7 +102,7 @@ class Attachment:
     def view(self, name: str) -> contextlib.AbstractContextManager[None]:
         """For two forwards in place of one: ``with ear.view("original"): ...``, ``with ear.view("augmented"): ...``.
 
-        A view is recorded without grad too, as a constant target.
+        A view is recorded without grad too; it is a constant target then.
         """
         if self._teacher is not None:
             raise RuntimeError(f"view: {name!r} was asked for, but the teacher's forward is the other view")
@@ -113,10 +125,10 @@ class Attachment:
         return f"Attachment({type(self._recorder.root).__name__}, {list(self.regularizers)}{state})"
 
     def _take(self) -> list[tuple[Record, tuple[Site, ...]]]:
-        """The recorded forwards, one with both views or one each, and where to look in each of them."""
-        taken = [(record, self._recorder.sites) for record in self._recorder.take()]
+        """The recorded forwards, one with both views or one for each view, and the sites of each."""
+        records = [(record, self._recorder.sites) for record in self._recorder.take()]
         if self._teacher is None:
-            return taken
+            return records
         if self._teacher.both is None:
             raise RuntimeError(
                 "the teacher has not seen this batch; call it before each loss(), "
@@ -124,9 +136,11 @@ class Attachment:
             )
         if self._teacher.root.training:
             raise RuntimeError(
-                "the teacher is in training mode, its dropout would be noise in the target; teacher.eval()"
+                "the teacher is in training mode, so its dropout would be noise in the target; call teacher.eval()"
             )
-        return [*taken, *((record, self._teacher.sites) for record in self._teacher.take())]
+        (teacher_record,) = self._teacher.take()
+        check_same_batch(records[0][0], teacher_record, self._recorder.root, self._teacher.root)
+        return [*records, (teacher_record, self._teacher.sites)]
 
     def _check_rows(self, name: str, rows: list[int]) -> None:
         if len(rows) == 1 and rows[0] % 2:
@@ -142,8 +156,8 @@ class Attachment:
             return
         self._warned.add(name)
         warnings.warn(
-            f"{name} has no gradient: nothing that it depends on is trained (frozen embeddings or layers, or views "
-            f"without grad), so it is a constant in the loss",
+            f"{name} has no gradient, so it is a constant in the loss: nothing that it depends on is trained (frozen "
+            f"embeddings or layers, or views without grad)",
             stacklevel=3,
         )
 
@@ -155,22 +169,22 @@ def attach(
     teacher: nn.Module | None = None,
     layer_map: LayerMap | None = None,
 ) -> Attachment:
-    """Hang ``regularizers`` on ``model``; its own output stays bit for bit what it was.
+    """Hang ``regularizers`` on ``model``; the model's own output keeps every bit.
 
-    With a teacher the two views are the forwards of the two models on the same batch of B rows, the teacher's a
-    constant: ``with torch.no_grad(): teacher(**batch)``, ``model(**batch)``, ``ear.loss()``.
+    With a teacher, the two views are the forwards of the two models on the same batch of B rows. The teacher's forward
+    is a constant: ``with torch.no_grad(): teacher(**batch)``, ``model(**batch)``, ``ear.loss()``.
 
     Args:
         model: any ``nn.Module``; ``torch.compile`` and ``DistributedDataParallel`` around it are looked through.
         regularizers: :class:`AttentionPull`, :class:`EmbeddingPush`, :class:`SentencePull` or subclasses of
             :class:`Regularizer`.
         teacher: another model, in eval mode when it is called; it may be deeper, and its heads larger.
-        layer_map: from layers of ``model`` to layers of the teacher, counted from 1, such as ``{1: 2, 2: 4}``. None:
-            the same layer where both are equally deep, else evenly spread, the last on the last. For regularisers on
-            ``query=`` and ``key=`` from path to path; by default the same paths.
+        layer_map: from layers of ``model`` to layers of the teacher, counted from 1, such as ``{1: 2, 2: 4}``. None
+            takes the same layer where both models are equally deep. Otherwise it spreads the layers evenly, the last on
+            the last. For regularisers on ``query=`` and ``key=`` it maps path to path; by default the paths are equal.
 
     Returns:
-        An :class:`Attachment`; ``.loss()`` after each forward gives the regularisation loss.
+        An :class:`Attachment`; its ``loss()`` after each forward gives the regularisation loss.
 
     Raises:
         TypeError, ValueError: something does not fit the model; nothing has been changed then.
@@ -178,31 +192,34 @@ def attach(
     root = unwrap(model)
     if isinstance(regularizers, Regularizer) or not isinstance(regularizers, Iterable):
         raise TypeError(f"regularizers: expected a list of regularisers, got {regularizers!r}; put it in a list")
-    chosen = tuple(regularizers)
-    if not chosen:
+    requested = tuple(regularizers)
+    if not requested:
         raise ValueError("regularizers: expected at least one regulariser, got an empty list")
-    for regularizer in chosen:
+    for regularizer in requested:
         if not isinstance(regularizer, Regularizer):
             raise TypeError(f"regularizers: expected regularisers such as AttentionPull(layer=6), got {regularizer!r}")
     layout = Layout(root)
-    chosen = tuple(one for regularizer in chosen for one in regularizer.expand(layout))
-    names = [regularizer.name for regularizer in chosen]
+    expanded = tuple(single for regularizer in requested for single in regularizer.expand(layout))
+    names = [regularizer.name for regularizer in expanded]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ValueError(f"regularizers: expected each at most once, got {', '.join(repeated)} more than once")
-    recorder = Recorder(root, [regularizer.site(layout) for regularizer in chosen])
+        raise ValueError(
+            f"regularizers: expected another name for each, got {', '.join(repeated)} more than once; pass name= where "
+            f"two of one kind look at one place"
+        )
+    recorder = Recorder(root, [regularizer.site(layout) for regularizer in expanded])
     if teacher is None:
         if layer_map is not None:
             raise TypeError("layer_map: expected None without a teacher; it says which of the teacher's layers to take")
         recorder.install()
-        return Attachment(recorder, chosen)
+        return Attachment(recorder, expanded)
     teacher_root = check_teacher(teacher, root, layer_map)
     teacher_layout = TeacherLayout(teacher_root, layout, layer_map)
-    teacher_sites = [regularizer.site(teacher_layout) for regularizer in chosen]
+    teacher_sites = [regularizer.site(teacher_layout) for regularizer in expanded]
     teacher_recorder = Recorder(teacher_root, teacher_sites, without_grad=True)
     with contextlib.ExitStack() as undo:
-        for each in (recorder, teacher_recorder):
-            each.install()
-            undo.callback(each.remove)
+        for installed in (recorder, teacher_recorder):
+            installed.install()
+            undo.callback(installed.remove)
         undo.pop_all()
-    return Attachment(recorder, chosen, teacher_recorder)
+    return Attachment(recorder, expanded, teacher_recorder)

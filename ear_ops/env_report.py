@@ -36,8 +36,9 @@ def lines() -> list[str]:
     if info is None:
         report.append("built         nothing (no compiler at install time, or EAR_OPS_BUILD=none); the reference runs")
     else:
-        report.append(f"built         {info['kernels']} kernels for torch {info['torch']}, compiler {info['compiler']}")
-        report.append(f"cpu builds    {info['cpu_isas']}")
+        kernels = info["kernels"] or "no"
+        report.append(f"built         {kernels} kernels for torch {info['torch']}, compiler {info['compiler']}")
+        report.append(f"cpu builds    {info['cpu_isas'] or 'none'}")
         report.append(f"cuda builds   {info['cuda_architectures'] or 'none'}")
     for binary in (extension.CPU, extension.CUDA):
         state = "" if binary.loaded else "not available: "
@@ -52,9 +53,9 @@ def lines() -> list[str]:
     else:
         report.append(f"cuda device   none (torch built for CUDA {torch.version.cuda or 'none'})")
     report.append(f"backend       EAR_OPS_BACKEND={os.environ.get('EAR_OPS_BACKEND') or 'unset'}")
-    here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     for op in SCHEMAS:
-        runs = [device for device in here if device in backend.kernels_of(op)]
+        runs = [device for device in devices if device in backend.kernels_of(op)]
         report.append(f"  {op:<28} {', '.join([*runs, 'reference'] if not op.endswith('_backward') else runs) or '-'}")
     return report
 

@@ -1,12 +1,12 @@
 """The losses as functions: tensors in, loss out.
 
-Every function takes the two views either as two tensors (``query``, ``query_aug``, ...) or, with the ``_aug`` arguments
-left out, as one tensor that holds both, x first: ``[2B, ...]``, with masks ``[2B, ...]`` too. One tensor in means one
-gradient out, which is the cheaper way for a model that runs both views in one batch.
+Every function takes the two views either as two tensors (``query``, ``query_aug``, ...) or as one tensor ``[2B, ...]``
+that holds both, x first, with masks ``[2B, ...]`` too. The ``_aug`` arguments are then left out. One tensor in means
+one gradient out, which is cheaper for a model that runs both views in one batch.
 
-``backend``: ``"auto"`` (compiled for the device, else the reference), ``"reference"``, ``"cpu"`` or ``"cuda"``; None
-reads the environment variable ``EAR_OPS_BACKEND`` and then means ``"auto"``. A backend that was asked for and cannot
-run raises :class:`ear_ops.BackendUnavailableError` with the reason.
+``backend`` is ``"auto"`` (kernels for the device where there are any, else the reference), ``"reference"``, ``"cpu"``
+or ``"cuda"``. None reads the environment variable ``EAR_OPS_BACKEND``, whose default is ``"auto"``. A backend that is
+asked for by name and cannot run raises :class:`ear_ops.BackendUnavailableError` with the reason.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def qk_attention_mse(
         key: ``[B, H_kv, S, D]`` (``[2B, ...]``); H is a multiple of H_kv (grouped-query attention).
         query_aug, key_aug: the augmented view, same shapes and dtype, or both None.
         attention_mask, attention_mask_aug: ``[B, S]`` bool or integer, 1 = real; masks keys.
-        query_mask, query_mask_aug: ``[B, L]``; masks queries; by default ``attention_mask`` where L = S.
+        query_mask, query_mask_aug: ``[B, L]``; masks queries. By default ``attention_mask`` where L = S, as in
+            self-attention; pass it for cross-attention, where L may equal S by coincidence.
         attn_bias, attn_bias_aug: float (added to the scaled scores) or bool (True = attend), broadcastable to
             ``[B, H, L, S]`` (``[2B, ...]``); ``attn_bias_aug=None`` means the same bias for both views. A constant: a
             bias that requires grad raises.
@@ -173,23 +174,23 @@ def robust_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = 
         logits: ``[2B, K]``, or ``[2B, L, K]`` for labels of tokens; rows 0..B-1 of x, the rest of x^a. The logits of a
             causal language model belong to the next token: pass ``logits[:, :-1]`` and ``labels[:, 1:]``.
         labels: int64 class indices ``[B]`` (``[B, L]``) that both views share, or ``[2B]`` (``[2B, L]``) with those of
-            each view, x first; or class probabilities ``[B, K]``, ``[2B, K]``. Class indices ``[2B]`` are the same in
-            both views, but for rows that do not count.
+            each view, x first; or class probabilities ``[B, K]``, ``[2B, K]`` (``[B, L, K]``, ``[2B, L, K]``). Class
+            indices ``[2B]`` are the same in both views, but for rows that do not count.
         ignore_index: rows and tokens with this label do not count; a view in which none counts gives 0.
 
     Returns:
         A scalar in the dtype of ``logits``.
 
     Raises:
-        ValueError: shapes do not fit, or class indices ``[2B]`` say that x and x^a are of different classes, so that
-            the batch does not hold two views. Only indices on the CPU are looked at, since a GPU would have to be
-            waited for, and not under ``torch.compile``.
+        ValueError: shapes do not fit. Or class indices ``[2B]`` say that x and x^a are of different classes, so the
+            batch does not hold two views. Only indices on the CPU are checked, since looking at a GPU would wait for
+            it; under ``torch.compile`` none are.
     """
     if logits.dim() not in (2, 3) or logits.shape[0] % 2:
         raise ValueError(f"logits: expected [2B, K] or [2B, L, K] with both views, x first, got {list(logits.shape)}")
     shapes = [[rows, *logits.shape[1:-1]] for rows in (logits.shape[0] // 2, logits.shape[0])]
-    if logits.dim() == 2 and labels.is_floating_point():
-        shapes = [[*shape, logits.shape[1]] for shape in shapes]
+    if labels.is_floating_point():
+        shapes = [[*shape, logits.shape[-1]] for shape in shapes]
     if list(labels.shape) not in shapes:
         kind = "class probabilities" if labels.is_floating_point() else "class indices"
         raise ValueError(
@@ -229,10 +230,11 @@ def check_labels_of_views(name: str, labels: Tensor, ignore_index: int) -> None:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Mean over what counts of ``logits`` ``[N, K]`` or ``[N, L, K]``; 0 where nothing does."""
+    """Mean over the counted rows of ``logits`` ``[N, K]`` or ``[N, L, K]``; 0 where none counts."""
+    logits = logits.flatten(0, -2)
     if labels.is_floating_point():
-        return F.cross_entropy(logits, labels)
-    logits, labels = logits.flatten(0, -2), labels.flatten()
+        return F.cross_entropy(logits, labels.flatten(0, -2))
+    labels = labels.flatten()
     total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
     return total / (labels != ignore_index).sum().clamp(min=1)
 

@@ -211,6 +211,11 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
     ),
     # numbers and names
     "window of 0": (lambda: qk(window=0), ValueError, ["window:", "at least 1", "got 0"]),
+    "half a position of window": (
+        lambda: qk(window=2.5, backend="reference"),
+        TypeError,
+        ["window:", "integer", "2.5"],
+    ),
     "negative window": (lambda: qk(window=-3), ValueError, ["window:", "at least 1", "got -3"]),
     "softcap of 0": (lambda: qk(softcap=0.0), ValueError, ["softcap:", "positive", "got 0.0"]),
     "softcap NaN": (lambda: qk(softcap=math.nan), ValueError, ["softcap:", "positive", "got nan"]),
@@ -256,6 +261,11 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
         lambda: ear_ops.robust_cross_entropy(torch.zeros(4, 5), torch.zeros(4)),
         ValueError,
         ["labels:", "class probabilities [2, 5]", "[4, 5]", "got [4]"],
+    ),
+    "class probabilities of tokens without classes": (
+        lambda: ear_ops.robust_cross_entropy(torch.zeros(4, 6, 5), torch.zeros(2, 6)),
+        ValueError,
+        ["labels:", "class probabilities [2, 6, 5]", "[4, 6, 5]", "got [2, 6]"],
     ),
     # head weights
     "head weights of other heads": (

@@ -134,3 +134,12 @@ def test_twice_the_loss_of_a_model_that_gets_repeated_labels() -> None:
         else:
             expected = robust_cross_entropy(output.logits, labels)
         torch.testing.assert_close(2 * output.loss, expected)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_class_probabilities_of_tokens(shared: bool) -> None:
+    logits = torch.randn(4, 3, 5, dtype=torch.float64)
+    labels = torch.softmax(torch.randn(2 if shared else 4, 3, 5, dtype=torch.float64), -1)
+    both = torch.cat([labels, labels]) if shared else labels
+    expected = -2 * (both * logits.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(robust_cross_entropy(logits, labels), expected)

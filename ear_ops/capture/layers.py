@@ -1,4 +1,4 @@
-"""Which layers a regulariser stands for: what may be asked for, and what it means on a model."""
+"""The layers that a regulariser asks for: how they may be written, and which layers of a model they are."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Layers = int | str | Sequence[int | str] | Mapping[int | str, float]
 
 def resolve_layers(layers: Layers, layout: Layout) -> list[tuple[int | str, float]]:
     """Each layer, a number or a path, with the factor of its weight."""
-    given = [layers] if isinstance(layers, (int, str)) else list(layers)
+    requested = [layers] if isinstance(layers, (int, str)) else list(layers)
     factors = layers if isinstance(layers, Mapping) else {}
     return [
-        (layer, factors.get(one, 1.0))
-        for one in given
-        for layer in (layout.layers(one) if isinstance(one, str) else [one])
+        (layer, factors.get(request, 1.0))
+        for request in requested
+        for layer in (layout.layers(request) if isinstance(request, str) else [request])
     ]
 
 
@@ -34,10 +34,10 @@ def check_layers(layers: Any) -> None:
         return
     if not layers:
         raise ValueError(f"layer: expected at least one layer, got {layers!r}")
-    for one in layers:
-        if not isinstance(one, str):
-            check_count("layer", one)
+    for layer in layers:
+        if not isinstance(layer, str):
+            check_count("layer", layer)
     if isinstance(layers, Mapping):
-        for one, factor in layers.items():
+        for layer, factor in layers.items():
             if not is_finite_number(factor):
-                raise TypeError(f"layer: expected the factor of layer {one!r} to be a finite number, got {factor!r}")
+                raise TypeError(f"layer: expected the factor of layer {layer!r} to be a finite number, got {factor!r}")

@@ -1,6 +1,6 @@
 """Finding the places in a model: the blocks, the attention inside a block, the model that receives the mask.
 
-Looks, never changes: everything that can be wrong with a request is found here, before the first hook is registered.
+This file only looks. It refuses a wrong request before the first hook is registered.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -49,24 +49,28 @@ class Layout:
             return self._attention_at(layer)
         block = self.block(layer, with_attention=True)
         described = f"layer {layer} ({block.path}, {type(block.modules[0]).__name__})"
-        found: list[tuple[str, nn.Module, bool]] = []
+        attentions: list[Attention] = []
         for module in block.modules:
-            own = find_attention(self._paths[module], module)
-            own = [(path, one, inside) for path, one, inside in own if not _is_cross_attention(path, one)]
-            if not own:
+            inside = [
+                attention
+                for attention in find_attention(self._paths[module], module)
+                if not _is_cross_attention(attention.path, attention.module)
+            ]
+            if not inside:
                 raise ValueError(
                     f"layer: {described} has no self-attention that calls the attention interface of transformers, "
                     f"scaled_dot_product_attention or softmax, so its attention cannot be taken; if it is a plain "
                     f"softmax(scale * Q K^T), name the projections with query=, key= and num_heads="
                 )
-            if len(own) > 1:
-                names = ", ".join(path for path, _, _ in own)
+            if len(inside) > 1:
+                names = ", ".join(attention.path for attention in inside)
                 raise ValueError(
                     f"layer: {described} has several self-attentions ({names}), expected one; give the path of one"
                 )
-            found += own
-        path = found[0][0] if block.calls == 1 else block.path
-        return self._site(block._replace(path=path, modules=tuple(m for _, m, _ in found)), found[0])
+            attentions += inside
+        path = attentions[0].path if block.calls == 1 else block.path
+        modules = tuple(attention.module for attention in attentions)
+        return self._site(block._replace(path=path, modules=modules), attentions[0])
 
     def layers(self, pattern: str) -> list[int | str]:
         """What ``"all"``, ``"middle"`` or a pattern of module paths (``"decoder.layers.*.self_attn"``) stands for.
@@ -86,32 +90,33 @@ class Layout:
         name = type(self.root).__name__
         if not matched:
             raise ValueError(f"layer: no module path of {name} matches {pattern!r}; {self._known()}")
-        found = [path for path, _, _ in find_attention("", self.root) if path in matched]
-        if not found:
+        attentions = [attention.path for attention in find_attention("", self.root) if attention.path in matched]
+        if not attentions:
             raise ValueError(
                 f"layer: {pattern!r} matches {len(matched)} modules of {name} ({matched[0]}, ...), "
                 f"none of them an attention; {self._known()}"
             )
-        return [*found]
+        return [*attentions]
 
     def _attention_at(self, path: str) -> AttentionSite:
         if path not in self._modules:
             raise ValueError(f"layer: {type(self.root).__name__} has no module {path!r}; {self._known()}")
-        found = find_attention(path, self._modules[path])
-        if len(found) > 1:
-            found = [entry for entry in found if not _is_cross_attention(*entry[:2])] or found
-        if len(found) != 1:
-            names = ", ".join(name for name, _, _ in found) or "none"
+        attentions = find_attention(path, self._modules[path])
+        if len(attentions) > 1:
+            attentions = [a for a in attentions if not _is_cross_attention(a.path, a.module)] or attentions
+        if len(attentions) != 1:
+            names = ", ".join(attention.path for attention in attentions) or "none"
             raise ValueError(f"layer: expected one attention at {path!r}, found {names}; {self._known()}")
-        return self._site(Place(found[0][0], (found[0][1],)), found[0])
+        attention = attentions[0]
+        return self._site(Place(attention.path, (attention.module,)), attention)
 
     def _known(self) -> str:
-        paths = [path for path, _, _ in find_attention("", self.root)]
+        paths = [attention.path for attention in find_attention("", self.root)]
         listed = ", ".join(paths[:3]) + (f", ... ({len(paths)} in all)" if len(paths) > 3 else "")
         return f"attentions of this model: {listed}" if paths else "this model has no attention that can be taken"
 
-    def _site(self, place: Place, found: tuple[str, nn.Module, bool]) -> AttentionSite:
-        path, module, inside = found
+    def _site(self, place: Place, attention: Attention) -> AttentionSite:
+        path, module, computes_itself = attention
         if getattr(module, "sinks", None) is not None:
             raise ValueError(
                 f"layer: {path} ({type(module).__name__}) has attention sinks, which the losses do not support"
@@ -122,13 +127,21 @@ class Layout:
         names = list(inspect.signature(receiver.forward).parameters)
         if "decoder_attention_mask" not in names:
             key_mask = "encoder_attention_mask" if cross else "attention_mask"
-            return AttentionSite(place, model, key_mask, "attention_mask", inside=inside)
+            return AttentionSite(place, model, key_mask, "attention_mask", inside=computes_itself)
         decoder = receiver.get_decoder() if hasattr(receiver, "get_decoder") else None
         in_decoder = "decoder" in path if decoder is None else any(module is part for part in decoder.modules())
-        own_mask = "decoder_attention_mask" if in_decoder else "attention_mask"
-        return AttentionSite(place, model, "attention_mask" if cross else own_mask, own_mask, inside=inside)
+        query_mask = "decoder_attention_mask" if in_decoder else "attention_mask"
+        key_mask = "attention_mask" if cross else query_mask
+        return AttentionSite(place, model, key_mask, query_mask, inside=computes_itself)
 
-    def projections(self, query: str, key: str, num_heads: int, num_key_value_heads: int | None) -> ProjectionSite:
+    def projections(
+        self,
+        query: str,
+        key: str,
+        num_heads: int,
+        num_key_value_heads: int | None,
+        cross_attention: bool | None = None,
+    ) -> ProjectionSite:
         """Two projection modules by their paths; their outputs are ``[B, L, num_heads * D]`` and ``[B, S, ...]``."""
         modules = self._modules
         for argument, path in (("query", query), ("key", key)):
@@ -154,7 +167,7 @@ class Layout:
                 f"query: the model turns queries and keys after the projections ({type(rotary).__name__}), so the "
                 f"projections alone do not give its attention; use layer= instead"
             )
-        return ProjectionSite(query, key, modules[query], modules[key], num_heads, kv_heads, receiver)
+        return ProjectionSite(query, key, modules[query], modules[key], num_heads, kv_heads, receiver, cross_attention)
 
     def embeddings(self) -> HiddenSite:
         """What enters the first block: the embedding layer's output, LayerNorm and dropout included."""
@@ -247,14 +260,27 @@ class Layout:
         return ""
 
 
-def find_attention(path: str, module: nn.Module) -> list[tuple[str, nn.Module, bool]]:
-    """Path, module and whether it computes by itself, of each attention at or below ``module`` (at ``path``).
+class Attention(NamedTuple):
+    """An attention module of a model: its path, and whether it computes its attention by itself.
+
+    The others call the attention interface of transformers.
+    """
+
+    path: str
+    module: nn.Module
+    computes_itself: bool
+
+
+def find_attention(path: str, module: nn.Module) -> list[Attention]:
+    """The attentions at or below ``module``, which lies at ``path``.
 
     Where any goes through the attention interface, only those that do: the rest are gates and routers.
     """
     inner = [(_join(path, name), child) for name, child in module.named_modules()]
-    found = [(name, child, False) for name, child in inner if uses_interface(child)]
-    return found or [(name, child, True) for name, child in inner if computes_attention(name, child)]
+    through_interface = [Attention(name, child, False) for name, child in inner if uses_interface(child)]
+    return through_interface or [
+        Attention(name, child, True) for name, child in inner if computes_attention(name, child)
+    ]
 
 
 def _join(*names: str) -> str:

@@ -1,9 +1,9 @@
-"""From the masks that a model was given to what the losses take: a key mask, a query mask and a structure.
+"""From the masks that a model received to what the losses take: a key mask, a query mask and a structure.
 
-Which keys are padding is read off the 2-D mask that the model received; how the attention is structured beyond that
-(causal, sliding window) off what the attention module says, checked against the 4-D mask that the model built, because
-a structure assumed wrongly would change the loss silently. A 4-D mask that no structure explains (packed sequences,
-chunks, a bias folded into the mask) is passed on as it is, at the price of L*S numbers.
+The 2-D mask that the model received says which keys are padding. The attention module says how attention is structured
+beyond that: causal, a sliding window. Its word is checked against the 4-D mask that the model built, because a wrong
+structure would change the loss silently. A 4-D mask that no structure explains (packed sequences, chunks, a bias in the
+mask) goes to the loss as it is, which costs L*S numbers.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def padding_mask(received: Any, attention_mask: Any, rows: int, length: int, wha
             return _allowed(mask)[:, 0].diagonal(dim1=-2, dim2=-1).expand(rows, length)
     if received is None and attention_mask is None:
         return None
-    given = received if received is not None else attention_mask
-    shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+    mask = received if received is not None else attention_mask
+    shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     raise ValueError(
         f"{what}: cannot tell padding from an attention_mask {shape}; expected None, [{rows}, {length}] or "
         f"[{rows}, 1, {length}, {length}]"
@@ -81,23 +81,23 @@ def attention_structure(
     mask = call.attention_mask
     query_length, key_length = call.query.shape[2], call.key.shape[2]
     window = None if call.window is None or call.window >= max(query_length, key_length) else call.window
-    said = Structure(call.is_causal, window)
+    stated = Structure(call.is_causal, window)  # by the attention module
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
         if call.implementation == "eager":
             return Structure()  # eager applies the mask that it is given and nothing else
         if call.implementation == "sdpa":
-            said = Structure(call.is_causal and query_length > 1)  # the window is in the mask as soon as it matters
+            stated = Structure(call.is_causal and query_length > 1)  # the window is in the mask as soon as it matters
         elif mask is None and _is_packed(call):
             raise ValueError(
                 f"{what}: position_ids begin anew within a row, which {call.implementation!r} reads as several packed "
                 f"sequences; give each sequence a row of its own, or load the model with attn_implementation='sdpa'"
             )
-        if said.is_causal and query_length != key_length:
+        if stated.is_causal and query_length != key_length:
             raise ValueError(
                 f"{what}: causal attention of {query_length} queries to {key_length} keys without a mask; "
                 f"run the training forward without cached keys (use_cache=False)"
             )
-        return said
+        return stated
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
@@ -109,8 +109,8 @@ def attention_structure(
     allowed = _allowed(mask)  # [B, 1 or H, L, S]
     for structure in dict.fromkeys(
         Structure(is_causal, window)
-        for is_causal in (said.is_causal, not said.is_causal)
-        for window in (said.window, None)
+        for is_causal in (stated.is_causal, not stated.is_causal)
+        for window in (stated.window, None)
     ):
         expected = structure_mask(query_length, key_length, structure.is_causal, structure.window, mask.device)
         if expected is None:

@@ -1,8 +1,8 @@
 """When a recording begins and ends.
 
-A record lives from the forward of the root module to :meth:`Recorder.take`. Nothing is recorded without grad, unless a
-view was named, so that generating and evaluating pass untouched; nothing after the forward has ended, so that the
-recomputation of gradient checkpointing is not taken for a second forward.
+A record lives from the forward of the root module to :meth:`Recorder.take`. A forward without grad is recorded only as
+a named view, so that generation and evaluation pass untouched. Recording ends with the forward, so that gradient
+checkpointing, which recomputes it later, is not taken for a second forward.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ear_ops.capture.records import Record
+from ear_ops.capture.records import Record, TensorCall
 from ear_ops.capture.sites import AttentionSite, Site
 from ear_ops.capture.taps import interface
 from ear_ops.capture.taps.hooks import ModelHook
 
 VIEWS = ("original", "augmented")
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")  # of a model's forward
 MASKS = ("attention_mask", "encoder_attention_mask", "decoder_attention_mask")  # arguments of a model's forward
 
 
@@ -100,8 +101,8 @@ class Recorder:
             raise RuntimeError("the regularisers were detached, so no forward was recorded")
         if interrupted is not None:
             raise RuntimeError(
-                f"after the model's forward its part {interrupted!r} was called by itself with grad, so it is not "
-                f"clear whose loss is asked for; call loss() before that, or the part under torch.no_grad()"
+                f"after the model's forward its part {interrupted!r} was called by itself with grad, so loss() cannot "
+                f"tell which of the two forwards to use; call loss() before that, or the part under torch.no_grad()"
             )
         if both is not None:
             return (both,)
@@ -116,8 +117,10 @@ class Recorder:
         )
 
     def begin(self, path: str) -> None:
-        """A forward starts; what an earlier one left is dropped. But a part that is called by itself does not take the
-        place of the whole model."""
+        """A forward starts, and the record of an earlier one is dropped.
+
+        A part of the model that is called by itself does not take the place of the whole model.
+        """
         recorded = self.without_grad or self.view is not None or torch.is_grad_enabled()
         if path and self.begun == "" and (self.both or self.original or self.augmented):
             if not recorded:
@@ -157,7 +160,7 @@ class _Enter(ModelHook):
         names = list(inspect.signature(module.forward).parameters)
         self.positions = {name: names.index(name) if name in names else None for name in MASKS}
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], received: Any) -> None:
         recorder = self.recorder
         if not recorder.attached:
             return  # a compiled graph from before detach()
@@ -169,8 +172,10 @@ class _Enter(ModelHook):
         if recorder.open is None or recorder.open == self.path:  # the latter: an interrupted forward never ended
             recorder.begin(self.path)
         if recorder.record is not None:
+            if recorder.record.batch is None:
+                recorder.record.batch = TensorCall(_batch_tensor(args, received))
             recorder.record.masks[self.path] = {
-                name: args[position] if position is not None and position < len(args) else given.get(name)
+                name: args[position] if position is not None and position < len(args) else received.get(name)
                 for name, position in self.positions.items()
             }
 
@@ -181,6 +186,12 @@ class _Leave(ModelHook):
     def __init__(self, recorder: Recorder, path: str) -> None:
         self.recorder, self.path = recorder, path
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.recorder.open == self.path:
-            self.recorder.end(failed=given is None)
+            self.recorder.end(failed=output is None)
+
+
+def _batch_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The tensor by which a batch is recognised: the input of the model, else the first tensor; None without any."""
+    named = (kwargs.get(name) for name in INPUTS)
+    return next((value for value in (*args, *named, *kwargs.values()) if isinstance(value, torch.Tensor)), None)

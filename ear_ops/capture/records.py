@@ -97,10 +97,14 @@ class SoftmaxCall:
 
 
 class TensorCall:
-    """One tensor that passed a hook, its version and the grad mode of that moment."""
+    """One tensor that passed a hook, its version and the grad mode of that moment.
 
-    def __init__(self, tensor: Any) -> None:
+    ``source``: the tensor that a module made it of, where it is a module's output.
+    """
+
+    def __init__(self, tensor: Any, source: Any = None) -> None:
         self.tensor = tensor
+        self.source = source
         self.version = _version(tensor)
         self.grad_enabled = torch.is_grad_enabled()
 
@@ -111,6 +115,7 @@ class Record:
     Attributes:
         grad_enabled: the grad mode in which the forward began.
         masks: the masks that each model inside received by name, by the model's path.
+        batch: the first tensor that the root module received, by which the batch is recognised, and its version.
         calls: what each tap saw, in order, by the tap's key.
         structures: what the attention masks of this forward say, kept for the next layer by :mod:`.sites`.
     """
@@ -118,6 +123,7 @@ class Record:
     def __init__(self) -> None:
         self.grad_enabled = torch.is_grad_enabled()
         self.masks: dict[str, dict[str, Any]] = {}
+        self.batch: TensorCall | None = None
         self.calls: dict[str, list[Any]] = {}
         self.structures: dict[Any, Any] = {}
 
@@ -169,7 +175,7 @@ class Record:
         if calls[index].version is not None and _version(calls[index].tensor) != calls[index].version:
             raise RuntimeError(
                 f"{what}: the tensor that was taken here was changed in place afterwards (an operation such as x += y "
-                f"or x.mul_(y)), so the loss would be of something else; write x = x + y in the model"
+                f"or x.mul_(y)), so the loss would use the modified tensor; write x = x + y in the model"
             )
         return calls[index]
 

@@ -1,7 +1,7 @@
-"""The places where something is taken: tap them, and read back what a record holds for them.
+"""Sites: the places in a model where something is taken.
 
-A site belongs to one attachment. ``install`` changes the model and returns how to undo it; ``read`` turns what one
-forward recorded into what a loss takes.
+A site belongs to one attachment. ``install`` taps the place and returns how to undo that. ``read`` turns the record of
+one forward into a reading, which a loss takes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Site(Protocol):
         """Tap the place; returns what undoes it."""
 
     def read(self, record: Record, what: str) -> tuple[Any, ...]:
-        """What ``record`` holds of this place, its first field a tensor ``[B, ...]``; ``what`` names it in errors."""
+        """The reading of this place, its first field a tensor ``[B, ...]``; ``what`` names the place in errors."""
 
 
 class Place(NamedTuple):
@@ -107,9 +107,9 @@ class AttentionSite:
             )
         query, key = _one_dtype(call.query, call.key)
         lengths = query.shape[2], key.shape[2]
-        # Layers share the mask of a forward: what it says is found out once, since asking the device makes it wait.
-        said = (call.implementation, call.is_causal, call.window, *lengths)
-        known = (id(call.attention_mask), *said, self.model, self.key_mask, self.query_mask)
+        # Layers share the mask of a forward, so its structure is worked out once: that waits for the device.
+        stated = (call.implementation, call.is_causal, call.window, *lengths)
+        known = (id(call.attention_mask), *stated, self.model, self.key_mask, self.query_mask)
         call.attention_mask = tensor_mask(call.attention_mask, query.shape[0], *lengths, query.device)
         key_mask, query_mask = self._masks(record, call.attention_mask, query.shape[0], lengths, what)
         if known not in record.structures:
@@ -149,7 +149,9 @@ class ProjectionSite:
         num_heads: int,
         num_key_value_heads: int,
         model: str,
+        cross_attention: bool | None = None,
     ) -> None:
+        self.cross_attention = cross_attention
         self.query, self.key = query, key
         self.query_module, self.key_module = query_module, key_module
         self.num_heads, self.num_key_value_heads = num_heads, num_key_value_heads
@@ -168,9 +170,22 @@ class ProjectionSite:
         rows, lengths = query.shape[0], (query.shape[2], key.shape[2])
         key_mask = padding_mask(record.mask(self.model), None, rows, lengths[1], what)
         query_mask = key_mask
-        if key_mask is not None and lengths[0] != lengths[1]:  # queries of their own, such as learnt ones
-            query_mask = key_mask.new_ones(rows, lengths[0])
+        if key_mask is not None and self._is_cross_attention(record, lengths, what):
+            query_mask = key_mask.new_ones(rows, lengths[0])  # queries of other tokens, such as learnt ones, are real
         return AttentionInputs(query, key, key_mask, query_mask, attn_bias=None)
+
+    def _is_cross_attention(self, record: Record, lengths: tuple[int, int], what: str) -> bool:
+        """Whether queries and keys are of different tokens; equal lengths alone may be a coincidence."""
+        if self.cross_attention is not None or lengths[0] != lengths[1]:
+            return self.cross_attention is not False
+        sources = [record.call(f"projection:{path}", what).source for path in (self.query, self.key)]
+        if sources[0] is not sources[1]:
+            raise ValueError(
+                f"{what}: {self.query} and {self.key} project different tensors of one length, {lengths[0]}, so it is "
+                f"not clear whether the queries are padded like the keys; pass cross_attention=True where they are "
+                f"other tokens (all of them real), False where they are the same"
+            )
+        return False
 
     def _heads(self, record: Record, path: str, heads: int, what: str) -> Tensor:
         """The output ``[B, L, heads * D]`` of a projection as ``[B, heads, L, D]``, without a copy."""
@@ -222,10 +237,10 @@ class _InputTap(ModelHook):
     def __init__(self, listener: Listener, key: str) -> None:
         self.listener, self.key = listener, key
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         record = self.listener.record
         if record is not None:
-            record.add(self.key, TensorCall(args[0] if args else given.get("hidden_states")))
+            record.add(self.key, TensorCall(args[0] if args else kwargs.get("hidden_states")))
 
 
 class _OutputTap(ModelHook):
@@ -234,10 +249,11 @@ class _OutputTap(ModelHook):
     def __init__(self, listener: Listener, key: str) -> None:
         self.listener, self.key = listener, key
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         record = self.listener.record
         if record is not None:
-            record.add(self.key, TensorCall(given[0] if isinstance(given, tuple) else given))
+            source = next((value for value in args if isinstance(value, Tensor)), None)
+            record.add(self.key, TensorCall(output[0] if isinstance(output, tuple) else output, source))
 
 
 def _query_mask(key_mask: Tensor | None, query_length: int, key_length: int) -> Tensor | None:

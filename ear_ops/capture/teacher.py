@@ -10,22 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from ear_ops.capture.layout import Layout, unwrap
+from ear_ops.capture.records import Record
 from ear_ops.capture.sites import AttentionSite, HiddenSite, ProjectionSite
 
-View = TypeVar("View", bound=tuple[Any, ...])
+Reading = TypeVar("Reading", bound=tuple[Any, ...])
 LayerMap = Mapping[int | str, int | str]
 
 
 class TeacherLayout(Layout):
-    """The places of a teacher, asked for by the student's layers (and paths of projections).
+    """The places of a teacher, asked for by the student's layers or paths of projections.
 
     Args:
         teacher: the teacher's root module.
         student: the places of the student.
-        layer_map: from a layer of the student to one of the teacher, both counted from 1, and from the path of an
-            attention or a projection of the student to one of the teacher. None: the same layer where both models are
-            equally deep, else evenly spread, the last layer on the last. A path that it does not name is taken to the
-            same place of the block that stands for its block.
+        layer_map: from a layer of the student to a layer of the teacher, both counted from 1. It also maps paths of
+            attentions and projections. None takes the same layer where both models are equally deep. Otherwise it
+            spreads the layers evenly, the last on the last. A path without an entry leads to the same place inside the
+            teacher's block for its block.
     """
 
     def __init__(self, teacher: nn.Module, student: Layout, layer_map: LayerMap | None) -> None:
@@ -43,10 +44,17 @@ class TeacherLayout(Layout):
     def embeddings(self) -> HiddenSite:
         return self._named(super().embeddings)
 
-    def projections(self, query: str, key: str, num_heads: int, num_key_value_heads: int | None) -> ProjectionSite:
+    def projections(
+        self,
+        query: str,
+        key: str,
+        num_heads: int,
+        num_key_value_heads: int | None,
+        cross_attention: bool | None = None,
+    ) -> ProjectionSite:
         layer_map = self.layer_map or {}
         query, key = (str(layer_map.get(path, path)) for path in (query, key))
-        return self._named(super().projections, query, key, num_heads, num_key_value_heads)
+        return self._named(super().projections, query, key, num_heads, num_key_value_heads, cross_attention)
 
     def _named(self, find: Any, *arguments: Any) -> Any:
         """What ``find`` finds, its errors naming the teacher."""
@@ -104,13 +112,49 @@ def check_teacher(teacher: Any, student: nn.Module, layer_map: Any) -> nn.Module
     return root
 
 
-def as_constant(view: View, device: torch.device) -> View:
-    """``view`` with its tensors detached and on ``device``."""
-    values = (value.detach().to(device) if isinstance(value, Tensor) else value for value in view)
-    return type(view)(*values)
+def check_same_batch(record: Record, teacher_record: Record, student: nn.Module, teacher: nn.Module) -> None:
+    """Raises RuntimeError where the teacher's record is of another batch than the student's.
+
+    Usually both received the very same tensor, and nothing is compared. Other tensors of token ids are compared by
+    value where both models have vocabularies of one size; that waits for the device.
+    """
+    batch, teacher_batch = record.batch, teacher_record.batch
+    if batch is None or teacher_batch is None:
+        return
+    ids, teacher_ids = batch.tensor, teacher_batch.tensor
+    if ids is teacher_ids:
+        # Another version: the tensor was filled anew in between. A compiled model has no versions.
+        same = None in (batch.version, teacher_batch.version) or batch.version == teacher_batch.version
+    elif _are_token_ids(ids) and _are_token_ids(teacher_ids) and _share_vocabulary(student, teacher):
+        same = ids.shape != teacher_ids.shape or torch.equal(
+            ids, teacher_ids.to(ids.device)
+        )  # shapes are checked later
+    else:
+        return
+    if not same:
+        raise RuntimeError(
+            "the teacher's last forward was of another batch than the model's; call it on the batch of each loss(), "
+            "with torch.no_grad(): teacher(**batch)"
+        )
 
 
-def outside_inference_mode(view: View) -> View:
-    """``view`` with copies of tensors from ``torch.inference_mode()``, which autograd cannot keep."""
-    values = (value.clone() if isinstance(value, Tensor) and value.is_inference() else value for value in view)
-    return type(view)(*values)
+def _are_token_ids(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and not tensor.is_floating_point() and not tensor.is_complex()
+
+
+def _share_vocabulary(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether both configurations name vocabularies of one size."""
+    size, teacher_size = (getattr(getattr(model, "config", None), "vocab_size", None) for model in (student, teacher))
+    return size is not None and size == teacher_size
+
+
+def as_constant(reading: Reading, device: torch.device) -> Reading:
+    """``reading`` with its tensors detached and on ``device``."""
+    values = (value.detach().to(device) if isinstance(value, Tensor) else value for value in reading)
+    return type(reading)(*values)
+
+
+def outside_inference_mode(reading: Reading) -> Reading:
+    """``reading`` with copies of tensors from ``torch.inference_mode()``, which autograd cannot keep."""
+    values = (value.clone() if isinstance(value, Tensor) and value.is_inference() else value for value in reading)
+    return type(reading)(*values)

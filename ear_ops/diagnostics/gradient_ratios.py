@@ -69,7 +69,7 @@ def gradient_squares(
     layout = Layout(root)
     embeddings = layout.embeddings()
     attention = [] if layer is None else [layout.attention(layer)]
-    terms = [one for each in regularizers for one in each.expand(layout)]
+    terms = [single for regularizer in regularizers for single in regularizer.expand(layout)]
     sites = [term.site(layout) for term in terms]
     recorder = Recorder(root, [embeddings, *attention, *sites])
     squares: dict[str, dict[str, float]] = {}
@@ -97,8 +97,8 @@ def gradient_squares(
             for name, loss in losses.items():
                 if not loss.requires_grad:
                     continue
-                found = torch.autograd.grad(loss, list(places.values()), retain_graph=True, allow_unused=True)
-                for place, gradient in zip(places, found, strict=True):
+                gradients = torch.autograd.grad(loss, list(places.values()), retain_graph=True, allow_unused=True)
+                for place, gradient in zip(places, gradients, strict=True):
                     if gradient is not None:
                         at = squares.setdefault(place, {})
                         at[name] = at.get(name, 0.0) + gradient.double().square().sum().item()

@@ -1,4 +1,4 @@
-"""Means of loss terms between two lines of a log, for one synchronisation a line and none a step."""
+"""Means of loss terms between two lines of a log, with one synchronisation a line and none a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class RunningMeans:
-    """Sums of scalars over steps, kept on their device.
+    """Means of scalars over the steps that have them, summed up on their device.
 
         means = ear_ops.RunningMeans()
         means.add(ear.components())              # in every step
@@ -21,7 +21,7 @@ class RunningMeans:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._steps = 0
+        self._steps: dict[str, int] = {}  # in how many steps each term came
         self._warned: set[str] = set()
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
@@ -29,10 +29,10 @@ class RunningMeans:
         for name, value in terms.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._steps += 1
+            self._steps[name] = self._steps.get(name, 0) + 1
 
     def pop(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """The means over the steps since the last call, which are then forgotten; empty where there was no step.
+        """The means since the last call, each over the steps that had the term; the sums are then forgotten.
 
         Args:
             reduce: takes the means of this process to those over all processes, ``[number of terms]`` each; called in
@@ -41,7 +41,7 @@ class RunningMeans:
         if not self._sums:
             return {}
         device = next(iter(self._sums.values())).device  # layers of one model may lie on several
-        means = torch.stack([total.to(device) for total in self._sums.values()]) / self._steps
+        means = torch.stack([total.to(device) / self._steps[name] for name, total in self._sums.items()])
         if reduce is not None:
             means = reduce(means)
         named = dict(zip(self._sums, means.tolist(), strict=True))  # the only transfer from the device
@@ -49,9 +49,9 @@ class RunningMeans:
             if named[name] == 0.0:
                 self._warned.add(name)
                 warnings.warn(
-                    f"{name} was exactly 0 over the last {self._steps} steps, so it does nothing: are the two views "
-                    f"the same (an augmentation that changed nothing), or is everything masked?",
+                    f"{name} was exactly 0 over the last {self._steps[name]} steps, so it does nothing: are the two "
+                    f"views the same (an augmentation that changed nothing), or is everything masked?",
                     stacklevel=2,
                 )
-        self._sums, self._steps = {}, 0
+        self._sums, self._steps = {}, {}
         return named

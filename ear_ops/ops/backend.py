@@ -86,14 +86,29 @@ def _why_not(backend: str, tensor: Tensor, op: str, kernels: frozenset[str], uns
 
 @cache
 def why_not_this_gpu(index: int) -> str | None:
-    """Why kernels that were built do not run on this GPU, None where they do: machine code runs on later GPUs of its
-    own generation, and for the last architecture there is code to be translated for any later one, too."""
+    """Why kernels that were built do not run on this GPU, None where they do."""
     if not torch.cuda.is_available():  # fake tensors of a GPU that is elsewhere
         return None
     info = extension.build_info()
-    built = [int(name.removeprefix("sm_")) for name in info["cuda_architectures"].split()] if info else []
+    architectures = info["cuda_architectures"].split() if info else []
     major, minor = torch.cuda.get_device_capability(index)
-    here = 10 * major + minor
-    if not built or here >= built[-1] or any(each // 10 == major and each <= here for each in built):
+    if not architectures or _has_code_for(architectures, major, minor):
         return None
-    return f"its kernels were built for {', '.join(f'sm_{each}' for each in built)} and the GPU is sm_{here}"
+    return f"its kernels were built for {', '.join(architectures)} and the GPU is sm_{major}{minor}"
+
+
+def _has_code_for(architectures: list[str], major: int, minor: int) -> bool:
+    """Whether kernels built for ``architectures`` run on a GPU of this compute capability.
+
+    Machine code for ``sm_90a`` runs on that capability alone. Code for ``sm_90`` and ``sm_100f`` also runs on later
+    GPUs of its generation. The PTX of the last name without a letter is translated for any later GPU.
+    """
+    capability = 10 * major + minor
+    numbers = {name: int(name.removeprefix("sm_").rstrip("af")) for name in architectures}
+    plain = [name for name in architectures if name[-1].isdigit()]
+    if plain and capability >= numbers[plain[-1]]:
+        return True
+    return any(
+        number == capability or (not name.endswith("a") and number // 10 == major and number <= capability)
+        for name, number in numbers.items()
+    )

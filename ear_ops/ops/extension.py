@@ -41,7 +41,8 @@ def load(name: str) -> Extension:
     """Load ``ear_ops._C_<name>`` and so register its kernels; never raises."""
     spec = importlib.util.find_spec(f"ear_ops._C_{name}")
     if spec is None or spec.origin is None:
-        return Extension(name, False, f"no {name} kernels were built (see EAR_OPS_BUILD in the README)")
+        reason = (build_info() or {}).get("not_built", {}).get(name, "see EAR_OPS_BUILD in the README")
+        return Extension(name, False, f"no {name} kernels were built ({reason})")
     info = build_info()
     if info is None:
         return Extension(name, False, f"{spec.origin} has no build facts beside it; reinstall ear-ops")

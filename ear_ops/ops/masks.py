@@ -71,9 +71,9 @@ def join_views(
             f"got a tensor of shape {list(mask_aug.shape)}"
         )
     if not stacked and (mask is None) != (mask_aug is None):
-        given, missing = (name, f"{name}_aug") if mask is not None else (f"{name}_aug", name)
+        present, missing = (name, f"{name}_aug") if mask is not None else (f"{name}_aug", name)
         raise ValueError(
-            f"{missing}: expected a mask because {given} was given, got None; "
+            f"{missing}: expected a mask because {present} was given, got None; "
             f"the views are padded differently, so pass both (all ones where nothing is padded)"
         )
     if mask is None:

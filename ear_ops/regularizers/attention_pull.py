@@ -22,26 +22,30 @@ from ear_ops.regularizers.word_alignment import WordIds, word_attention_mse
 class AttentionPull(Regularizer):
     """Pull the attention of the two views together: mean squared error of their attention matrices (eq. 2).
 
-    The matrices are recomputed from Q and K inside a fused loss, so the model keeps its own attention kernel. They are
-    compared before attention dropout.
+    A fused loss computes the matrices from Q and K, so the model keeps its own attention kernel. The matrices are
+    compared as they are before attention dropout.
 
     Args:
         layer: block of the model, counted from 1; on an encoder-decoder the encoder's self-attention. Or the path of an
-            attention module (as in ``model.named_modules()``: decoder and cross-attention too), a pattern of such paths
-            (``"decoder.layers.*.self_attn"``), ``"middle"`` (6 of 12) or ``"all"``. Or several of them in a list, or as
-            a mapping to factors of the weight, ``{4: 0.5, 6: 1.0}``. Each is a term of its own.
+            attention module as in ``model.named_modules()``, also of a decoder or a cross-attention. Or a pattern of
+            such paths (``"decoder.layers.*.self_attn"``), ``"middle"`` (6 of 12) or ``"all"``. Or several of them, in a
+            list or as a mapping to factors of the weight, ``{4: 0.5, 6: 1.0}``. Each layer is a term of its own.
         weight: see :data:`Weight`, of each layer; 0.1 in the paper.
-        query, key: instead of ``layer``, for any ``nn.Module``: paths (as in ``model.named_modules()``) of the two
-            projections, whose outputs are ``[B, L, num_heads * D]``. Exact only where nothing but
-            ``softmax(Q K^T / sqrt(D))`` follows: no rotary embedding, causality or position bias.
+        query, key: instead of ``layer``, for any ``nn.Module``: paths, as in ``model.named_modules()``, of the two
+            projections, whose outputs are ``[B, L, num_heads * D]``. Exact only where the model computes
+            ``softmax(Q K^T / sqrt(D))`` of them: without rotary embedding, causality or position bias.
         num_heads, num_key_value_heads: how many heads ``query`` and ``key`` split into; the second is the first by
             default.
+        cross_attention: with ``query`` and ``key``: True where the queries are other tokens than the keys, so that the
+            mask of the keys says nothing of them. None finds out, and asks where it cannot.
         head_weights: a number for each head, which multiplies its part of the term, as in
-            :func:`ear_ops.qk_attention_mse`; of every layer alike.
-        alignment: ``"token"`` compares position with position; ``"word"`` word with word, for views whose words split
-            into different numbers of pieces: ``ear.loss(word_ids=...)``, see
-            :mod:`ear_ops.regularizers.word_alignment`. That materialises the maps.
+            :func:`ear_ops.qk_attention_mse`; the same for every layer.
+        alignment: ``"token"`` compares position with position. ``"word"`` compares word with word, for views whose
+            words split into different numbers of pieces; it needs ``ear.loss(word_ids=...)`` and materialises the
+            matrices, see :mod:`ear_ops.regularizers.word_alignment`.
         reduction: see :mod:`ear_ops.ops.reductions`, except ``"none"``.
+        name: key of the term in ``ear.components()``, ``"attention_pull.LAYER"`` by default. With several layers, each
+            term is called ``"NAME.LAYER"``.
     """
 
     def __init__(
@@ -53,22 +57,19 @@ class AttentionPull(Regularizer):
         key: str | None = None,
         num_heads: int | None = None,
         num_key_value_heads: int | None = None,
+        cross_attention: bool | None = None,
         head_weights: Sequence[float] | None = None,
         alignment: str = "token",
         reduction: str = "mean",
+        name: str | None = None,
     ) -> None:
         if alignment not in ("token", "word"):
             raise ValueError(f"alignment: expected 'token' or 'word', got {alignment!r}")
         if alignment == "word" and reduction == "padded_mean":
             raise ValueError("reduction: 'padded_mean' counts padded tokens, which words do not have; use 'mean'")
-        by_path = (query, key, num_heads)
         if layer is None:
-            if any(given is None for given in by_path):
-                raise TypeError(
-                    "AttentionPull: expected layer=, or query=, key= and num_heads= together, got "
-                    + (", ".join(f"{n}={g!r}" for n, g in zip(("query", "key", "num_heads"), by_path, strict=True)))
-                )
-        elif any(given is not None for given in (*by_path, num_key_value_heads)):
+            _check_projections(query, key, num_heads)
+        elif any(argument is not None for argument in (query, key, num_heads, num_key_value_heads, cross_attention)):
             raise TypeError("AttentionPull: expected either layer= or query=, key= and num_heads=, got both")
         else:
             check_layers(layer)
@@ -79,21 +80,26 @@ class AttentionPull(Regularizer):
             raise ValueError(f"num_key_value_heads: expected a divisor of {num_heads} heads, got {num_key_value_heads}")
         if head_weights is not None and not (len(head_weights) and all(map(is_finite_number, head_weights))):
             raise ValueError(f"head_weights: expected a finite number for each head, got {head_weights!r}")
-        super().__init__(f"attention_pull.{query if layer is None else layer}", weight, reduction)
+        default_name = f"attention_pull.{query if layer is None else layer}"
+        super().__init__(default_name if name is None else name, weight, reduction)
         self.layer = layer
         self.query, self.key = query, key
         self.num_heads, self.num_key_value_heads = num_heads, num_key_value_heads
+        self.cross_attention = cross_attention
         self.uses_word_ids = alignment == "word"
+        self._user_name = name
         self._head_weights = None if head_weights is None else torch.tensor(head_weights)  # [H]
 
     def expand(self, layout: Layout) -> list[Regularizer]:
         if self.layer is None or isinstance(self.layer, int):
             return [self]
+        layers = resolve_layers(self.layer, layout)
         pulls: list[Regularizer] = []
-        for layer, factor in resolve_layers(self.layer, layout):
+        for layer, factor in layers:
             pull = copy.copy(self)
-            pull.layer, pull.name = layer, f"attention_pull.{layer}"
-            pull.weight = scaled(self.weight, factor)
+            pull.layer, pull.weight = layer, scaled(self.weight, factor)
+            if self._user_name is None or len(layers) > 1:
+                pull.name = f"{self._user_name or 'attention_pull'}.{layer}"
             pulls.append(pull)
         return pulls
 
@@ -102,59 +108,47 @@ class AttentionPull(Regularizer):
             assert isinstance(self.layer, (int, str)), "attach() expands several layers"
             return layout.attention(self.layer)
         assert self.query is not None and self.key is not None and self.num_heads is not None
-        return layout.projections(self.query, self.key, self.num_heads, self.num_key_value_heads)
+        return layout.projections(self.query, self.key, self.num_heads, self.num_key_value_heads, self.cross_attention)
 
     def term(
         self,
-        view: AttentionInputs | AttentionMaps,
-        view_aug: AttentionInputs | AttentionMaps | None,
+        reading: AttentionInputs | AttentionMaps,
+        reading_aug: AttentionInputs | AttentionMaps | None,
         word_ids: WordIds | None = None,
     ) -> Tensor:
         if self._head_weights is not None:  # kept there: a copy to the device in every step would wait for it
-            self._head_weights = self._head_weights.to(view[0].device)
+            self._head_weights = self._head_weights.to(reading[0].device)
+        common: dict[str, Any] = {"head_weights": self._head_weights, "reduction": self.reduction}
         if word_ids is not None:
-            weights, reduction = self._head_weights, self.reduction
-            return word_attention_mse(
-                view, view_aug, word_ids, head_weights=weights, reduction=reduction, what=self.name
-            )
-        if isinstance(view, AttentionMaps) or isinstance(view_aug, AttentionMaps):
-            return self._term_of_maps(view, view_aug)
-        query_aug = key_aug = mask_aug = query_mask_aug = bias_aug = None
-        if view_aug is not None:
-            view, view_aug = align_attention(view, view_aug, self.name)
-            query_aug, key_aug, mask_aug, query_mask_aug, bias_aug = view_aug[:5]
-        return functional.qk_attention_mse(
-            view.query,
-            view.key,
-            query_aug,
-            key_aug,
-            attention_mask=view.attention_mask,
-            attention_mask_aug=mask_aug,
-            query_mask=view.query_mask,
-            query_mask_aug=query_mask_aug,
-            attn_bias=view.attn_bias,
-            attn_bias_aug=bias_aug,
-            scale=view.scale,
-            is_causal=view.is_causal,
-            window=view.window,
-            softcap=view.softcap,
-            head_weights=self._head_weights,
-            reduction=self.reduction,
-        )
+            return word_attention_mse(reading, reading_aug, word_ids, what=self.name, **common)
+        if reading_aug is not None and type(reading) is not type(reading_aug):
+            raise ValueError(f"{self.name}: the two views compute attention differently, so they do not compare")
+        first: Any = reading
+        second: Any = reading_aug
+        if isinstance(reading, AttentionInputs):
+            if second is not None:
+                first, second = align_attention(first, second, self.name)
+            return functional.qk_attention_mse(**_arguments(first, second), **common)
+        if second is not None:
+            first, second = align_maps(first, second)
+        return functional.attention_mse(**_arguments(first, second), **common)
 
-    def _term_of_maps(self, view: Any, view_aug: Any | None) -> Tensor:
-        maps_aug = mask_aug = query_mask_aug = None
-        if view_aug is not None:
-            if type(view) is not type(view_aug):
-                raise ValueError(f"{self.name}: the two views compute attention differently, so they do not compare")
-            view, (maps_aug, mask_aug, query_mask_aug) = align_maps(view, view_aug)
-        return functional.attention_mse(
-            view.maps,
-            maps_aug,
-            attention_mask=view.attention_mask,
-            attention_mask_aug=mask_aug,
-            query_mask=view.query_mask,
-            query_mask_aug=query_mask_aug,
-            head_weights=self._head_weights,
-            reduction=self.reduction,
-        )
+
+# The arguments of the functions that take a value of each view; the others are the same for both.
+_OF_A_VIEW = ("query", "key", "attn", "attention_mask", "query_mask", "attn_bias")
+
+
+def _arguments(reading: Any, reading_aug: Any | None) -> dict[str, Any]:
+    """Two aligned readings as the arguments of the function that compares them; ``reading`` alone holds both views."""
+    arguments = reading._asdict()
+    for name in _OF_A_VIEW:
+        if name in arguments and reading_aug is not None:
+            arguments[f"{name}_aug"] = getattr(reading_aug, name)
+    return arguments
+
+
+def _check_projections(query: str | None, key: str | None, num_heads: int | None) -> None:
+    arguments = {"query": query, "key": key, "num_heads": num_heads}
+    if None in arguments.values():
+        described = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        raise TypeError(f"AttentionPull: expected layer=, or query=, key= and num_heads= together, got {described}")

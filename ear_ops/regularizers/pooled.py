@@ -20,12 +20,20 @@ class EmbeddingPush(Regularizer):
     Args:
         weight: see :data:`Weight`; 1.0 in the paper.
         reduction: see :mod:`ear_ops.ops.reductions`, except ``"none"``.
-        margin: the push has no lower bound; with a margin the term is minus the mean over pairs of ``min(d, margin)``,
-            d a pair's squared distance as ``reduction`` scales it (``"mean"``: over C); for ``"sum"`` minus the sum.
+        margin: the push has no lower bound. With a margin, the term is minus the mean over pairs of ``min(d, margin)``.
+            d is a pair's squared distance as ``reduction`` scales it (``"mean"``: over C). ``"sum"`` takes the sum.
+        name: key of the term in ``ear.components()``.
     """
 
-    def __init__(self, weight: Weight = 1.0, *, reduction: str = "mean", margin: float | None = None) -> None:
-        super().__init__("embedding_push", weight, reduction)
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        *,
+        reduction: str = "mean",
+        margin: float | None = None,
+        name: str = "embedding_push",
+    ) -> None:
+        super().__init__(name, weight, reduction)
         if margin is not None and not (is_finite_number(margin) and margin > 0):
             raise ValueError(f"margin: expected None or a positive number, got {margin!r}")
         self.margin = margin
@@ -33,12 +41,12 @@ class EmbeddingPush(Regularizer):
     def site(self, layout: Layout) -> Site:
         return layout.embeddings()
 
-    def term(self, view: HiddenStates, view_aug: HiddenStates | None) -> Tensor:
+    def term(self, reading: HiddenStates, reading_aug: HiddenStates | None) -> Tensor:
         if self.margin is None:
-            return -_pooled_distance(view, view_aug, self.reduction, self.name)
-        distances = _pooled_distance(view, view_aug, "none", self.name)  # [B]
+            return -_pooled_distance(reading, reading_aug, self.reduction, self.name)
+        distances = _pooled_distance(reading, reading_aug, "none", self.name)  # [B]
         if self.reduction in ("mean", "padded_mean"):
-            distances = distances / view.states.shape[2]
+            distances = distances / reading.states.shape[2]
         pushed = distances.clamp(max=self.margin).sum()
         return -(pushed if self.reduction == "sum" else pushed / max(distances.numel(), 1))
 
@@ -50,28 +58,29 @@ class SentencePull(Regularizer):
         layer: block of the model, counted from 1; its output is taken before any final norm of the model.
         weight: see :data:`Weight`.
         reduction: see :mod:`ear_ops.ops.reductions`, except ``"none"``.
+        name: key of the term in ``ear.components()``; ``"sentence_pull.LAYER"`` by default.
     """
 
-    def __init__(self, layer: int, weight: Weight = 1.0, *, reduction: str = "mean") -> None:
+    def __init__(self, layer: int, weight: Weight = 1.0, *, reduction: str = "mean", name: str | None = None) -> None:
         check_count("layer", layer)
-        super().__init__(f"sentence_pull.{layer}", weight, reduction)
+        super().__init__(f"sentence_pull.{layer}" if name is None else name, weight, reduction)
         self.layer = layer
 
     def site(self, layout: Layout) -> Site:
         return layout.hidden_states(self.layer)
 
-    def term(self, view: HiddenStates, view_aug: HiddenStates | None) -> Tensor:
-        return _pooled_distance(view, view_aug, self.reduction, self.name)
+    def term(self, reading: HiddenStates, reading_aug: HiddenStates | None) -> Tensor:
+        return _pooled_distance(reading, reading_aug, self.reduction, self.name)
 
 
-def _pooled_distance(view: HiddenStates, view_aug: HiddenStates | None, reduction: str, what: str) -> Tensor:
+def _pooled_distance(reading: HiddenStates, reading_aug: HiddenStates | None, reduction: str, what: str) -> Tensor:
     states_aug = mask_aug = None
-    if view_aug is not None:
-        view, (states_aug, mask_aug) = align_hidden(view, view_aug, what)
+    if reading_aug is not None:
+        reading, (states_aug, mask_aug) = align_hidden(reading, reading_aug, what)
     return functional.pooled_distance(
-        view.states,
+        reading.states,
         states_aug,
-        attention_mask=view.attention_mask,
+        attention_mask=reading.attention_mask,
         attention_mask_aug=mask_aug,
         reduction=reduction,
     )

@@ -10,7 +10,7 @@ import transformers
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import AttentionInterface
 
-from ear_ops import AttentionPull, attach
+from ear_ops import AttentionPull, EmbeddingPush, attach
 from ear_ops.capture import Layout
 
 PATH = "bert.encoder.layer.{}.attention.self"
@@ -197,3 +197,19 @@ def test_lora(tools, order):
     tools.assert_same_gradients(actual, reference)
     trained = [name for name, gradient in actual.items() if gradient.abs().max() > 0]
     assert trained and all("lora" in name for name in trained)
+
+
+def test_two_terms_of_one_kind_on_one_layer_have_names(tools):
+    model, batch = tools.build_model("bert"), tools.build_batch()
+    mean, summed = AttentionPull(2), AttentionPull(2, reduction="sum", name="sum_of_pull")
+    with attach(model, [mean, summed, AttentionPull([1, 2], name="several")]) as ear:
+        model(**batch)
+        ear.loss()
+        terms = ear.components()
+    assert list(terms) == ["attention_pull.2", "sum_of_pull", "several.1", "several.2"]
+    assert terms["sum_of_pull"] > terms["attention_pull.2"] == terms["several.2"]
+    assert AttentionPull("middle", name="chosen").expand(Layout(model))[0].name == "chosen"
+    with pytest.raises(ValueError, match=r"got attention_pull\.2 more than once; pass name="):
+        attach(model, [mean, AttentionPull(2, reduction="sum")])
+    with pytest.raises(TypeError, match="name: expected a text that is not empty, got ''"):
+        EmbeddingPush(name="")

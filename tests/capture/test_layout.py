@@ -89,7 +89,7 @@ def test_attention_sinks():
         ("bert.encoder.layer.*.intermediate", ValueError, "matches 4 modules of .*, none of them an attention"),
         ("bert.encoder", ValueError, r"expected one attention at 'bert\.encoder', found bert\.encoder\.layer\.0"),
         ([1, 5], ValueError, "expected 1 to 4"),
-        ([2, "middle"], ValueError, r"each at most once, got attention_pull\.2"),
+        ([2, "middle"], ValueError, r"another name for each, got attention_pull\.2"),
     ],
 )
 def test_layers_that_do_not_resolve(tools, layer, error, match):

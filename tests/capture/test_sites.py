@@ -74,7 +74,8 @@ def test_queries_of_their_own_are_all_real():
     """A learnt query that pools a padded row is no padding."""
     query, key = nn.Linear(8, 8), nn.Linear(8, 8)
     pooled = ProjectionSite("query", "key", query, key, 2, 2, model="")
-    for length in (1, 2, 7):
+    for length in (1, 2, 5, 7):
+        pooled.cross_attention = True if length == 5 else None  # of one length by coincidence
         record = Record()
         record.masks[""] = {"attention_mask": torch.tensor([[1, 1, 1, 0, 0]] * 4)}
         record.add("projection:query", TensorCall(query(torch.randn(4, length, 8))))
@@ -82,6 +83,26 @@ def test_queries_of_their_own_are_all_real():
         inputs = pooled.read(record, "x")
         assert inputs.query_mask.shape == (4, length) and inputs.query_mask.all()
         assert inputs.attention_mask.sum().item() == 12
+
+
+@pytest.mark.parametrize("cross_attention", [None, False, True])
+def test_projections_of_different_tensors_of_one_length_ask_what_they_are(cross_attention):
+    """The mask of the keys was taken for the queries' because both have five positions by coincidence."""
+    query, key = nn.Linear(8, 8), nn.Linear(8, 8)
+    place = ProjectionSite("query", "key", query, key, 2, 2, model="", cross_attention=cross_attention)
+    tokens, memory = torch.randn(4, 5, 8), torch.randn(4, 5, 8)
+    record = Record()
+    record.masks[""] = {"attention_mask": torch.tensor([[1, 1, 1, 0, 0]] * 4)}
+    record.add("projection:query", TensorCall(query(tokens), tokens))
+    record.add("projection:key", TensorCall(key(memory), memory))
+    if cross_attention is None:
+        with pytest.raises(
+            ValueError, match=r"x: query and key project different tensors of one length, 5.*pass cross"
+        ):
+            place.read(record, "x")
+    else:
+        inputs = place.read(record, "x")
+        assert inputs.query_mask.sum().item() == (20 if cross_attention else 12)
 
 
 def test_structure_is_checked_for_every_batch_without_a_two_dimensional_mask():

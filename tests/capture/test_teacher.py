@@ -166,6 +166,49 @@ def test_models_that_saw_other_batches(batch):
             ear.loss()
 
 
+def other_tokens(batch):
+    """The batch with other tokens, and so another one for the same mask."""
+    return {**batch, "input_ids": torch.where(batch["input_ids"] > 10, batch["input_ids"] - 1, batch["input_ids"])}
+
+
+def test_the_teacher_of_an_earlier_batch_is_refused(batch):
+    """A teacher that was called before and forgotten in this step gave a loss without a word."""
+    student, teacher = model(), model(seed=1)
+    stale = pytest.raises(RuntimeError, match=r"attention_pull\.1: the teacher's last forward was of another batch")
+    with attach(student, [AttentionPull(1)], teacher=teacher) as ear:
+        teacher(**other_tokens(batch))
+        student(**batch)
+        with stale:
+            ear.loss()
+        teacher(**batch)
+        student(**batch)  # a step whose loss was not taken
+        student(**other_tokens(batch))
+        with stale:
+            ear.loss()
+        student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        teacher(batch["input_ids"].clone(), batch["attention_mask"])
+        ear.loss()
+
+
+def test_a_batch_that_is_filled_anew_after_the_teacher_is_another_batch(batch):
+    student, teacher = model(), model(seed=1)
+    with attach(student, [AttentionPull(1)], teacher=teacher) as ear:
+        teacher(**batch)
+        batch["input_ids"].copy_(other_tokens(batch)["input_ids"])
+        student(**batch)
+        with pytest.raises(RuntimeError, match="of another batch"):
+            ear.loss()
+
+
+def test_a_teacher_with_another_vocabulary_has_other_token_ids(batch):
+    student, teacher = model(), model(seed=1)
+    teacher.config.vocab_size += 1
+    with attach(student, [AttentionPull(1)], teacher=teacher) as ear:
+        teacher(**other_tokens(batch))
+        student(**batch)
+        assert ear.loss().item() > 0
+
+
 def test_heads_and_hidden_sizes_that_do_not_compare(batch):
     for teacher, regularizer, message in (
         (model(heads=2, seed=1), AttentionPull(1), r"attention_pull\.1: expected equally many heads .* got 4 and 2"),

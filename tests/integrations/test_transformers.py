@@ -277,6 +277,14 @@ def test_a_term_that_stays_zero_warns_once(tmp_path: Path) -> None:
     assert sum("was exactly 0" in message for message in messages) == 2, "the push and the pull, once each"
 
 
+def test_a_term_that_some_steps_lack_is_a_mean_over_the_others() -> None:
+    means = ear_ops.RunningMeans()
+    means.add({"always": torch.tensor(1.0), "sometimes": torch.tensor(4.0)})
+    means.add({"always": torch.tensor(3.0)})
+    means.add({"always": torch.tensor(5.0), "sometimes": torch.tensor(8.0)})
+    assert means.pop() == {"always": 3.0, "sometimes": 6.0}
+
+
 def test_running_means_are_read_once_and_need_no_graph() -> None:
     means = ear_ops.RunningMeans()
     assert means.pop() == {}

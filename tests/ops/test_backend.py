@@ -255,6 +255,11 @@ def test_function_transforms_run_on_the_reference(ran: list[str]) -> None:
         ("sm_80 sm_90", (10, 0), True),  # translated from what is there of sm_90
         ("sm_80 sm_90", (7, 5), False),
         ("sm_90", (8, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_90a", (10, 0), False),  # code for one architecture alone is never translated
+        ("sm_100f", (10, 3), True),
+        ("sm_100f", (12, 0), False),
+        ("sm_80 sm_90a", (10, 0), True),  # translated from what is there of sm_80
     ],
 )
 def test_a_gpu_that_the_kernels_were_not_built_for_says_so(

@@ -1,7 +1,7 @@
-"""What is hung on a user's modules, so made that a copy or a pickle of the model leaves it behind.
+"""What is hung on a user's modules; a copy or a pickle of the model leaves it behind.
 
-A deep copy must not drag the recorder and its tensors along, and a pickled model must load in a process that has never
-heard of ear_ops. So both kinds of object below reduce to something inert from the standard library.
+A deep copy must not copy the recorder and its tensors. A pickled model must load in a process without ear_ops. So
+pickling turns both kinds of object below into something of the standard library that does nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ TAPS = "_ear_taps"  # the attribute of an attention module that holds its Taps
 class ModelHook:
     """Base class of the module hooks; called as ``hook(module, args, kwargs)`` or ``hook(module, args, output)``."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs_or_output: Any) -> None:
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A callable that takes any three arguments and returns None: the hook of a copy does nothing.
+        # A callable that takes any three arguments and returns None: the copy's hook does nothing.
         return getattr, (contextlib.nullcontext(), "__exit__")
 
 

@@ -1,8 +1,8 @@
 """Attention that a module computes by itself, seen through the torch functions that it calls.
 
-While the forward of such a module runs, a ``TorchFunctionMode`` watches for ``scaled_dot_product_attention``, whose
-arguments are queries and keys, and for ``softmax``, whose result is the attention matrix before dropout. A mode belongs
-to one thread, and ``torch.compile`` traces through it.
+While the forward of such a module runs, a ``TorchFunctionMode`` watches two functions. The arguments of
+``scaled_dot_product_attention`` are queries and keys. The result of ``softmax`` is the attention matrix before dropout.
+A mode belongs to one thread, and ``torch.compile`` traces through it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _FUNCTIONS = ("softmax", "Softmax", "scaled_dot_product_attention")
 
 
 def computes_attention(name: str, module: nn.Module) -> bool:
-    """Whether ``module`` (at the path ``name``) is by its name an attention whose own code calls one of the functions.
+    """Whether the name of ``module``, at the path ``name``, says attention and its code calls one of the functions.
 
-    Its own code: its forward, and the methods and the functions of the same file that the forward mentions. The name
-    is asked because a router of experts calls softmax too.
+    Its code is its forward, with the methods and the functions of the same file that the forward mentions. The name
+    decides too because a router of experts also calls softmax.
     """
     described = f"{name.rsplit('.', 2)[-1]}.{type(module).__name__}".lower()
     if "att" not in described and "attn" not in name.lower():
@@ -39,9 +39,9 @@ def computes_attention(name: str, module: nn.Module) -> bool:
         for mentioned in function.__code__.co_names:
             if mentioned in _FUNCTIONS:
                 return True
-            own = getattr(type(module), mentioned, None) or function.__globals__.get(mentioned)
-            if inspect.isfunction(own) and own.__module__ == function.__module__:
-                pending.append(own)
+            callee = getattr(type(module), mentioned, None) or function.__globals__.get(mentioned)
+            if inspect.isfunction(callee) and callee.__module__ == function.__module__:
+                pending.append(callee)
     return False
 
 
@@ -68,7 +68,7 @@ class Watch:
         return [self.close, closing.remove, opening.remove]
 
     def open(self, shape: tuple[int, ...] | None) -> None:
-        self.close()  # KeyboardInterrupt runs no hook: what an interrupted forward left open
+        self.close()  # an interrupted forward left it open: KeyboardInterrupt runs no hook
         if self.listener.record is not None:
             self.mode = _Mode(self.listener.record, self.key, shape)
             self.mode.__enter__()
@@ -101,8 +101,8 @@ class _Open(ModelHook):
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
-        hidden = next((value for value in (*args, *given.values()) if isinstance(value, Tensor)), None)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         self.watch.open(None if hidden is None else tuple(hidden.shape))
 
 
@@ -110,7 +110,7 @@ class _Close(ModelHook):
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.watch.close()
 
 
