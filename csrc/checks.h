@@ -1,38 +1,176 @@
-// Argument errors of the operators, worded alike: operator, tensor, what was expected, what came.
+// The argument checks of every operator, the same for every device. The Python functions have checked what users pass;
+// these run again because torch.ops.ear_ops is public and wrong shapes would touch foreign memory. Messages are worded
+// alike: operator, argument, what was expected, what came.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <ATen/core/List.h>
 #include <c10/util/Exception.h>
+
+#include "problem.h"
 
 namespace ear_ops {
 
-inline void check_shape(const char* op, const char* name, const at::Tensor& tensor, at::IntArrayRef expected) {
-  TORCH_CHECK_VALUE(tensor.sizes() == expected, op, ": ", name, ": expected shape ", expected, ", got ",
-                    tensor.sizes());
+// What the kernels of one device take.
+struct DeviceLimits {
+  const char* dtypes;  // in words
+  bool takes_float64;
+  int64_t size;  // every dimension but the first must be less
+};
+
+// The dtype of sums, statistics and biases.
+inline at::ScalarType accumulator_of(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-inline void check_dim(const char* op, const char* name, const at::Tensor& tensor, int64_t dim, const char* layout) {
-  TORCH_CHECK_VALUE(tensor.dim() == dim, op, ": ", name, ": expected ", dim, " dimensions ", layout, ", got shape ",
-                    tensor.sizes());
+// Holds the other tensors of a call against its first one.
+class Checker {
+ public:
+  Checker(const char* op, const char* name, const Tensor& first, int64_t dim, const char* layout,
+          const DeviceLimits& limits)
+      : op_(op), name_(name), first_(first) {
+    check_dim(name, first, dim, layout);
+    const auto dtype = first.scalar_type();
+    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf ||
+                         (dtype == at::kDouble && limits.takes_float64),
+                     op, ": ", name, ": expected ", limits.dtypes, ", got ", dtype);
+    check_size(name, first, limits);
+  }
+
+  // How many pairs of rows there are: both views in one tensor come x first, in an even number of rows.
+  int64_t pairs(bool stacked) const {
+    TORCH_CHECK_VALUE(!stacked || first_.size(0) % 2 == 0, op_, ": ", name_,
+                      ": expected an even batch with both views, got shape ", first_.sizes());
+    return stacked ? first_.size(0) / 2 : first_.size(0);
+  }
+
+  void check_dim(const char* name, const Tensor& tensor, int64_t dim, const char* layout) const {
+    TORCH_CHECK_VALUE(tensor.dim() == dim, op_, ": ", name, ": expected ", dim, " dimensions ", layout, ", got shape ",
+                      tensor.sizes());
+  }
+
+  void check_size(const char* name, const Tensor& tensor, const DeviceLimits& limits) const {
+    for (int64_t i = 1; i < tensor.dim(); ++i)
+      TORCH_CHECK_VALUE(tensor.size(i) < limits.size, op_, ": ", name, ": expected dimensions of less than ",
+                        limits.size, ", got shape ", tensor.sizes());
+  }
+
+  void check_shape(const char* name, const Tensor& tensor, at::IntArrayRef shape) const {
+    TORCH_CHECK_VALUE(tensor.device() == first_.device(), op_, ": ", name, ": expected a tensor on ", first_.device(),
+                      ", got one on ", tensor.device());
+    TORCH_CHECK_VALUE(tensor.sizes() == shape, op_, ": ", name, ": expected shape ", shape, ", got ", tensor.sizes());
+  }
+
+  void check(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) const {
+    check_shape(name, tensor, shape);
+    TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, op_, ": ", name, ": expected dtype ", dtype, ", got ",
+                     tensor.scalar_type());
+  }
+
+  void check(const char* name, const OptionalTensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) const {
+    if (tensor) check(name, *tensor, shape, dtype);
+  }
+
+  // A second view has the shape and dtype of the first.
+  void check_like(const char* name, const OptionalTensor& tensor, const Tensor& like) const {
+    if (tensor) check(name, *tensor, like.sizes(), first_.scalar_type());
+  }
+
+  void check_needs(const c10::List<bool>& needs, size_t inputs) const {
+    TORCH_CHECK_VALUE(needs.size() == inputs, op_, ": needs: expected ", inputs, " entries, got ", needs.size());
+  }
+
+ private:
+  const char* op_;
+  const char* name_;
+  const Tensor& first_;
+};
+
+// The checked sizes of a problem, and the checker for what a backward gets beside it.
+
+constexpr int64_t kRowStats = 6;  // of a query: maximum, 1 / sum of exponentials, and d, each of both views
+
+struct AttentionSizes {
+  int64_t pairs, heads, key_heads, queries, keys, dim;
+
+  int64_t group() const { return heads / key_heads; }  // query heads that share a key head
+};
+
+struct MapsSizes {
+  int64_t pairs, heads, queries, keys;
+};
+
+struct PooledSizes {
+  int64_t pairs, length, features;
+};
+
+inline AttentionSizes check(const char* op, const AttentionProblem& p, const DeviceLimits& limits) {
+  const Checker checker(op, "query", p.query, 4, "[B, H, L, D]", limits);
+  checker.check_dim("key", p.key, 4, "[B, H_kv, S, D]");
+  checker.check_size("key", p.key, limits);
+  const int64_t pairs = checker.pairs(!p.query_aug);
+  const AttentionSizes sizes = {pairs, p.query.size(1), p.key.size(1), p.query.size(2), p.key.size(2), p.query.size(3)};
+  TORCH_CHECK_VALUE(sizes.key_heads > 0 && sizes.heads % sizes.key_heads == 0, op,
+                    ": key: expected a number of heads that divides ", sizes.heads, ", got shape ", p.key.sizes());
+  checker.check("key", p.key, {p.query.size(0), sizes.key_heads, sizes.keys, sizes.dim}, p.query.scalar_type());
+  TORCH_CHECK_VALUE(p.query_aug.has_value() == p.key_aug.has_value(), op,
+                    ": query_aug, key_aug: expected both or neither");
+  checker.check_like("query_aug", p.query_aug, p.query);
+  checker.check_like("key_aug", p.key_aug, p.key);
+  checker.check("key_mask", p.key_mask, {2 * pairs, sizes.keys}, at::kBool);
+  checker.check("counted_queries", p.counted_queries, {pairs, sizes.queries}, at::kBool);
+  const int64_t whole[] = {pairs, sizes.heads, sizes.queries, sizes.keys};
+  checker.check("attn_bias", p.attn_bias, whole, accumulator_of(p.query));
+  checker.check("attn_bias_aug", p.attn_bias_aug, whole, accumulator_of(p.query));
+  TORCH_CHECK_VALUE(!p.softcap, op, ": softcap: computed by the reference only, use backend='reference'");
+  return sizes;
 }
 
-inline void check_dtype(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType expected) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == expected, op, ": ", name, ": expected dtype ", expected, ", got ",
-                   tensor.scalar_type());
+inline AttentionSizes check_backward(const char* op, const AttentionProblem& p, const DeviceLimits& limits,
+                                     const Tensor& grad_sums, const Tensor& row_stats, const c10::List<bool>& needs) {
+  const AttentionSizes sizes = check(op, p, limits);
+  const Checker checker(op, "query", p.query, 4, "[B, H, L, D]", limits);
+  checker.check_shape("grad_sums", grad_sums, {sizes.pairs, sizes.heads});
+  checker.check("row_stats", row_stats, {kRowStats, sizes.pairs, sizes.heads, sizes.queries}, accumulator_of(p.query));
+  checker.check_needs(needs, 4);
+  return sizes;
 }
 
-inline void check_optional(const char* op, const char* name, const std::optional<at::Tensor>& tensor,
-                           at::IntArrayRef shape, at::ScalarType dtype) {
-  if (!tensor) return;
-  check_shape(op, name, *tensor, shape);
-  check_dtype(op, name, *tensor, dtype);
+inline MapsSizes check(const char* op, const MapsProblem& p, const DeviceLimits& limits) {
+  const Checker checker(op, "attn", p.attn, 4, "[B, H, L, S]", limits);
+  const int64_t pairs = checker.pairs(!p.attn_aug);
+  const MapsSizes sizes = {pairs, p.attn.size(1), p.attn.size(2), p.attn.size(3)};
+  checker.check_like("attn_aug", p.attn_aug, p.attn);
+  checker.check("key_mask", p.key_mask, {2 * pairs, sizes.keys}, at::kBool);
+  checker.check("counted_queries", p.counted_queries, {pairs, sizes.queries}, at::kBool);
+  return sizes;
 }
 
-// Two views in one tensor come x first: an even number of rows.
-inline int64_t pairs_of(const char* op, const char* name, const at::Tensor& both, bool stacked) {
-  TORCH_CHECK_VALUE(!stacked || both.size(0) % 2 == 0, op, ": ", name,
-                    ": expected an even batch with both views, got shape ", both.sizes());
-  return stacked ? both.size(0) / 2 : both.size(0);
+inline MapsSizes check_backward(const char* op, const MapsProblem& p, const DeviceLimits& limits,
+                                const Tensor& grad_sums, const c10::List<bool>& needs) {
+  const MapsSizes sizes = check(op, p, limits);
+  const Checker checker(op, "attn", p.attn, 4, "[B, H, L, S]", limits);
+  checker.check_shape("grad_sums", grad_sums, {sizes.pairs, sizes.heads});
+  checker.check_needs(needs, 2);
+  return sizes;
+}
+
+inline PooledSizes check(const char* op, const PooledProblem& p, const DeviceLimits& limits) {
+  const Checker checker(op, "hidden", p.hidden, 3, "[B, L, C]", limits);
+  const int64_t pairs = checker.pairs(!p.hidden_aug);
+  const PooledSizes sizes = {pairs, p.hidden.size(1), p.hidden.size(2)};
+  checker.check_like("hidden_aug", p.hidden_aug, p.hidden);
+  checker.check("mask", p.mask, {2 * pairs, sizes.length}, at::kBool);
+  return sizes;
+}
+
+inline PooledSizes check_backward(const char* op, const PooledProblem& p, const DeviceLimits& limits,
+                                  const Tensor& grad_sums, const Tensor& difference, const c10::List<bool>& needs) {
+  const PooledSizes sizes = check(op, p, limits);
+  const Checker checker(op, "hidden", p.hidden, 3, "[B, L, C]", limits);
+  checker.check_shape("grad_sums", grad_sums, {sizes.pairs});
+  checker.check_shape("difference", difference, {sizes.pairs, sizes.features});
+  checker.check_needs(needs, 2);
+  return sizes;
 }
 
 }  // namespace ear_ops

@@ -1,138 +1,114 @@
-// MSE between given attention probabilities: one pass over both views, row by row.
+// Compares attention probabilities that exist, [B, H, L, S], in one pass over both views.
+//
+//   memory                                    registers                        memory
+//   P row i   p p p p p p ...  --4 vectors-->  p - t --- squared, summed --->  a sum of each share of a head
+//   T row i   t t t t t t ...  --4 vectors-->          \ times 2 g --------->  dP row i, and -dT row i (backward)
+//
+// A share is some rows of one head, about 64 Ki elements. Its sum is float64; the shares of a head are added in order.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <numeric>
 
+#include "../register.h"
 #include "isa.h"
 #include "schedule.h"
-#include "views.h"
+#include "tensors.h"
 
-namespace ear_ops {
+namespace ear_ops::cpu {
 
-namespace cpu {
 namespace {
 
 constexpr const char* kOp = "attention_mse";
 
-struct Maps {
-  int64_t pairs, heads, queries, keys;
+// The memory of a checked problem.
+struct Maps : MapsSizes {
   std::array<Tensor, 2> views;
-  std::array<Heads, 2> data;
+  std::array<HeadsPointer, 2> data;
   OptionalTensor key_mask, counted_queries;
-  Kind kind;
+
+  Maps(const MapsProblem& problem, const MapsSizes& sizes)
+      : MapsSizes(sizes),
+        views(dense_views(problem.attn, problem.attn_aug, sizes.pairs)),
+        data{HeadsPointer(views[0]), HeadsPointer(views[1])},
+        key_mask(contiguous(problem.key_mask)),
+        counted_queries(contiguous(problem.counted_queries)) {}
+
+  // Few enough that a single head is shared out, many enough to be worth a thread.
+  int64_t rows_per_share() const { return std::max<int64_t>(1, (int64_t(1) << 16) / std::max<int64_t>(keys, 1)); }
+  int64_t shares_per_head() const {  // none where there is no element
+    return keys == 0 ? 0 : (queries + rows_per_share() - 1) / rows_per_share();
+  }
 };
 
-Maps make_maps(const Tensor& attn, const OptionalTensor& attn_aug, const OptionalTensor& key_mask,
-               const OptionalTensor& counted_queries) {
-  check_dim(kOp, "attn", attn, 4, "[B, H, L, S]");
-  Maps m;
-  m.pairs = pairs_of(kOp, "attn", attn, !attn_aug.has_value());
-  m.heads = attn.size(1), m.queries = attn.size(2), m.keys = attn.size(3);
-  check_optional(kOp, "attn_aug", attn_aug, attn.sizes(), attn.scalar_type());
-  check_optional(kOp, "key_mask", key_mask, {2 * m.pairs, m.keys}, at::kBool);
-  check_optional(kOp, "counted_queries", counted_queries, {m.pairs, m.queries}, at::kBool);
-  m.views = split_views(attn, attn_aug, m.pairs);
-  m.data = {Heads(m.views[0]), Heads(m.views[1])};
-  m.key_mask = dense(key_mask), m.counted_queries = dense(counted_queries);
-  m.kind = kind_of(kOp, attn);
-  return m;
-}
-
-// Rows of a task: few enough that a single head is shared out, many enough to be worth a thread.
-int64_t rows_per_task(const Maps& m) { return std::max<int64_t>(1, (int64_t(1) << 16) / std::max<int64_t>(m.keys, 1)); }
-
-int64_t tasks_per_head(const Maps& m) {  // none where there is no element
-  return m.keys == 0 ? 0 : (m.queries + rows_per_task(m) - 1) / rows_per_task(m);
-}
-
-// body(task, head of all heads of all pairs, first row, rows) for every piece of every head.
+// Calls body(share, head of all heads of all pairs, first row, rows) for every share of every head.
 template <typename Body>
-void for_pieces(const Maps& m, const Body& body) {
-  const int64_t element = m.views[0].element_size(), per_task = rows_per_task(m), per_head = tasks_per_head(m);
-  const int64_t tasks = m.pairs * m.heads * per_head;
-  run_tasks(tasks, workers_for(static_cast<double>(m.views[0].numel())), [&](int64_t, const auto& next) {
-    for (int64_t task = next(); task < tasks; task = next()) {
-      const int64_t head = task / per_head, b = head / m.heads, begin = task % per_head * per_task;
+void for_shares(const Maps& m, const Body& body) {
+  const int64_t element = m.views[0].element_size(), per_share = m.rows_per_share(), per_head = m.shares_per_head();
+  const int64_t shares = m.pairs * m.heads * per_head;
+  const Kind kind = kind_of(m.views[0]);
+  run_tasks(shares, workers_for(static_cast<double>(m.views[0].numel())), [&](int64_t, const auto& next) {
+    for (int64_t share = next(); share < shares; share = next()) {
+      const int64_t head = share / per_head, b = head / m.heads, begin = share % per_head * per_share;
       const uint8_t* counted = mask_row(m.counted_queries, b);
-      RowPairs rows = {m.kind, {}, {}, std::min(per_task, m.queries - begin), m.keys, {}, counted};
+      RowPairs rows = {kind, {}, {}, std::min(per_share, m.queries - begin), m.keys, {}, counted};
       if (counted) rows.counted += begin;
       for (int v = 0; v < 2; ++v) {
         rows.data[v] = m.data[v].head(b, head % m.heads) + begin * m.data[v].row_stride * element;
         rows.stride[v] = m.data[v].row_stride;
         rows.real[v] = mask_row(m.key_mask, v * m.pairs + b);
       }
-      body(task, head, begin, rows);
+      body(share, head, begin, rows);
     }
   });
 }
 
-template <typename A>
-void forward(const Maps& m, Tensor& sums) {
-  const auto& table = kernels<A>(*selection().isa);
-  const int64_t heads = m.pairs * m.heads, per_head = tasks_per_head(m);
-  std::vector<double> task_sums(heads * per_head);
-  for_pieces(m, [&](int64_t task, int64_t, int64_t, const RowPairs& rows) {
-    task_sums[task] = table.squared_difference(rows);
+Tensor attention_mse(const MapsProblem& problem) {
+  const Maps maps(problem, check(kOp, problem, kLimits));
+  Tensor sums = at::zeros({maps.pairs, maps.heads}, problem.attn.options().dtype(accumulator_of(problem.attn)));
+  with_accumulator(problem.attn, [&]<typename A>() {
+    const auto& table = kernels<A>(*selection().isa);
+    const int64_t heads = maps.pairs * maps.heads, per_head = maps.shares_per_head();
+    std::vector<double> share_sums(heads * per_head);
+    for_shares(maps, [&](int64_t share, int64_t, int64_t, const RowPairs& rows) {
+      share_sums[share] = table.squared_difference(rows);
+    });
+    A* sum = sums.data_ptr<A>();
+    for (auto head = share_sums.begin(); head != share_sums.end(); head += per_head)
+      *sum++ = static_cast<A>(std::accumulate(head, head + per_head, 0.0));
   });
-  A* sum = sums.data_ptr<A>();
-  for (auto head = task_sums.begin(); head != task_sums.end(); head += per_head)
-    *sum++ = static_cast<A>(std::accumulate(head, head + per_head, 0.0));
-}
-
-// out: of each view, contiguous [B, H, L, S], every element of which is written; null: not asked for.
-template <typename A>
-void backward(const Maps& m, const Tensor& grad_sums, const std::array<char*, 2>& out) {
-  const auto& table = kernels<A>(*selection().isa);
-  const A* upstream = grad_sums.data_ptr<A>();
-  const int64_t row_bytes = m.keys * m.views[0].element_size();
-  for_pieces(m, [&](int64_t, int64_t head, int64_t begin, const RowPairs& rows) {
-    char* to[2] = {};
-    for (int v = 0; v < 2; ++v)
-      if (out[v]) to[v] = out[v] + (head * m.queries + begin) * row_bytes;
-    table.difference_gradient(rows, 2 * upstream[head], to[0], to[1]);
-  });
-}
-
-}  // namespace
-}  // namespace cpu
-
-Tensor attention_mse(const Tensor& attn, const OptionalTensor& attn_aug, const OptionalTensor& key_mask,
-                     const OptionalTensor& counted_queries) {
-  const auto maps = cpu::make_maps(attn, attn_aug, key_mask, counted_queries);
-  Tensor sums = at::zeros({maps.pairs, maps.heads}, attn.options().dtype(cpu::accumulator_of(attn)));
-  if (maps.kind == cpu::Kind::kFloat64) {
-    cpu::forward<double>(maps, sums);
-  } else {
-    cpu::forward<float>(maps, sums);
-  }
   return sums;
 }
 
-std::vector<Tensor> attention_mse_backward(const Tensor& grad_sums, const Tensor& attn, const OptionalTensor& attn_aug,
-                                           const OptionalTensor& key_mask, const OptionalTensor& counted_queries,
+std::vector<Tensor> attention_mse_backward(const Tensor& grad_sums, const MapsProblem& problem,
                                            const c10::List<bool>& needs) {
-  const auto maps = cpu::make_maps(attn, attn_aug, key_mask, counted_queries);
-  check_shape(cpu::kOp, "grad_sums", grad_sums, {maps.pairs, maps.heads});
-  TORCH_CHECK_VALUE(needs.size() == 2, cpu::kOp, ": needs: expected 2 entries, got ", needs.size());
-  std::vector<Tensor> gradients;
-  auto make = [&]() {
-    gradients.push_back(at::empty(attn.sizes(), attn.options()));
-    return static_cast<char*>(gradients.back().data_ptr());
-  };
+  const Maps maps(problem, check_backward(kOp, problem, kLimits, grad_sums, needs));
+  // Contiguous [B, H, L, S], every element of which is written.
+  Gradients gradients = make_gradients({{problem.attn, problem.attn_aug}}, needs, maps.pairs,
+                                       [](const Tensor& like) { return at::empty(like.sizes(), like.options()); });
   std::array<char*, 2> out = {};
-  if (needs.get(0)) {
-    out[0] = make();
-    if (!attn_aug) out[1] = out[0] + gradients[0].nbytes() / 2;
-  }
-  if (needs.get(1) && attn_aug) out[1] = make();
-  const Tensor upstream = grad_sums.to(cpu::accumulator_of(attn)).contiguous();
-  if (maps.kind == cpu::Kind::kFloat64) {
-    cpu::backward<double>(maps, upstream, out);
-  } else {
-    cpu::backward<float>(maps, upstream, out);
-  }
-  return gradients;
+  for (int v = 0; v < 2; ++v)
+    if (const Tensor& gradient = gradients.views[0][v]; gradient.defined())
+      out[v] = static_cast<char*>(gradient.data_ptr());
+  const Tensor upstream = grad_sums.to(accumulator_of(problem.attn)).contiguous();
+  const int64_t row_bytes = maps.keys * problem.attn.element_size();
+  with_accumulator(problem.attn, [&]<typename A>() {
+    const auto& table = kernels<A>(*selection().isa);
+    const A* of_head = upstream.data_ptr<A>();
+    for_shares(maps, [&](int64_t, int64_t head, int64_t begin, const RowPairs& rows) {
+      char* to[2] = {};
+      for (int v = 0; v < 2; ++v)
+        if (out[v]) to[v] = out[v] + (head * maps.queries + begin) * row_bytes;
+      table.difference_gradient(rows, 2 * of_head[head], to[0], to[1]);
+    });
+  });
+  return gradients.returned;
 }
 
-}  // namespace ear_ops
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ear_ops, m) {
+  register_operator<&attention_mse, &attention_mse_backward>(m, kOp, c10::DispatchKey::CPU);
+}
+
+}  // namespace ear_ops::cpu

@@ -1,7 +1,7 @@
 #include "isa.h"
 
 #include <ATen/native/CPUBlas.h>
-#include <c10/util/Exception.h>
+#include <torch/library.h>
 
 #include <cstdlib>
 #include <string>
@@ -48,6 +48,10 @@ Selection choose() {
 const Selection& selection() {
   static const Selection chosen = choose();
   return chosen;
+}
+
+TORCH_LIBRARY_FRAGMENT(ear_ops, m) {
+  m.def("cpu_isa() -> str", []() -> std::string { return selection().name; });
 }
 
 }  // namespace ear_ops::cpu

@@ -1,5 +1,5 @@
-// The inner loops of the CPU kernels as tables of function pointers, one table per instruction set, chosen at run time.
-// All lengths called "padded" are multiples of kLanes; packed rows are padded with zeros.
+// The inner loops of the CPU kernels as tables of function pointers, one table for each instruction set, chosen at run
+// time. Lengths that are called padded are multiples of kLanes. Packed rows are padded with zeros.
 #pragma once
 
 #include <cstdint>
@@ -10,29 +10,28 @@ constexpr int64_t kLanes = 16;  // elements that packed rows are padded to
 
 enum class Kind : int { kFloat32, kFloat64, kBFloat16, kFloat16 };  // element types of tensors
 
-// Scores of kLanes queries against a tile of keys, queries side by side: scores[view][key * ld + query]. Raw products
-// come in; what the functions leave is said there.
+// kLanes queries of a block in one tile, the queries side by side: scores[view][key * ld + query]. The scores come in
+// as raw products; each function of the table says what it leaves in their place.
 template <typename A>
-struct Column {
+struct LaneGroup {
   A* scores[2];
   int64_t ld, keys;
   A scale;
   const uint8_t* real[2];  // [keys] of each view; null: all keys are real in both
-  const A* bias[2];        // laid out as scores, added to the scaled scores, -inf masks; null: none
-  const A* first;          // [kLanes] structure (causal, window) lets a query attend to keys [first, last) of the tile,
-  const A* last;           //   counted from its first key; null: to all
+  const A* bias[2];        // laid out as the scores and added to the scaled ones, -inf masks; null: none
+  const A* first;          // [kLanes] a query may attend to the keys [first, last) of the tile, by position (causal,
+  const A* last;           //   window), counted from the tile's first key; null: to all
 };
 
-// Of kLanes queries. P = exp(score - max) * inverse, inverse being 0 for a query without keys. Not one log sum exp:
-// with large scores its rounding alone would be more than the gradient may lose.
+// The statistics of kLanes queries. P = exp(score - max) * inverse; the inverse of a query without keys is 0. They are
+// not one log sum exp, because the rounding of a large one alone is more than the gradient may lose.
 template <typename A>
-struct ColumnStats {
+struct LaneStats {
   A max[2][kLanes], inverse[2][kLanes];  // of each view; while tiles are read, `inverse` holds the sum
   A d[2][kLanes];                        // sum P (P - T), sum T (T - P)
 };
-constexpr int64_t kRowStats = 6;
 
-// Rows of both views, the elements of each side by side.
+// Rows of attention maps of both views, the elements of each side by side.
 struct RowPairs {
   Kind kind;
   const void* data[2];
@@ -44,8 +43,8 @@ struct RowPairs {
 
 template <typename A>
 struct Kernels {
-  // dst [padded rows, ld] = rows `index` of src (row stride in elements), a row whose `real`
-  // byte is 0 and everything beyond (n, dim) being zero.
+  // dst [padded rows, ld] = rows `index` of src (row stride in elements). A row whose `real` byte is 0 is zero, and so
+  // is everything beyond (n, dim).
   void (*gather_rows)(const void* src, Kind kind, int64_t stride, const int32_t* index, const uint8_t* real, int64_t n,
                       int64_t padded_rows, int64_t dim, int64_t ld, A* dst);
   // The reverse: rows `index` of dst = src [n, ld].
@@ -56,23 +55,23 @@ struct Kernels {
   // C [m, n] (+)= A [m, k] B [k, n]; n padded.
   void (*product)(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc,
                   bool accumulate);
-  // The softmax statistics of one more tile; max starts at -inf, the sum at 0. The scores become exp(score - max), max
-  // being the greatest score so far.
-  void (*softmax_tile)(const Column<A>& column, ColumnStats<A>* stats);
+  // Adds one more tile to max, which starts at -inf, and to the sum, which starts at 0. The scores become
+  // exp(score - max), where max is the greatest score so far.
+  void (*softmax_tile)(const LaneGroup<A>& group, LaneStats<A>* stats);
   // After the last tile: the sums become their inverses, 0 where `alive` [2][kLanes] is 0 (null: all alive).
-  void (*finish_softmax)(const A* alive, ColumnStats<A>* stats);
+  void (*finish_softmax)(const A* alive, LaneStats<A>* stats);
   // Adds a tile's share to d and returns its sum (P - T)^2. The scores are raw, or exponentials of the final max.
-  A (*difference_tile)(const Column<A>& column, bool exponentials, ColumnStats<A>* stats);
-  // raw scores <- gradient * P ((P - T) - d), those of x^a likewise.
-  void (*gradient_tile)(const Column<A>& column, const ColumnStats<A>& stats, A gradient);
+  A (*difference_tile)(const LaneGroup<A>& group, bool exponentials, LaneStats<A>* stats);
+  // Raw scores become gradient * P ((P - T) - d), those of x^a gradient * T ((T - P) - d_a).
+  void (*gradient_tile)(const LaneGroup<A>& group, const LaneStats<A>& stats, A gradient);
 
-  // sum of (a - b)^2 over all elements.
+  // The sum of (a - b)^2 over all elements.
   double (*squared_difference)(const RowPairs& pairs);
-  // grad [rows, n] of the first view = gradient (a - b), of the second = -gradient (a - b), zero where that view is
-  // masked and in rows that do not count; either may be null.
+  // grad [rows, n] of the first view = gradient (a - b), of the second = -gradient (a - b). Both are zero where their
+  // view is masked and in rows that do not count. Either may be null.
   void (*difference_gradient)(const RowPairs& pairs, A gradient, void* grad, void* grad_aug);
-  // total [n] += the sum of rows `index` of src (row stride in elements), in double: a plain float32 sum over many
-  // tokens loses more than the error rule allows.
+  // total [n] += the sum of rows `index` of src (row stride in elements), in double, because a plain float32 sum over
+  // many tokens loses more than the error rule allows.
   void (*add_rows)(const void* src, Kind kind, int64_t stride, const int32_t* index, int64_t rows, int64_t n,
                    double* total);
   // y [n] = exp(x), n padded.
@@ -85,8 +84,8 @@ struct Isa {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
-  // Conversions for products in bfloat16. to_bf16: dst [rows, ld_dst] from src [rows, cols]. to_vnni: rows in pairs,
-  // dst [rows / 2, cols, 2], the layout that matrix units read.
+  // Conversions for products in bfloat16. to_bf16 makes dst [rows, ld_dst] from src [rows, cols]. to_vnni takes rows in
+  // twos to dst [rows / 2, cols, 2], the layout that matrix units read.
   void (*to_bf16)(const float* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst, int64_t ld_dst);
   void (*to_vnni)(const float* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst);
   // Rows of dst, `stride` bytes apart, = row [bytes], or zeros where `real` is 0 (null: all real).

@@ -1,24 +1,40 @@
-// Squared distance between the masked means of two views: one pass over the hidden states, the means in scratch.
+// Compares the masked means of two views of hidden states [B, L, C] in one pass over them.
+//
+//   memory    real tokens of x, real tokens of x^a
+//               | summed, eight tokens at a time
+//   scratch   total [1024] of each view, float64
+//               | divided by the tokens, subtracted
+//   memory    difference [B, C]; its square, summed over the slices in order: sums [B]
+//
+//   backward  difference [B, C], times 2 g / tokens --> one row [1024] in scratch --> every real token, zeros elsewhere
+//
+// A slice is 1024 features of one sequence, so that a single long sequence is shared out among threads too.
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <numeric>
 
+#include "../register.h"
 #include "isa.h"
 #include "schedule.h"
-#include "views.h"
+#include "tensors.h"
 
-namespace ear_ops {
+namespace ear_ops::cpu {
 
-namespace cpu {
 namespace {
 
 constexpr const char* kOp = "pooled_distance";
+constexpr int64_t kFeatures = 1024;  // of a slice
 
-struct Hidden {
-  int64_t pairs, length, features;
+// The memory of a checked problem.
+struct Hidden : PooledSizes {
   std::array<Tensor, 2> views;
   OptionalTensor mask;
-  Kind kind;
+
+  Hidden(const PooledProblem& problem, const PooledSizes& sizes)
+      : PooledSizes(sizes),
+        views(dense_views(problem.hidden, problem.hidden_aug, sizes.pairs)),
+        mask(contiguous(problem.mask)) {}
 
   const char* sequence(int view, int64_t b) const {
     const Tensor& t = views[view];
@@ -28,30 +44,13 @@ struct Hidden {
     const uint8_t* real = mask_row(mask, view * pairs + b);
     return real ? length - std::count(real, real + length, uint8_t(0)) : length;
   }
+  int64_t slices() const { return (features + kFeatures - 1) / kFeatures; }
 };
 
-Hidden make_hidden(const Tensor& hidden, const OptionalTensor& hidden_aug, const OptionalTensor& mask) {
-  check_dim(kOp, "hidden", hidden, 3, "[B, L, C]");
-  Hidden h;
-  h.pairs = pairs_of(kOp, "hidden", hidden, !hidden_aug.has_value());
-  h.length = hidden.size(1), h.features = hidden.size(2);
-  TORCH_CHECK_VALUE(h.length < (int64_t(1) << 31), kOp, ": hidden: the sequences are too long");
-  check_optional(kOp, "hidden_aug", hidden_aug, hidden.sizes(), hidden.scalar_type());
-  check_optional(kOp, "mask", mask, {2 * h.pairs, h.length}, at::kBool);
-  h.views = split_views(hidden, hidden_aug, h.pairs);
-  h.mask = dense(mask);
-  h.kind = kind_of(kOp, hidden);
-  return h;
-}
-
-constexpr int64_t kFeatures = 1024;  // of a task: a single long sequence is shared out too
-
-int64_t slices_of(const Hidden& h) { return (h.features + kFeatures - 1) / kFeatures; }
-
-// body(task, b, first feature, features) for every sequence and every slice of its features.
+// Calls body(task, b, first feature, features) for every sequence and every slice of its features.
 template <typename Body>
 void for_slices(const Hidden& h, const Body& body) {
-  const int64_t slices = slices_of(h), tasks = h.pairs * slices;
+  const int64_t slices = h.slices(), tasks = h.pairs * slices;
   run_tasks(tasks, workers_for(static_cast<double>(h.views[0].numel())), [&](int64_t, const auto& next) {
     for (int64_t task = next(); task < tasks; task = next()) {
       const int64_t first = task % slices * kFeatures;
@@ -63,9 +62,10 @@ void for_slices(const Hidden& h, const Body& body) {
 template <typename A>
 void forward(const Hidden& h, Tensor& sums, Tensor& difference) {
   const auto& table = kernels<A>(*selection().isa);
+  const Kind kind = kind_of(h.views[0]);
   const int64_t element = h.views[0].element_size();
   A* means = difference.data_ptr<A>();
-  const int64_t slices = slices_of(h);
+  const int64_t slices = h.slices();
   std::vector<double> slice_sums(h.pairs * slices);
   for_slices(h, [&](int64_t task, int64_t b, int64_t first, int64_t n) {
     double total[2][kFeatures] = {};
@@ -76,8 +76,7 @@ void forward(const Hidden& h, Tensor& sums, Tensor& difference) {
       int64_t found = 0;
       for (int64_t i = 0; i < h.length; ++i)
         if (!real || real[i]) tokens[found++] = static_cast<int32_t>(i);
-      table.add_rows(h.sequence(v, b) + first * element, h.kind, h.views[v].stride(1), tokens.data(), found, n,
-                     total[v]);
+      table.add_rows(h.sequence(v, b) + first * element, kind, h.views[v].stride(1), tokens.data(), found, n, total[v]);
       count[v] = static_cast<double>(std::max<int64_t>(found, 1));
     }
     for (int64_t c = 0; c < n; ++c) {
@@ -99,61 +98,43 @@ void backward(const Hidden& h, const Tensor& grad_sums, const Tensor& difference
   const auto& table = kernels<A>(isa);
   const A* upstream = grad_sums.data_ptr<A>();
   const A* means = difference.data_ptr<A>();
+  const Kind kind = kind_of(h.views[0]);
   const int64_t element = h.views[0].element_size();
   for_slices(h, [&](int64_t, int64_t b, int64_t first, int64_t n) {
     alignas(64) char row[kFeatures * sizeof(double)];
     for (int v = 0; v < 2; ++v) {
       if (!out[v].defined()) continue;
       const A count = static_cast<A>(std::max<int64_t>(h.count(v, b), 1));
-      table.scale_row(means + b * h.features + first, (v == 0 ? 2 : -2) * upstream[b] / count, n, h.kind, row);
+      table.scale_row(means + b * h.features + first, (v == 0 ? 2 : -2) * upstream[b] / count, n, kind, row);
       char* to = static_cast<char*>(out[v].data_ptr()) + (b * h.length * h.features + first) * element;
       isa.fill_rows(row, mask_row(h.mask, v * h.pairs + b), h.length, n * element, h.features * element, to);
     }
   });
 }
 
-}  // namespace
-}  // namespace cpu
-
-std::tuple<Tensor, Tensor> pooled_distance(const Tensor& hidden, const OptionalTensor& hidden_aug,
-                                           const OptionalTensor& mask) {
-  const auto h = cpu::make_hidden(hidden, hidden_aug, mask);
-  const auto options = hidden.options().dtype(cpu::accumulator_of(hidden));
-  Tensor sums = at::empty({h.pairs}, options), difference = at::empty({h.pairs, h.features}, options);
-  if (h.kind == cpu::Kind::kFloat64) {
-    cpu::forward<double>(h, sums, difference);
-  } else {
-    cpu::forward<float>(h, sums, difference);
-  }
+std::tuple<Tensor, Tensor> pooled_distance(const PooledProblem& problem) {
+  const Hidden hidden(problem, check(kOp, problem, kLimits));
+  const auto options = problem.hidden.options().dtype(accumulator_of(problem.hidden));
+  Tensor sums = at::empty({hidden.pairs}, options), difference = at::empty({hidden.pairs, hidden.features}, options);
+  with_accumulator(problem.hidden, [&]<typename A>() { forward<A>(hidden, sums, difference); });
   return {sums, difference};
 }
 
-std::vector<Tensor> pooled_distance_backward(const Tensor& grad_sums, const Tensor& hidden,
-                                             const OptionalTensor& hidden_aug, const OptionalTensor& mask,
+std::vector<Tensor> pooled_distance_backward(const Tensor& grad_sums, const PooledProblem& problem,
                                              const Tensor& difference, const c10::List<bool>& needs) {
-  const auto h = cpu::make_hidden(hidden, hidden_aug, mask);
-  check_shape(cpu::kOp, "grad_sums", grad_sums, {h.pairs});
-  check_shape(cpu::kOp, "difference", difference, {h.pairs, h.features});
-  TORCH_CHECK_VALUE(needs.size() == 2, cpu::kOp, ": needs: expected 2 entries, got ", needs.size());
-  std::vector<Tensor> gradients;
-  std::array<Tensor, 2> out;
-  if (needs.get(0)) {
-    gradients.push_back(at::empty(hidden.sizes(), hidden.options()));
-    out[0] = gradients.back();
-    if (!hidden_aug) out[1] = gradients.back().narrow(0, h.pairs, h.pairs);
-  }
-  if (needs.get(1) && hidden_aug) {
-    gradients.push_back(at::empty(hidden.sizes(), hidden.options()));
-    out[1] = gradients.back();
-  }
-  const auto dtype = cpu::accumulator_of(hidden);
+  const Hidden hidden(problem, check_backward(kOp, problem, kLimits, grad_sums, difference, needs));
+  Gradients gradients = make_gradients({{problem.hidden, problem.hidden_aug}}, needs, hidden.pairs,
+                                       [](const Tensor& like) { return at::empty(like.sizes(), like.options()); });
+  const auto dtype = accumulator_of(problem.hidden);
   const Tensor upstream = grad_sums.to(dtype).contiguous(), means = difference.to(dtype).contiguous();
-  if (h.kind == cpu::Kind::kFloat64) {
-    cpu::backward<double>(h, upstream, means, out);
-  } else {
-    cpu::backward<float>(h, upstream, means, out);
-  }
-  return gradients;
+  with_accumulator(problem.hidden, [&]<typename A>() { backward<A>(hidden, upstream, means, gradients.views[0]); });
+  return gradients.returned;
 }
 
-}  // namespace ear_ops
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ear_ops, m) {
+  register_operator<&pooled_distance, &pooled_distance_backward>(m, kOp, c10::DispatchKey::CPU);
+}
+
+}  // namespace ear_ops::cpu

@@ -1,5 +1,5 @@
-// Matrix products of packed blocks: C [m, n] (+)= left [m, k] right [k, n], through oneDNN's batch-reduce kernels
-// (brgemm) where they run, else through the table's plain loops. n is padded to kLanes.
+// Products of packed matrices: C [m, n] (+)= left [m, k] right [k, n]. oneDNN's batch-reduce kernels (brgemm) make them
+// where they run, else the table's plain loops do. n is padded to kLanes.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -9,7 +9,7 @@
 
 namespace ear_ops::cpu {
 
-// Operands in the arithmetic type itself: packing is free.
+// Operands are of the arithmetic type itself, so that packing is free.
 template <typename A>
 struct PlainProducts {
   using Accumulator = A;
@@ -37,12 +37,12 @@ struct PlainProducts {
   }
 };
 
-// Operands rounded to bfloat16, the right one with its rows in pairs, accumulated in float32.
+// Operands are rounded to bfloat16, the right one with its rows in twos. Sums are float32.
 struct Bf16MatrixProducts {
   using Accumulator = float;
   using Operand = uint16_t;
   static constexpr bool kConverts = true;
-  static constexpr int64_t kPadding = 2 * kLanes;  // a row of a matrix unit's tile
+  static constexpr int64_t kPadding = 2 * kLanes;  // what one register row of a matrix unit holds
 
   const Isa& isa;
   bool emulated;
@@ -73,13 +73,13 @@ struct Bf16MatrixProducts {
   }
 };
 
-// Calls body with a null pointer of the products that fit inputs of this dtype, for its type alone.
+// Calls body with the products that fit inputs of this kind as its template argument.
 template <typename Body>
-auto with_products(at::ScalarType dtype, const Body& body) {
-  if (dtype == at::kDouble) return body(static_cast<PlainProducts<double>*>(nullptr));
-  if (dtype == at::kBFloat16 && selection().bf16 != Bf16Products::kNone)
-    return body(static_cast<Bf16MatrixProducts*>(nullptr));
-  return body(static_cast<PlainProducts<float>*>(nullptr));
+auto with_products(Kind kind, const Body& body) {
+  if (kind == Kind::kFloat64) return body.template operator()<PlainProducts<double>>();
+  if (kind == Kind::kBFloat16 && selection().bf16 != Bf16Products::kNone)
+    return body.template operator()<Bf16MatrixProducts>();
+  return body.template operator()<PlainProducts<float>>();
 }
 
 }  // namespace ear_ops::cpu

@@ -1,15 +1,16 @@
 // What this machine can do at best: the rates that benchmarks hold kernels against.
 #include <ATen/Parallel.h>
+#include <torch/library.h>
 
 #include <chrono>
 
 #include "isa.h"
 #include "products.h"
-#include "views.h"
+#include "scratch.h"
+#include "tensors.h"
 
-namespace ear_ops {
+namespace ear_ops::cpu {
 
-namespace cpu {
 namespace {
 
 // Calls of body(thread) per second and thread, all threads at once, the best of 20 tries.
@@ -63,14 +64,15 @@ std::vector<double> rates(int64_t m, int64_t n, int64_t k) {
   return {product * threads * 2.0 * m * n * k, exponential * threads * m * n};
 }
 
-}  // namespace
-}  // namespace cpu
-
+// Multiplications and additions per second of an [m, k] x [k, n] product, and exponentials per second, on all threads.
 std::vector<double> cpu_rates(int64_t m, int64_t n, int64_t k, at::ScalarType dtype) {
   for (const int64_t size : {m, n, k})
     TORCH_CHECK_VALUE(size > 0 && size % 32 == 0, "cpu_rates: m, n, k: expected multiples of 32, got ", size);
-  return cpu::with_products(
-      dtype, [&](auto* products) { return cpu::rates<std::remove_pointer_t<decltype(products)>>(m, n, k); });
+  return with_products(kind_of(dtype), [&]<typename P>() { return rates<P>(m, n, k); });
 }
 
-}  // namespace ear_ops
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ear_ops, m) { m.def("cpu_rates(int m, int n, int k, ScalarType dtype) -> float[]", &cpu_rates); }
+
+}  // namespace ear_ops::cpu

@@ -10,27 +10,18 @@ namespace {
 using ear_ops::cpu::Kind;
 using ear_ops::cpu::RowPairs;
 
-// Calls body with a null pointer of the storage type, for its type alone. Float64 storage goes with float64 arithmetic.
+// Calls body with the storage type of a tensor as its template argument. Float64 storage goes with float64 arithmetic.
 template <typename A, typename Body>
 void with_storage(Kind kind, const Body& body) {
   if constexpr (sizeof(A) == sizeof(double)) {
-    body(static_cast<double*>(nullptr));
+    body.template operator()<double>();
   } else if (kind == Kind::kBFloat16) {
-    body(static_cast<Bf16*>(nullptr));
+    body.template operator()<Bf16>();
   } else if (kind == Kind::kFloat16) {
-    body(static_cast<Half*>(nullptr));
+    body.template operator()<Half>();
   } else {
-    body(static_cast<float*>(nullptr));
+    body.template operator()<float>();
   }
-}
-
-template <typename T>
-T* same_type(T*, void* pointer) {
-  return static_cast<T*>(pointer);
-}
-template <typename T>
-const T* same_type(T*, const void* pointer) {
-  return static_cast<const T*>(pointer);
 }
 
 template <typename T>
@@ -142,9 +133,9 @@ template <typename A>
 double squared_difference(const RowPairs& pairs) {
   const RowPairs p = flattened(pairs);
   double sum = 0;
-  with_storage<A>(p.kind, [&](auto* storage) {
-    const auto* a = same_type(storage, p.data[0]);
-    const auto* b = same_type(storage, p.data[1]);
+  with_storage<A>(p.kind, [&]<typename T>() {
+    const auto* a = static_cast<const T*>(p.data[0]);
+    const auto* b = static_cast<const T*>(p.data[1]);
     sum = p.real[0] ? squared_difference_of<A, true>(p, a, b) : squared_difference_of<A, false>(p, a, b);
   });
   return sum;
@@ -220,11 +211,11 @@ void difference_gradient_to(const RowPairs& p, A gradient, const T* a, const T* 
 template <typename A>
 void difference_gradient(const RowPairs& pairs, A gradient, void* grad, void* grad_aug) {
   const RowPairs p = flattened(pairs);
-  with_storage<A>(p.kind, [&](auto* storage) {
-    const auto* a = same_type(storage, p.data[0]);
-    const auto* b = same_type(storage, p.data[1]);
-    auto* to = same_type(storage, grad);
-    auto* to_aug = same_type(storage, grad_aug);
+  with_storage<A>(p.kind, [&]<typename T>() {
+    const auto* a = static_cast<const T*>(p.data[0]);
+    const auto* b = static_cast<const T*>(p.data[1]);
+    auto* to = static_cast<T*>(grad);
+    auto* to_aug = static_cast<T*>(grad_aug);
     if (p.real[0]) {
       difference_gradient_to<A, true>(p, gradient, a, b, to, to_aug);
     } else {
@@ -268,7 +259,8 @@ void add_rows_of(const T* base, int64_t stride, const int32_t* index, int64_t ro
 template <typename A>
 void add_rows(const void* src, Kind kind, int64_t stride, const int32_t* index, int64_t rows, int64_t n,
               double* total) {
-  with_storage<A>(kind, [&](auto* storage) { add_rows_of<A>(same_type(storage, src), stride, index, rows, n, total); });
+  with_storage<A>(kind,
+                  [&]<typename T>() { add_rows_of<A>(static_cast<const T*>(src), stride, index, rows, n, total); });
 }
 
 void fill_rows(const char* row, const uint8_t* real, int64_t rows, int64_t bytes, int64_t stride, char* dst) {

@@ -1,5 +1,5 @@
-// Tasks of uneven cost on torch's threads: whoever is free takes the next one. Which thread runs a task must not matter
-// to its result; then results do not depend on the number of threads either.
+// Shares out tasks of uneven cost among torch's threads: a thread that is free takes the next task. A task gives the
+// same result on every thread, so that results do not depend on the number of threads either.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -9,7 +9,7 @@
 
 namespace ear_ops::cpu {
 
-// Calls body(worker, next) once per worker; next() is the next task, `tasks` or more when none is left.
+// Calls body(worker, next) once for each worker. next() is the next task, or `tasks` or more when none is left.
 template <typename Body>
 void run_tasks(int64_t tasks, int64_t workers, const Body& body) {
   std::atomic<int64_t> taken{0};
@@ -19,11 +19,11 @@ void run_tasks(int64_t tasks, int64_t workers, const Body& body) {
   });
 }
 
-// Threads to use for this many element operations: waking one costs some microseconds.
+// The threads to use for this many element operations: waking one costs some microseconds.
 inline int64_t workers_for(double operations) { return operations < (1 << 16) ? 1 : at::get_num_threads(); }
 
-// Into how many pieces to cut each of `tasks` tasks so that every worker finds enough of them.
-inline int64_t pieces_per_task(int64_t tasks, int64_t workers, int64_t most) {
+// Into how many shares to cut each of `tasks` tasks, at most `most`, so that every worker finds enough of them.
+inline int64_t shares_per_task(int64_t tasks, int64_t workers, int64_t most) {
   constexpr int64_t kPerWorker = 4;
   if (workers == 1 || tasks == 0 || tasks >= kPerWorker * workers) return 1;
   return std::clamp<int64_t>((kPerWorker * workers + tasks - 1) / tasks, 1, std::max<int64_t>(most, 1));

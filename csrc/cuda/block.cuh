@@ -1,11 +1,11 @@
-// Sums over a block of threads, and rows read 16 bytes or one element at a time.
+// Sums over a block of threads, and accesses to rows of tensors of 16 bytes or one element at a time.
 #pragma once
 
 #include "primitives.cuh"
 
 namespace ear_ops::cuda {
 
-// The sum over all kThreads threads, in thread 0; uses the first bytes of shared memory.
+// The sum over all kThreads threads, in thread 0. Uses the first bytes of shared memory.
 template <int kThreads>
 EAR_OPS_DEVICE float block_sum(float value) {
 #pragma unroll
@@ -30,11 +30,11 @@ EAR_OPS_CONSTANT int pack_size() {
   return 16 / sizeof(T);
 }
 
-// A pack in one access, or, where rows do not allow it, `n` elements `stride` apart and zeros after them: who gets
-// which elements, and so the order of sums, does not depend on how rows lie in memory.
-template <bool kPieces, typename T, int kCount>
+// Loads a pack in one access, or, where rows do not allow it, `n` elements `stride` apart and zeros after them. So
+// which thread gets which elements, and the order of sums, does not depend on how rows lie in memory.
+template <bool kVectorized, typename T, int kCount>
 EAR_OPS_DEVICE void load_pack(const T* from, int64_t stride, int n, Pack<T, kCount>* to) {
-  if constexpr (kPieces) {
+  if constexpr (kVectorized) {
     *to = load_global(reinterpret_cast<const Pack<T, kCount>*>(from));
   } else {
 #pragma unroll
@@ -42,9 +42,9 @@ EAR_OPS_DEVICE void load_pack(const T* from, int64_t stride, int n, Pack<T, kCou
   }
 }
 
-template <bool kPieces, typename T, int kCount>
+template <bool kVectorized, typename T, int kCount>
 EAR_OPS_DEVICE void store_pack(T* to, int n, const Pack<T, kCount>& from) {
-  if constexpr (kPieces) {
+  if constexpr (kVectorized) {
     store_global(reinterpret_cast<Pack<T, kCount>*>(to), from);
   } else {
 #pragma unroll

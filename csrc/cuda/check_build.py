@@ -1,6 +1,6 @@
 """What nvcc made of the kernels: registers, spills, the instructions that speed depends on; fails where one is amiss.
 
-    python csrc/cuda/check_build.py            the core set: head dimension 64 in bfloat16 and float32; elementwise
+    python csrc/cuda/check_build.py            the core set: head dimension 64 in bfloat16 and float32; the others
     python csrc/cuda/check_build.py --all      every instance
     python csrc/cuda/check_build.py FILE ...   these
 
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-CORE = ("instances/qk_bfloat16_64.cu", "instances/qk_float_64.cu", "elementwise.cu")
+OTHERS = ("attention_mse.cu", "pooled_distance.cu")
+CORE = ("instances/qk_bfloat16_64.cu", "instances/qk_float_64.cu", *OTHERS)
 ARCHITECTURES = ("80", "90")
 SPILLED_AT_MOST = 16  # bytes stored and loaded: two registers, put off once a tile (float32, head dimension 96, sm_80)
 INSTRUCTIONS = {
@@ -45,7 +46,7 @@ def demangled(name: str) -> str:
     """``forward_short<bfloat16, 64>`` out of a mangled name."""
     plain = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
     plain = re.sub(r"\(.*\)$", "", plain.replace("ear_ops::cuda::", "").replace("(int)", ""))
-    return plain.removeprefix("void ").replace("(bool)1", "pieces").replace("(bool)0", "elements")
+    return plain.removeprefix("void ").replace("(bool)1", "vectorized").replace("(bool)0", "elements")
 
 
 def compile_one(source: Path, architecture: str) -> list[dict[str, Any]]:
@@ -105,7 +106,7 @@ def main() -> None:
     options = parser.parse_args()
     sources = options.files or [HERE / name for name in CORE]
     if options.all:
-        sources = [HERE / "elementwise.cu", *sorted(HERE.glob("instances/*.cu"))]
+        sources = [*(HERE / name for name in OTHERS), *sorted(HERE.glob("instances/*.cu"))]
     tasks = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
     rows: list[dict[str, Any]] = []
     bad = 0

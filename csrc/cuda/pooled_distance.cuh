@@ -1,16 +1,24 @@
-// Squared distance between the masked means of two views: a block of threads pools a slice of the features over all
-// tokens, 32 tokens by eight accesses at a time. Sums are compensated: what rounding takes away is kept beside them.
+// Compares the masked means of two views. A block of threads pools a slice of the features over all tokens.
+//
+//   global memory   x and x^a, [L, C]: a slice of the features, 8 accesses of 16 bytes side by side
+//                     | 32 tokens at a time, four times ahead; padded tokens are not read
+//   registers       compensated sums of this thread's features and tokens
+//                     | through shared memory
+//   registers       one thread for each feature: mean - mean_a, squared and summed over the block
+//   written         forward: difference [B, C]; block_sums, one for each slice
+//                   backward: 2 g difference / tokens at every real token, zeros elsewhere
 #pragma once
 
 #include "block.cuh"
-#include "elementwise_args.h"
+#include "pooled_distance_args.h"
 
 namespace ear_ops::cuda {
 
 constexpr int kPooledThreads = 256;
-constexpr int kPooledLanes = 8;                             // accesses side by side
-constexpr int kPooledRows = kPooledThreads / kPooledLanes;  // tokens at a time
+constexpr int kPooledLanes = 8;                               // accesses side by side
+constexpr int kPooledTokens = kPooledThreads / kPooledLanes;  // at a time
 
+// What rounding takes away from the sum is kept beside it.
 struct Compensated {
   float sum = 0, rest = 0;
 
@@ -33,18 +41,18 @@ struct PooledPlace {
   EAR_OPS_DEVICE explicit PooledPlace(const PooledArgs& a)
       : slices((a.features + kSlice - 1) / kSlice), slice(block_index() % slices), pair(block_index() / slices) {}
   EAR_OPS_DEVICE int feature() const { return slice * kSlice + thread_index() % kPooledLanes * kCount; }
-  EAR_OPS_DEVICE int row() const { return thread_index() / kPooledLanes; }
+  EAR_OPS_DEVICE int token() const { return thread_index() / kPooledLanes; }
 };
 
-EAR_OPS_DEVICE bool is_real(const PooledArgs& a, int v, int64_t pair, int row) {
-  return row < a.length && (!a.mask || load_global(a.mask + (v * a.pairs + pair) * a.length + row));
+EAR_OPS_DEVICE bool is_real(const PooledArgs& a, int v, int64_t pair, int token) {
+  return token < a.length && (!a.mask || load_global(a.mask + (v * a.pairs + pair) * a.length + token));
 }
 
 // Real tokens of a sequence, at least 1; every thread gets it.
 EAR_OPS_DEVICE float token_count(const PooledArgs& a, int v, int64_t pair) {
   if (!a.mask) return static_cast<float>(a.length > 0 ? a.length : 1);
   float count = 0;
-  for (int row = thread_index(); row < a.length; row += kPooledThreads) count += is_real(a, v, pair, row);
+  for (int token = thread_index(); token < a.length; token += kPooledThreads) count += is_real(a, v, pair, token);
   count = block_sum<kPooledThreads>(count);
   if (thread_index() == 0) store_shared(shared_memory(), count);
   sync_block();
@@ -58,7 +66,7 @@ EAR_OPS_CONSTANT int pooled_shared_bytes() {  // the sums of both views, and at 
   return 2 * kPooledThreads * pack_size<T>() * static_cast<int>(sizeof(Compensated));
 }
 
-template <typename T, bool kPieces>
+template <typename T, bool kVectorized>
 EAR_OPS_KERNEL(kPooledThreads, 1)
 pooled_forward(EAR_OPS_ARGUMENT const PooledArgs a) {
   using Place = PooledPlace<T>;
@@ -70,19 +78,19 @@ pooled_forward(EAR_OPS_ARGUMENT const PooledArgs a) {
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
     Compensated sums[kCount];
-    const HiddenView& view = a.hidden[v];
+    const HiddenPointer& hidden = a.hidden[v];
     const T* from =
-        static_cast<const T*>(view.data) + place.pair * view.batch_stride + place.feature() * view.column_stride;
+        static_cast<const T*>(hidden.data) + place.pair * hidden.batch_stride + place.feature() * hidden.feature_stride;
     if (place.feature() < a.features)
-      for (int row = place.row(); row < a.length; row += kAhead * kPooledRows) {
+      for (int token = place.token(); token < a.length; token += kAhead * kPooledTokens) {
         Pack<T> packs[kAhead];
         bool real[kAhead];
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-          real[i] = is_real(a, v, place.pair, row + i * kPooledRows);
+          real[i] = is_real(a, v, place.pair, token + i * kPooledTokens);
           if (real[i])
-            load_pack<kPieces>(from + (row + i * kPooledRows) * view.row_stride, view.column_stride,
-                               a.features - place.feature(), &packs[i]);
+            load_pack<kVectorized>(from + (token + i * kPooledTokens) * hidden.token_stride, hidden.feature_stride,
+                                   a.features - place.feature(), &packs[i]);
         }
 #pragma unroll
         for (int i = 0; i < kAhead; ++i)
@@ -103,9 +111,9 @@ pooled_forward(EAR_OPS_ARGUMENT const PooledArgs a) {
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
       double total = 0;
-      for (int row = 0; row < kPooledRows; ++row)
+      for (int token = 0; token < kPooledTokens; ++token)
         total += load_shared<Compensated>(shared_memory() +
-                                          (v * kPooledThreads * kCount + row * Place::kSlice + thread_index()) *
+                                          (v * kPooledThreads * kCount + token * Place::kSlice + thread_index()) *
                                               sizeof(Compensated))
                      .value();
       mean[v] = total / count[v];
@@ -119,7 +127,7 @@ pooled_forward(EAR_OPS_ARGUMENT const PooledArgs a) {
 }
 
 // Every real token of a sequence has the same gradient.
-template <typename T, bool kPieces>
+template <typename T, bool kVectorized>
 EAR_OPS_KERNEL(kPooledThreads, 1)
 pooled_backward(EAR_OPS_ARGUMENT const PooledArgs a) {
   using Place = PooledPlace<T>;
@@ -138,12 +146,12 @@ pooled_backward(EAR_OPS_ARGUMENT const PooledArgs a) {
         round_to(factor * load_global(a.difference + place.pair * a.features + place.feature() + e),
                  &gradient.elements[e]);
     T* to = static_cast<T*>(a.hidden[v].gradient) + place.pair * a.length * a.features + place.feature();
-    for (int row = place.row(); row < a.length; row += kPooledRows) {
-      const bool real = is_real(a, v, place.pair, row);
+    for (int token = place.token(); token < a.length; token += kPooledTokens) {
+      const bool real = is_real(a, v, place.pair, token);
       Pack<T> out;
 #pragma unroll
       for (int e = 0; e < kCount; ++e) out.elements[e] = real ? gradient.elements[e] : T{};
-      store_pack<kPieces>(to + static_cast<int64_t>(row) * a.features, left, out);
+      store_pack<kVectorized>(to + static_cast<int64_t>(token) * a.features, left, out);
     }
   }
 }

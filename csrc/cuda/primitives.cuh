@@ -1,6 +1,6 @@
-// Everything that the kernels ask of the machine, and nothing else: who am I, barriers, exchanges within a warp, copies
-// into shared memory, matrix products, and every access to memory. Without nvcc the same names come from a test-only
-// implementation that runs the threads of a block as fibers on the host (tests/cuda_on_host/primitives.h).
+// Everything that the kernels ask of the machine, and nothing else: the index of a thread, barriers, exchanges within a
+// warp, copies into shared memory, matrix products, and every access to memory. Without nvcc, the same names come from
+// a test-only implementation that runs the threads of a block as fibers on the host (tests/cuda_on_host/primitives.h).
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits;
 };
-struct alignas(16) Piece {  // what one access moves at best
+struct alignas(16) SixteenBytes {  // what one access moves at most
   uint32_t words[4];
 };
 
@@ -30,7 +30,7 @@ constexpr int kWarp = 32;
 #include <cuda_runtime.h>
 
 #define EAR_OPS_DEVICE __device__ __forceinline__
-// `blocks` a multiprocessor must have room for. Asked for no number, the compiler spills registers to fit more; asked
+// A multiprocessor must have room for `blocks`. Asked for no number, the compiler spills registers to fit more; asked
 // for one, it takes all registers there are and may still end with too few.
 #define EAR_OPS_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define EAR_OPS_ARGUMENT __grid_constant__
@@ -67,7 +67,8 @@ EAR_OPS_DEVICE void store_shared(void* to, T value) {
   *static_cast<T*>(to) = value;
 }
 
-// kBytes (4 or 16) from global to shared memory, zeros where not `real`; there after wait_copies.
+// Starts to copy kBytes (4 or 16) from global to shared memory, or zeros where not `real`. They are there after
+// wait_copies.
 template <int kBytes>
 EAR_OPS_DEVICE void copy_async(void* shared, const void* global, bool real) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

@@ -1,4 +1,4 @@
-// Matrix products of one warp over tiles in shared memory, in the fragments of m16n8: lane l = 4 g + t holds of a
+// Matrix products of one warp over vectors in shared memory, in the fragments of m16n8: lane l = 4 g + t holds of a
 // 16 x 8 product the elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
 #pragma once
 
@@ -6,32 +6,32 @@
 
 namespace ear_ops::cuda {
 
-// How a tile of kD columns lies in shared memory: the padding spreads the rows that are read together over all banks.
+// How vectors of kD features lie in shared memory. The padding spreads those that are read together over all banks.
 template <typename T, int kD>
-struct Tile {
+struct SharedVectors {
   static constexpr int kPadding = sizeof(T) == 4 ? 32 : 16;
-  static constexpr int kRowBytes = kD * sizeof(T) + kPadding;
-  static EAR_OPS_CONSTANT int bytes(int rows) { return rows * kRowBytes; }
-  static EAR_OPS_DEVICE const char* at(const char* tile, int row, int column) {
-    return tile + row * kRowBytes + column * static_cast<int>(sizeof(T));
+  static constexpr int kVectorBytes = kD * sizeof(T) + kPadding;
+  static EAR_OPS_CONSTANT int bytes(int vectors) { return vectors * kVectorBytes; }
+  static EAR_OPS_DEVICE const char* at(const char* base, int vector, int feature) {
+    return base + vector * kVectorBytes + feature * static_cast<int>(sizeof(T));
   }
 };
 
 template <typename T>
 struct Products {  // 16-bit elements
-  // scores [16, kN] += rows [16, kD] columns [kN, kD]^T
+  // scores [16, kN] += owned [16, kD] visited [kN, kD]^T
   template <int kD, int kN, bool kSwapped>
-  static EAR_OPS_DEVICE void add_scores(const char* rows, const char* columns, float (&scores)[kN / 8][4]) {
-    using Layout = Tile<T, kD>;
+  static EAR_OPS_DEVICE void add_scores(const char* owned, const char* visited, float (&scores)[kN / 8][4]) {
+    using Layout = SharedVectors<T, kD>;
     const int lane = thread_index() % kWarp;
 #pragma unroll
     for (int k = 0; k < kD; k += 16) {
       uint32_t a[4];
-      load_matrices<false>(a, Layout::at(rows, lane % 16, k + lane / 16 * 8));
+      load_matrices<false>(a, Layout::at(owned, lane % 16, k + lane / 16 * 8));
 #pragma unroll
       for (int n = 0; n < kN; n += 16) {
         uint32_t b[4];
-        load_matrices<false>(b, Layout::at(columns, n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
+        load_matrices<false>(b, Layout::at(visited, n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
         multiply_add(T{}, scores[n / 8], a, b[0], b[1]);
         multiply_add(T{}, scores[n / 8 + 1], a, b[2], b[3]);
       }
@@ -42,7 +42,7 @@ struct Products {  // 16-bit elements
   template <int kD, int kN>
   static EAR_OPS_DEVICE void add_weighted(const float (&weights)[kN / 8][4], const char* values,
                                           float (&out)[kD / 8][4]) {
-    using Layout = Tile<T, kD>;
+    using Layout = SharedVectors<T, kD>;
     const int lane = thread_index() % kWarp;
 #pragma unroll
     for (int k = 0; k < kN; k += 16) {
@@ -61,10 +61,10 @@ struct Products {  // 16-bit elements
   }
 };
 
-// float: each number is the sum of two that the matrix unit takes (11 + 11 bits of significand); the product of the two
-// small ones is below the rounding of the sum and left out. The unit rounds its sums towards zero, which adds up over
-// many steps: each step starts from nothing, and its result is added with proper rounding. kSwapped: rows and
-// columns have changed places, and the cross terms with them, so that the same bits come out. The summation index is
+// A float is the sum of two numbers that the matrix unit takes, of 11 bits of significand each. The product of the two
+// small ones is below the rounding of the sum and left out. The unit rounds its sums towards zero, which would add up
+// over many steps: so each step starts from nothing, and its result is added with proper rounding. kSwapped: the keys
+// are the owned ones; the cross terms change places with them, so that the same bits come out. The summation index is
 // permuted to suit the loads.
 template <>
 struct Products<float> {
@@ -91,17 +91,17 @@ struct Products<float> {
   };
 
   template <int kD, int kN, bool kSwapped>
-  static EAR_OPS_DEVICE void add_scores(const char* rows, const char* columns, float (&scores)[kN / 8][4]) {
-    using Layout = Tile<float, kD>;
+  static EAR_OPS_DEVICE void add_scores(const char* owned, const char* visited, float (&scores)[kN / 8][4]) {
+    using Layout = SharedVectors<float, kD>;
     const int g = thread_index() % kWarp / 4, t = thread_index() % 4;
 #pragma unroll 1  // more at a time and the split numbers run out of registers
     for (int k = 0; k < kD; k += 8) {
-      const Two top = load_shared<Two>(Layout::at(rows, g, k + 2 * t));
-      const Two bottom = load_shared<Two>(Layout::at(rows, g + 8, k + 2 * t));
+      const Two top = load_shared<Two>(Layout::at(owned, g, k + 2 * t));
+      const Two bottom = load_shared<Two>(Layout::at(owned, g + 8, k + 2 * t));
       const Split a[4] = {Split(top.first), Split(bottom.first), Split(top.second), Split(bottom.second)};
 #pragma unroll
       for (int n = 0; n < kN; n += 8) {
-        const Two b = load_shared<Two>(Layout::at(columns, n + g, k + 2 * t));
+        const Two b = load_shared<Two>(Layout::at(visited, n + g, k + 2 * t));
         multiply<kSwapped>(scores[n / 8], a, Split(b.first), Split(b.second));
       }
     }
@@ -110,11 +110,11 @@ struct Products<float> {
   template <int kD, int kN>
   static EAR_OPS_DEVICE void add_weighted(const float (&weights)[kN / 8][4], const char* values,
                                           float (&out)[kD / 8][4]) {
-    using Layout = Tile<float, kD>;
+    using Layout = SharedVectors<float, kD>;
     const int g = thread_index() % kWarp / 4, t = thread_index() % 4;
 #pragma unroll
     for (int k = 0; k < kN; k += 8) {
-      const float (&w)[4] = weights[k / 8];  // a lane's columns 2t, 2t + 1 stand for the unit's t, t + 4
+      const float (&w)[4] = weights[k / 8];  // a lane's 2t, 2t + 1 stand for the unit's t, t + 4
       const Split a[4] = {Split(w[0]), Split(w[2]), Split(w[1]), Split(w[3])};
 #pragma unroll
       for (int n = 0; n < kD; n += 8) {

@@ -1,11 +1,22 @@
-// The gradient of 64 queries or 64 keys, from the statistics that the forward kept.
+// The gradient of 64 queries or 64 keys, one chunk of their features, from the statistics that the forward kept.
+//
+//   global memory   owned vectors, and visited ones tile by tile with the row_stats of visited queries
+//                     | cp.async, one tile ahead
+//   shared memory   owned vectors; stage 0; stage 1
+//                     | mma of owned and visited vectors
+//   registers       scores of a tile, both views --> dS = P ((P - T) - d)
+//                     | mma of dS and visited vectors
+//   registers       gradient [64, kD] of each view, summed over all tiles, and over the heads of the group for keys
+//                     | times 2 scale g, rounded, through shared memory for accesses of 16 bytes
+//   written         dQ or dK of the 64 owned vectors
 #pragma once
 
 #include "qk_steps.cuh"
 
 namespace ear_ops::cuda {
 
-// Probabilities' gradients are at most 2; as float16 they would vanish long before that matters elsewhere.
+// What dS is multiplied by before it is rounded for the product. It is at most 2, and as float16 it would vanish long
+// before that matters elsewhere.
 template <typename T>
 EAR_OPS_DEVICE float gradient_range() {
   return 1;
@@ -15,22 +26,22 @@ EAR_OPS_DEVICE float gradient_range<float16>() {
   return 16384;
 }
 
-// Registers hold scores, and gradients of kD columns: wide ones leave room for fewer scores, split floats for fewer
-// still.
+// How many vectors of a tile a block visits. Registers hold the scores and the gradients of kD features: wide gradients
+// leave room for fewer scores, and split floats for fewer still.
 template <typename T>
-EAR_OPS_CONSTANT int gradient_columns(int kD) {
-  return sizeof(T) == 2 && kD <= 64 ? kColumns : kColumns / 2;
+EAR_OPS_CONSTANT int gradient_visited(int kD) {
+  return sizeof(T) == 2 && kD <= 64 ? kVisited : kVisited / 2;
 }
 template <typename T>
 EAR_OPS_CONSTANT int gradient_blocks(int kD) {
   return sizeof(T) == 4 && kD <= 64 ? 3 : 1;
 }
 
-// A warp's 16 rows of one view's gradient to memory, through shared memory for accesses of 16 bytes.
+// Writes a warp's 16 gradients of one view from `to` on, of which `count` exist, `features` of each.
 template <typename T, int kD>
-EAR_OPS_DEVICE void write_gradient(const float (&gradient)[kD / 8][4], float factor, char* scratch, T* to, int rows,
-                                   int dim, int columns) {
-  using Layout = Tile<T, kD>;
+EAR_OPS_DEVICE void write_gradient(const float (&gradient)[kD / 8][4], float factor, char* scratch, T* to, int count,
+                                   int dim, int features) {
+  using Layout = SharedVectors<T, kD>;
   const int lane = thread_index() % kWarp;
   sync_warp();
 #pragma unroll
@@ -41,48 +52,48 @@ EAR_OPS_DEVICE void write_gradient(const float (&gradient)[kD / 8][4], float fac
       for (int e = 0; e < 2; ++e) {
         T rounded;
         round_to(gradient[n][2 * half + e] * factor, &rounded);
-        store_shared(scratch + (lane / 4 + 8 * half) * Layout::kRowBytes +
+        store_shared(scratch + (lane / 4 + 8 * half) * Layout::kVectorBytes +
                          (n * 8 + lane % 4 * 2 + e) * static_cast<int>(sizeof(T)),
                      rounded);
       }
   sync_warp();
-  constexpr int kElements = 16 / sizeof(T), kPieces = kD / kElements;
-  for (int i = lane; i < 16 * kPieces; i += kWarp) {
-    const int row = i / kPieces, c = i % kPieces * kElements;
-    if (row >= rows || c >= columns) continue;
-    const char* from = Layout::at(scratch, row, c);
+  constexpr int kElements = 16 / sizeof(T), kAccesses = kD / kElements;
+  for (int i = lane; i < 16 * kAccesses; i += kWarp) {
+    const int own = i / kAccesses, c = i % kAccesses * kElements;
+    if (own >= count || c >= features) continue;
+    const char* from = Layout::at(scratch, own, c);
     if (dim % kElements == 0) {
-      store_global(reinterpret_cast<Piece*>(to + static_cast<int64_t>(row) * dim + c), load_shared<Piece>(from));
+      store_global(reinterpret_cast<SixteenBytes*>(to + static_cast<int64_t>(own) * dim + c),
+                   load_shared<SixteenBytes>(from));
     } else {
-      for (int e = 0; e < kElements && c + e < columns; ++e)
-        store_global(to + static_cast<int64_t>(row) * dim + c + e,
+      for (int e = 0; e < kElements && c + e < features; ++e)
+        store_global(to + static_cast<int64_t>(own) * dim + c + e,
                      load_shared<T>(from + e * static_cast<int>(sizeof(T))));
     }
   }
 }
 
-// The gradient of 64 queries or keys, one chunk of their columns.
 template <typename T, int kD, Role kOwner>
 EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int block, int own_chunk) {
-  constexpr int kN = gradient_columns<T>(kD);
+  constexpr int kN = gradient_visited<T>(kD);
   constexpr bool kQueries = kOwner == Role::kQueries;
-  const int first_row = block * kBlockRows, chunks = (a.dim + kD - 1) / kD, group = a.heads / a.key_heads;
-  const Rows<kOwner> rows{a, pair, head};
+  const int first_owned = block * kOwned, chunks = (a.dim + kD - 1) / kD, group = a.heads / a.key_heads;
+  const Vectors<kOwner> owned{a, pair, head};
   const int first_head = kQueries ? head : head * group, end_head = kQueries ? head + 1 : first_head + group;
-  const HeadsView* views = kQueries ? a.query : a.key;
-  const bool wanted[2] = {views[0].gradient != nullptr, views[1].gradient != nullptr};
+  const HeadsPointer* pointers = kQueries ? a.query : a.key;
+  const bool wanted[2] = {pointers[0].gradient != nullptr, pointers[1].gradient != nullptr};
 
   float gradient[2][kD / 8][4];
   clear(gradient);
-  bool row_real[2][2];
-  real_rows(rows, first_row, row_real);
-  float row_stats[3][2][2];  // of the rows, where they are queries
+  bool owned_real[2][2];
+  real_owned(owned, first_owned, owned_real);
+  float row_stats[3][2][2];  // of the owned queries
   if (kQueries) {
 #pragma unroll
     for (int v = 0; v < 2; ++v)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int query = first_row + row_of_lane(half);
+        const int query = first_owned + owned_of_lane(half);
 #pragma unroll
         for (int k = 0; k < 3; ++k)
           row_stats[k][v][half] =
@@ -91,7 +102,8 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
                   : 0.0f;
       }
   }
-  // The upstream gradient is one number a head: it is multiplied in at the end, the heads of a group by their share.
+  // The upstream gradient is one number a head. It is multiplied in at the end; the heads of a group are weighted by
+  // their share of the largest one.
   float upstream = 0;
   for (int h = first_head; h < end_head; ++h) {
     const float one = load_global(a.grad_sums + pair * a.heads + h);
@@ -99,14 +111,14 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
   }
   if (upstream == 0) upstream = 1;
 
-  const Stages<T, kD, kN, kOwner> stages{rows, first_row, chunks};
-  if (Real<kBlockRows>(rows, first_row).any()) {
+  const Stages<T, kD, kN, kOwner> stages{owned, first_owned, chunks};
+  if (Real<kOwned>(owned, first_owned).any()) {
     for_tiles(
-        stages, Steps<kN, kOwner>(a, pair, first_row, first_head, end_head, chunks, own_chunk),
+        stages, Steps<kN, kOwner>(a, pair, first_owned, first_head, end_head, chunks, own_chunk),
         [&](const auto& step, auto& scores, int stage) {
           uint32_t alive = 0;
-          finish_scores<kN, kOwner>(a, pair, step.head, first_row, step.first_column, row_real,
-                                    Real<kN>(step.visited(), step.first_column), scores, &alive);
+          finish_scores<kN, kOwner>(a, pair, step.head, first_owned, step.first_visited, owned_real,
+                                    Real<kN>(step.visited(), step.first_visited), scores, &alive);
           const float share = load_global(a.grad_sums + pair * a.heads + step.head) / upstream * gradient_range<T>();
 #pragma unroll
           for (int n = 0; n < kN / 8; ++n)
@@ -120,7 +132,7 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
                 for (int k = 0; k < 3; ++k)
                   stat[k] = kQueries ? row_stats[k][v][e / 2]
                                      : load_shared<float>(stages.stats(stage) +
-                                                          ((2 * k + v) * kN + n * 8 + column_of_lane(e)) * 4);
+                                                          ((2 * k + v) * kN + n * 8 + visited_of_lane(e)) * 4);
                 p[v] = product(exponential(scores[v][n][e], stat[0]), stat[1]);
                 d[v] = stat[2];
               }
@@ -129,8 +141,8 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
                 scores[v][n][e] = scores[v][n][e] == -infinity() ? 0.0f : share * (p[v] * ((p[v] - p[1 - v]) - d[v]));
             }
           const auto add = [&](int v) {
-            Products<T>::template add_weighted<kD, kN>(scores[v], stages.visited(stage) + v * Tile<T, kD>::bytes(kN),
-                                                       gradient[v]);
+            Products<T>::template add_weighted<kD, kN>(
+                scores[v], stages.visited(stage) + v * SharedVectors<T, kD>::bytes(kN), gradient[v]);
           };
           if (wanted[0] && wanted[1]) {
             add(0);
@@ -143,27 +155,29 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
           }
         });
   }
-  const int row = first_row + warp_index() * 16, column = own_chunk * kD;
+  const int first_of_warp = first_owned + warp_index() * 16, feature = own_chunk * kD;
   const float factor = 2 * a.scale * upstream / gradient_range<T>();
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
     if (!wanted[v]) continue;
     const int64_t heads = kQueries ? a.heads : a.key_heads;
-    T* to = static_cast<T*>(views[v].gradient) + ((pair * heads + head) * rows.count() + row) * a.dim + column;
-    char* scratch = stages.owned(0) + v * Tile<T, kD>::bytes(kBlockRows) + Tile<T, kD>::bytes(16) * warp_index();
-    write_gradient<T, kD>(gradient[v], factor, scratch, to, rows.count() - row, a.dim, a.dim - column);
+    T* to = static_cast<T*>(pointers[v].gradient) + ((pair * heads + head) * owned.count() + first_of_warp) * a.dim +
+            feature;
+    char* scratch =
+        stages.owned(0) + v * SharedVectors<T, kD>::bytes(kOwned) + SharedVectors<T, kD>::bytes(16) * warp_index();
+    write_gradient<T, kD>(gradient[v], factor, scratch, to, owned.count() - first_of_warp, a.dim, a.dim - feature);
   }
 }
 
-EAR_OPS_DEVICE bool wants(const HeadsView (&views)[2]) { return views[0].gradient || views[1].gradient; }
+EAR_OPS_DEVICE bool wants(const HeadsPointer (&pointers)[2]) { return pointers[0].gradient || pointers[1].gradient; }
 
-// Blocks that make gradients: of one key head first its queries', then its keys', so that what they read is at hand.
+// The blocks of threads of one key head make its queries' gradients first, then its keys', so that what they read is at
+// hand.
 template <typename T, int kD>
 EAR_OPS_KERNEL(kThreads, (gradient_blocks<T>(kD)))
 backward(EAR_OPS_ARGUMENT const QKArgs a) {
   const int chunks = (a.dim + kD - 1) / kD, group = a.heads / a.key_heads;
-  const int query_blocks = (a.queries + kBlockRows - 1) / kBlockRows,
-            key_blocks = (a.keys + kBlockRows - 1) / kBlockRows;
+  const int query_blocks = (a.queries + kOwned - 1) / kOwned, key_blocks = (a.keys + kOwned - 1) / kOwned;
   const int64_t of_queries = wants(a.query) ? static_cast<int64_t>(group) * query_blocks * chunks : 0;
   const int64_t per_head = of_queries + (wants(a.key) ? static_cast<int64_t>(key_blocks) * chunks : 0);
   int64_t index = block_index() % per_head;

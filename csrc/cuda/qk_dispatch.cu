@@ -1,5 +1,5 @@
-// Picks the instance of the qk_attention_mse kernels: the narrowest tile that holds the head dimension, or the widest
-// that the device's shared memory holds.
+// Picks the instance of the qk_attention_mse kernels: the narrowest chunk that holds the head dimension, or the widest
+// one that the device's shared memory holds.
 #include "primitives.cuh"
 #include "qk_kernels.h"
 
@@ -37,11 +37,11 @@ const char* run(Element element, bool backward, const QKArgs& a, void* stream) {
 
 }  // namespace
 
-const char* qk_attention_mse_forward(Element element, const QKArgs& args, void* stream) {
+const char* launch_qk_forward(Element element, const QKArgs& args, void* stream) {
   return run(element, false, args, stream);
 }
 
-const char* qk_attention_mse_backward(Element element, const QKArgs& args, void* stream) {
+const char* launch_qk_backward(Element element, const QKArgs& args, void* stream) {
   return run(element, true, args, stream);
 }
 

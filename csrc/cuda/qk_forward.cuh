@@ -1,11 +1,29 @@
-// The loss of 64 queries and the statistics of their rows: in one sweep over all keys, or in two over tiles of them.
+// The sum of (P - T)^2 over 64 rows and the statistics of each row.
+//
+// forward_short takes rows of at most 128 keys and one chunk of the head dimension, in one sweep.
+//
+//   global memory   Q [64, D] and K [S, D] of both views
+//                     | cp.async, all at once
+//   shared memory   Q, K of tile 0, K of tile 1
+//                     | mma
+//   registers       scores of 64 x 128, both views --> max of the row --> exp, sum --> P - T --> square, d
+//   written         row_stats [6, B, H, L]: max, 1 / sum, d; block_sums: one sum of squares
+//
+// forward_long takes rows of any length, in two sweeps over tiles of 64 keys that come through the stages of
+// qk_steps.cuh.
+//
+//   registers       sweep 1: scores of 64 x 64 --> running max and sum of this lane --> max, 1 / sum of the row
+//                   sweep 2: the same scores   --> P - T --> square, d
+//   written         as in forward_short
 #pragma once
 
 #include "qk_steps.cuh"
 
 namespace ear_ops::cuda {
 
-struct ForwardRows {  // the statistics of this lane's two rows
+// The statistics of this lane's two rows. Until `finish`, `inverse` is this lane's own sum of exponentials, relative to
+// `maximum`; after it, both are the row's and inverse is 1 / sum. d is this lane's part until write_forward.
+struct ForwardRows {
   float maximum[2][2], inverse[2][2], d[2][2];
   uint32_t alive;
 
@@ -16,8 +34,8 @@ struct ForwardRows {  // the statistics of this lane's two rows
       for (int half = 0; half < 2; ++half) maximum[v][half] = -infinity(), inverse[v][half] = 0, d[v][half] = 0;
   }
 
-  // From this lane's maximum and sum of exponentials to the row's, and its reciprocal: 0 in a row that compares
-  // nothing. A row of nothing but -infinity has no softmax either, which must show: in the lanes that hold such scores.
+  // A row that compares nothing gets 0. A row of nothing but -infinity has no softmax either: it shows as NaN in the
+  // lanes that hold such scores.
   EAR_OPS_DEVICE void finish() {
 #pragma unroll
     for (int v = 0; v < 2; ++v)
@@ -31,7 +49,7 @@ struct ForwardRows {  // the statistics of this lane's two rows
   }
 };
 
-// The largest scores of a tile so far into `rows`.
+// Raises the maxima to the largest scores of a tile.
 template <int kN>
 EAR_OPS_DEVICE void raise_maxima(const float (&scores)[2][kN / 8][4], ForwardRows& rows) {
 #pragma unroll
@@ -42,7 +60,7 @@ EAR_OPS_DEVICE void raise_maxima(const float (&scores)[2][kN / 8][4], ForwardRow
       for (int e = 0; e < 4; ++e) rows.maximum[v][e / 2] = fmaxf(rows.maximum[v][e / 2], scores[v][n][e]);
 }
 
-// Scores to exponentials, under maxima that are final, and their sums.
+// Turns scores into exponentials, under maxima that are final, and sums them.
 template <int kN>
 EAR_OPS_DEVICE void to_exponentials(float (&scores)[2][kN / 8][4], ForwardRows& rows) {
 #pragma unroll
@@ -56,7 +74,7 @@ EAR_OPS_DEVICE void to_exponentials(float (&scores)[2][kN / 8][4], ForwardRows& 
       }
 }
 
-// The same for one tile of many, under a running maximum of this lane: sums so far are rescaled.
+// Adds one tile of many to the sums, under a running maximum of this lane: a greater maximum rescales the sums so far.
 template <int kN>
 EAR_OPS_DEVICE void add_to_softmax(const float (&scores)[2][kN / 8][4], ForwardRows& rows) {
 #pragma unroll
@@ -78,7 +96,7 @@ EAR_OPS_DEVICE void add_to_softmax(const float (&scores)[2][kN / 8][4], ForwardR
     }
 }
 
-// sum (P - T)^2 over a tile, and the tile's part of d = sum P (P - T) and d_a = sum T (T - P).
+// Returns sum (P - T)^2 over a tile, and adds the tile's part of d = sum P (P - T) and d_a = sum T (T - P).
 template <int kN, bool kExponentials>
 EAR_OPS_DEVICE float compare(const float (&scores)[2][kN / 8][4], ForwardRows& rows) {
   float total = 0;
@@ -112,7 +130,7 @@ EAR_OPS_DEVICE void write_forward(const QKArgs& a, int64_t pair, int head, int b
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
       const float d = quad_sum(rows.d[v][half]);
-      const int query = block * kBlockRows + row_of_lane(half);
+      const int query = block * kOwned + owned_of_lane(half);
       if (thread_index() % 4 != 0 || query >= a.queries) continue;
       float* to = a.row_stats + stats_index(a, pair, head, query);
       store_global(to + v * step, rows.maximum[v][half]);
@@ -128,44 +146,43 @@ EAR_OPS_DEVICE void write_forward(const QKArgs& a, int64_t pair, int head, int b
   if (thread_index() != 0) return;
   total = 0;
   for (int warp = 0; warp < kThreads / kWarp; ++warp) total += load_shared<float>(sums + warp * 4);
-  store_global(a.block_sums + (pair * a.heads + head) * ((a.queries + kBlockRows - 1) / kBlockRows) + block, total);
+  store_global(a.block_sums + (pair * a.heads + head) * ((a.queries + kOwned - 1) / kOwned) + block, total);
 }
 
-constexpr int kShortKeys = 2 * kColumns;  // rows up to here are compared in one sweep, everything in registers
+constexpr int kShortKeys = 2 * kVisited;  // keys of a row up to which forward_short takes it
 
-// Rows of at most kShortKeys keys and kD columns: all of Q and K is asked for at once.
 template <typename T, int kD>
 EAR_OPS_KERNEL(kThreads, 1)
 forward_short(EAR_OPS_ARGUMENT const QKArgs a) {
-  const int blocks = (a.queries + kBlockRows - 1) / kBlockRows;
+  const int blocks = (a.queries + kOwned - 1) / kOwned;
   const int block = block_index() % blocks, head = block_index() / blocks % a.heads;
   const int64_t pair = block_index() / blocks / a.heads;
-  const int first_row = block * kBlockRows;
-  const Rows<Role::kQueries> queries{a, pair, head};
-  const Rows<Role::kKeys> keys{a, pair, head / (a.heads / a.key_heads)};
+  const int first_owned = block * kOwned;
+  const Vectors<Role::kQueries> queries{a, pair, head};
+  const Vectors<Role::kKeys> keys{a, pair, head / (a.heads / a.key_heads)};
   ForwardRows rows;
   float total = 0;
-  if (Real<kBlockRows>(queries, first_row).any()) {
+  if (Real<kOwned>(queries, first_owned).any()) {
     char* owned = shared_memory();
-    copy_rows<T, kD, kBlockRows>(owned, queries, first_row, 0);
+    copy_vectors<T, kD, kOwned>(owned, queries, first_owned, 0);
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile)
-      if (tile * kColumns < a.keys)
-        copy_rows<T, kD, kColumns>(owned + (1 + tile) * tile_bytes<T, kD>(), keys, tile * kColumns, 0);
+      if (tile * kVisited < a.keys)
+        copy_vectors<T, kD, kVisited>(owned + (1 + tile) * views_bytes<T, kD>(), keys, tile * kVisited, 0);
     commit_copies();
-    bool row_real[2][2];
-    real_rows(queries, first_row, row_real);
-    float scores[2][2][kColumns / 8][4];
+    bool owned_real[2][2];
+    real_owned(queries, first_owned, owned_real);
+    float scores[2][2][kVisited / 8][4];
     wait_copies<0>();
     sync_block();
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
-      if (tile * kColumns >= a.keys) continue;
+      if (tile * kVisited >= a.keys) continue;
       clear(scores[tile]);
-      add_scores<T, kD, kColumns, Role::kQueries>(owned, owned + (1 + tile) * tile_bytes<T, kD>(), scores[tile]);
-      finish_scores<kColumns, Role::kQueries>(a, pair, head, first_row, tile * kColumns, row_real,
-                                              Real<kColumns>(keys, tile * kColumns), scores[tile], &rows.alive);
-      raise_maxima<kColumns>(scores[tile], rows);
+      add_scores<T, kD, kVisited, Role::kQueries>(owned, owned + (1 + tile) * views_bytes<T, kD>(), scores[tile]);
+      finish_scores<kVisited, Role::kQueries>(a, pair, head, first_owned, tile * kVisited, owned_real,
+                                              Real<kVisited>(keys, tile * kVisited), scores[tile], &rows.alive);
+      raise_maxima<kVisited>(scores[tile], rows);
     }
 #pragma unroll
     for (int v = 0; v < 2; ++v)
@@ -173,43 +190,42 @@ forward_short(EAR_OPS_ARGUMENT const QKArgs a) {
       for (int half = 0; half < 2; ++half) rows.maximum[v][half] = shift_of(quad_max(rows.maximum[v][half]));
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile)
-      if (tile * kColumns < a.keys) to_exponentials<kColumns>(scores[tile], rows);
+      if (tile * kVisited < a.keys) to_exponentials<kVisited>(scores[tile], rows);
     rows.finish();
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile)
-      if (tile * kColumns < a.keys) total += compare<kColumns, true>(scores[tile], rows);
+      if (tile * kVisited < a.keys) total += compare<kVisited, true>(scores[tile], rows);
   }
   write_forward(a, pair, head, block, total, rows);
 }
 
-// Rows of any length, in two sweeps: softmax statistics, then the comparison.
 template <typename T, int kD>
 EAR_OPS_KERNEL(kThreads, 1)
 forward_long(EAR_OPS_ARGUMENT const QKArgs a) {
-  const int blocks = (a.queries + kBlockRows - 1) / kBlockRows;
+  const int blocks = (a.queries + kOwned - 1) / kOwned;
   const int block = block_index() % blocks, head = block_index() / blocks % a.heads;
   const int64_t pair = block_index() / blocks / a.heads;
-  const int first_row = block * kBlockRows, chunks = (a.dim + kD - 1) / kD;
-  const Rows<Role::kQueries> queries{a, pair, head};
+  const int first_owned = block * kOwned, chunks = (a.dim + kD - 1) / kD;
+  const Vectors<Role::kQueries> queries{a, pair, head};
   ForwardRows rows;
   float total = 0;
-  if (Real<kBlockRows>(queries, first_row).any()) {
-    bool row_real[2][2];
-    real_rows(queries, first_row, row_real);
-    const Stages<T, kD, kColumns, Role::kQueries> stages{queries, first_row, chunks};
-    const Steps<kColumns, Role::kQueries> steps(a, pair, first_row, head, head + 1, chunks, chunks - 1);
-    auto finish = [&](const Steps<kColumns, Role::kQueries>& step, float (&scores)[2][kColumns / 8][4]) {
-      finish_scores<kColumns, Role::kQueries>(a, pair, head, first_row, step.first_column, row_real,
-                                              Real<kColumns>(step.visited(), step.first_column), scores, &rows.alive);
+  if (Real<kOwned>(queries, first_owned).any()) {
+    bool owned_real[2][2];
+    real_owned(queries, first_owned, owned_real);
+    const Stages<T, kD, kVisited, Role::kQueries> stages{queries, first_owned, chunks};
+    const Steps<kVisited, Role::kQueries> steps(a, pair, first_owned, head, head + 1, chunks, chunks - 1);
+    auto finish = [&](const Steps<kVisited, Role::kQueries>& step, float (&scores)[2][kVisited / 8][4]) {
+      finish_scores<kVisited, Role::kQueries>(a, pair, head, first_owned, step.first_visited, owned_real,
+                                              Real<kVisited>(step.visited(), step.first_visited), scores, &rows.alive);
     };
     for_tiles(stages, steps, [&](const auto& step, auto& scores, int) {
       finish(step, scores);
-      add_to_softmax<kColumns>(scores, rows);
+      add_to_softmax<kVisited>(scores, rows);
     });
     rows.finish();
     for_tiles(stages, steps, [&](const auto& step, auto& scores, int) {
       finish(step, scores);
-      total += compare<kColumns, false>(scores, rows);
+      total += compare<kVisited, false>(scores, rows);
     });
   }
   write_forward(a, pair, head, block, total, rows);

@@ -1,5 +1,5 @@
-// The qk_attention_mse kernels of one element type and tile width: declared for qk_dispatch.cu, defined in
-// qk_launch.cuh for the file in instances/ that compiles them.
+// The qk_attention_mse kernels of one element type and chunk of the head dimension: declared for qk_dispatch.cu,
+// defined in qk_launch.cuh for the file in instances/ that compiles them.
 #pragma once
 
 #include "qk_args.h"

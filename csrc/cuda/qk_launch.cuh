@@ -1,4 +1,4 @@
-// Starts the qk_attention_mse kernels of one element type and tile width.
+// Starts the qk_attention_mse kernels of one element type and chunk of the head dimension.
 #pragma once
 
 #include "qk_backward.cuh"
@@ -9,12 +9,12 @@ namespace ear_ops::cuda {
 
 template <typename T, int kD>
 struct QKBytes {  // of shared memory
-  static constexpr int64_t kShort = 3 * tile_bytes<T, kD>();
-  static int64_t forward(int chunks) { return Stages<T, kD, kColumns, Role::kQueries>::bytes(chunks); }
-  static int64_t backward(int chunks) { return Stages<T, kD, gradient_columns<T>(kD), Role::kKeys>::bytes(chunks); }
+  static constexpr int64_t kShort = 3 * views_bytes<T, kD>();
+  static int64_t forward(int chunks) { return Stages<T, kD, kVisited, Role::kQueries>::bytes(chunks); }
+  static int64_t backward(int chunks) { return Stages<T, kD, gradient_visited<T>(kD), Role::kKeys>::bytes(chunks); }
 };
 
-inline int chunks_of(const QKArgs& a, int columns) { return (a.dim + columns - 1) / columns; }
+inline int chunks_of(const QKArgs& a, int features) { return (a.dim + features - 1) / features; }
 
 template <typename T, int kD>
 int64_t QKKernels<T, kD>::shared_bytes(const QKArgs& a) {

@@ -1,22 +1,25 @@
-// Attention-matrix MSE straight from Q and K. A block of threads owns 64 rows, 16 a warp, and visits tiles of columns;
-// scores, probabilities and their gradients live in registers. In the forward and for the gradient of the queries it
-// owns queries and visits keys; for the gradient of the keys it is the other way round. Every number is written by the
-// one block that owns it: no atomics, the same bits every time.
+// Scores of one tile, in the registers of a block of threads. The block owns 64 vectors, 16 a warp, and visits others
+// tile by tile. It owns queries in the forward and for the gradient of the queries, and keys for the gradient of the
+// keys. Every number is written by the one block that owns it: no atomics, the same bits every time.
 //
-// Head dimensions beyond kD come in chunks of kD columns: scores are sums over all of them, and a block makes the
-// gradient of one. Lane l = 4 g + t of a warp holds rows g and g + 8 ("half" 0 and 1) and columns 2t, 2t + 1 of
-// every 8.
+// Head dimensions beyond kD come in chunks of kD features. Scores are sums over all chunks, and a block makes the
+// gradient of one. Lane l = 4 g + t of a warp holds the scores of the owned vectors g and g + 8 ("half" 0 and 1) with
+// the visited vectors 2t and 2t + 1 of every 8:
+//
+//     visited of the n-th eight    0 1 | 2 3  | 4 5  | 6 7
+//     owned g, in lane             4g  | 4g+1 | 4g+2 | 4g+3     as scores[view][n][0], [1]
+//     owned g + 8, in lane         4g  | 4g+1 | 4g+2 | 4g+3     as scores[view][n][2], [3]
 #pragma once
 
-#include "qk_tile.cuh"
+#include "qk_vectors.cuh"
 
 namespace ear_ops::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
 EAR_OPS_DEVICE int warp_index() { return thread_index() / kWarp; }
-EAR_OPS_DEVICE int row_of_lane(int half) { return warp_index() * 16 + thread_index() % kWarp / 4 + 8 * half; }
-EAR_OPS_DEVICE int column_of_lane(int element) { return thread_index() % 4 * 2 + element % 2; }
+EAR_OPS_DEVICE int owned_of_lane(int half) { return warp_index() * 16 + thread_index() % kWarp / 4 + 8 * half; }
+EAR_OPS_DEVICE int visited_of_lane(int element) { return thread_index() % 4 * 2 + element % 2; }
 
 EAR_OPS_DEVICE float quad_sum(float x) {
   x += shuffle_xor(x, 1);
@@ -27,35 +30,35 @@ EAR_OPS_DEVICE float quad_max(float x) {
   return fmaxf(x, shuffle_xor(x, 2));
 }
 
-// What a softmax subtracts: nothing where there is no score at all, so that infinities never meet.
+// What a softmax subtracts. Where there is no score at all it subtracts nothing, so that infinities never meet.
 EAR_OPS_DEVICE float shift_of(float maximum) { return maximum == -infinity() ? 0.0f : maximum; }
 EAR_OPS_DEVICE float exponential(float score, float shift) { return exp2_fast((score - shift) * kLog2E); }
 
-// The address of a row's statistics [6, B, H, L]; consecutive ones are B * H * L apart.
+// Where the statistics of a query lie in [6, B, H, L]; one statistic follows the other B * H * L floats later.
 EAR_OPS_DEVICE int64_t stats_index(const QKArgs& a, int64_t pair, int head, int query) {
   return (pair * a.heads + head) * a.queries + query;
 }
 EAR_OPS_DEVICE int64_t stats_step(const QKArgs& a) { return a.pairs * a.heads * a.queries; }
 
-// Scores as they come out of the products, to scaled and biased ones; -infinity where a pair is not compared. Sets a
-// bit of `alive` (half + 2 view) where one is.
+// Scales scores as they come out of the products and adds the bias; where a query and a key are not compared, the score
+// becomes -infinity. Sets the bit half + 2 view of `alive` where one is left.
 template <int kN, Role kOwner>
-EAR_OPS_DEVICE void finish_scores(const QKArgs& a, int64_t pair, int head, int first_row, int first_column,
-                                  const bool (&row_real)[2][2], const Real<kN>& column_real,
+EAR_OPS_DEVICE void finish_scores(const QKArgs& a, int64_t pair, int head, int first_owned, int first_visited,
+                                  const bool (&owned_real)[2][2], const Real<kN>& visited_real,
                                   float (&scores)[2][kN / 8][4], uint32_t* alive) {
   const Structure structure(a);
 #pragma unroll
   for (int n = 0; n < kN / 8; ++n)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int half = e / 2, c = column_of_lane(e);
-      const int row = first_row + row_of_lane(half), column = first_column + n * 8 + c;
-      const int query = kOwner == Role::kQueries ? row : column, key = kOwner == Role::kQueries ? column : row;
+      const int half = e / 2, c = visited_of_lane(e);
+      const int owned = first_owned + owned_of_lane(half), visited = first_visited + n * 8 + c;
+      const int query = kOwner == Role::kQueries ? owned : visited, key = kOwner == Role::kQueries ? visited : owned;
       const bool allowed = structure.allows(query, key);
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
         float score = -infinity();
-        if (allowed && row_real[v][half] && column_real(v, n, c)) {
+        if (allowed && owned_real[v][half] && visited_real(v, n, c)) {
           float bias = 0;
           if (a.bias[v].data) {
             const Strides& s = a.bias[v].strides;
@@ -72,16 +75,16 @@ EAR_OPS_DEVICE void finish_scores(const QKArgs& a, int64_t pair, int head, int f
 }
 
 template <Role kOwner>
-EAR_OPS_DEVICE void real_rows(const Rows<kOwner>& rows, int first_row, bool (&real)[2][2]) {
+EAR_OPS_DEVICE void real_owned(const Vectors<kOwner>& owned, int first_owned, bool (&real)[2][2]) {
 #pragma unroll
   for (int v = 0; v < 2; ++v)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) real[v][half] = rows.real(v, first_row + row_of_lane(half));
+    for (int half = 0; half < 2; ++half) real[v][half] = owned.real(v, first_owned + owned_of_lane(half));
 }
 
 template <typename T, int kD>
-EAR_OPS_CONSTANT int tile_bytes() {  // of both views
-  return 2 * Tile<T, kD>::bytes(kBlockRows);
+EAR_OPS_CONSTANT int views_bytes() {  // of 64 vectors of both views
+  return 2 * SharedVectors<T, kD>::bytes(kOwned);
 }
 
 template <int kN>
@@ -96,11 +99,11 @@ EAR_OPS_DEVICE void clear(float (&scores)[2][kN][4]) {
 
 template <typename T, int kD, int kN, Role kOwner>
 EAR_OPS_DEVICE void add_scores(const char* owned, const char* visited, float (&scores)[2][kN / 8][4]) {
-  using Layout = Tile<T, kD>;
+  using Layout = SharedVectors<T, kD>;
 #pragma unroll
   for (int v = 0; v < 2; ++v)
     Products<T>::template add_scores<kD, kN, kOwner == Role::kKeys>(
-        owned + v * Layout::bytes(kBlockRows) + Layout::bytes(16) * warp_index(), visited + v * Layout::bytes(kN),
+        owned + v * Layout::bytes(kOwned) + Layout::bytes(16) * warp_index(), visited + v * Layout::bytes(kN),
         scores[v]);
 }
 

@@ -1,93 +1,100 @@
-// Tiles one after the other: where a block is, what is on its way to it, and the scores of each.
+// The tiles of a block of threads, one after the other: where the block is, what is on its way to it, and the scores.
+//
+//   global memory   vectors of tile i + 1
+//                     | cp.async
+//   shared memory   stage 0: tile i   stage 1: tile i + 1   owned vectors
+//                     | mma
+//   registers       scores of tile i, summed over all chunks of the head dimension; then the stages change places
 #pragma once
 
 #include "qk_scores.cuh"
 
 namespace ear_ops::cuda {
 
-// Where a block is on its way over everything it visits: the heads of the group, tiles of columns, chunks of the head
-// dimension. Tiles without a pair to compare are passed over. Every pass sums the chunks in one order, since the
+// Where a block is on its way over everything it visits: the heads of the group, the tiles of a head, the chunks of the
+// head dimension. It passes over tiles in which nothing is compared. Every pass sums the chunks in one order, since the
 // backward subtracts what the forward has summed.
 template <int kN, Role kOwner>
 struct Steps {
-  static constexpr Role kVisited = kOwner == Role::kQueries ? Role::kKeys : Role::kQueries;
+  static constexpr Role kVisitedRole = kOwner == Role::kQueries ? Role::kKeys : Role::kQueries;
   const QKArgs& a;
   int64_t pair;
-  int first_row, chunks, own_chunk;
-  int head, end_head, first_column, chunk;
+  int first_owned, chunks, own_chunk;
+  int head, end_head, first_visited, chunk;
 
-  // Heads [head, end_head): of the queries for an owner of keys, one otherwise; `key_head` of both.
-  EAR_OPS_DEVICE Steps(const QKArgs& a, int64_t pair, int first_row, int head, int end_head, int chunks, int own_chunk)
+  // Query heads [head, end_head): all of the group for an owner of keys, one for an owner of queries.
+  EAR_OPS_DEVICE Steps(const QKArgs& a, int64_t pair, int first_owned, int head, int end_head, int chunks,
+                       int own_chunk)
       : a(a),
         pair(pair),
-        first_row(first_row),
+        first_owned(first_owned),
         chunks(chunks),
         own_chunk(own_chunk),
         head(head),
         end_head(end_head),
-        first_column(0),
+        first_visited(0),
         chunk(0) {
     find_tile();
   }
   EAR_OPS_DEVICE bool done() const { return head >= end_head; }
   EAR_OPS_DEVICE bool is_first_chunk() const { return chunk == 0; }
   EAR_OPS_DEVICE bool is_last_chunk() const { return chunk == chunks - 1; }
-  EAR_OPS_DEVICE Rows<kVisited> visited() const {
+  EAR_OPS_DEVICE Vectors<kVisitedRole> visited() const {
     return {a, pair, kOwner == Role::kQueries ? head / (a.heads / a.key_heads) : head};
   }
   EAR_OPS_DEVICE void advance() {
     if (++chunk < chunks) return;
     chunk = 0;
-    first_column += kN;
+    first_visited += kN;
     find_tile();
   }
 
  private:
   EAR_OPS_DEVICE bool compares() const {
     const bool queries = kOwner == Role::kQueries;
-    if (!Structure(a).allows_any(queries ? first_row : first_column, queries ? kBlockRows : kN,
-                                 queries ? first_column : first_row, queries ? kN : kBlockRows))
+    if (!Structure(a).allows_any(queries ? first_owned : first_visited, queries ? kOwned : kN,
+                                 queries ? first_visited : first_owned, queries ? kN : kOwned))
       return false;
-    const bool masked = kVisited == Role::kKeys ? a.key_mask != nullptr : a.counted_queries != nullptr;
-    return !masked || Real<kN>(visited(), first_column).any();
+    const bool masked = kVisitedRole == Role::kKeys ? a.key_mask != nullptr : a.counted_queries != nullptr;
+    return !masked || Real<kN>(visited(), first_visited).any();
   }
   EAR_OPS_DEVICE void find_tile() {
-    for (; head < end_head; ++head, first_column = 0)
-      for (; first_column < visited().count(); first_column += kN)
+    for (; head < end_head; ++head, first_visited = 0)
+      for (; first_visited < visited().count(); first_visited += kN)
         if (compares()) return;
   }
 };
 
-// Two stages in shared memory: while one is worked on, the next is on its way. What a block owns is loaded once, or, in
-// several chunks, with every stage.
+// Two stages in shared memory: while one is worked on, the next is on its way. What the block owns is loaded once;
+// where the head dimension has several chunks it is loaded with every stage.
 template <typename T, int kD, int kN, Role kOwner>
 struct Stages {
-  static constexpr int kOwned = tile_bytes<T, kD>();
-  static constexpr int kVisited = 2 * Tile<T, kD>::bytes(kN);
+  static constexpr int kOwnedBytes = views_bytes<T, kD>();
+  static constexpr int kVisitedBytes = 2 * SharedVectors<T, kD>::bytes(kN);
   static constexpr int kStats = kOwner == Role::kKeys ? kRowStats * kN * 4 : 0;
   static EAR_OPS_CONSTANT int64_t bytes(int chunks) {
-    return chunks == 1 ? kOwned + 2 * (kVisited + kStats) : 2 * (kOwned + kVisited + kStats);
+    return chunks == 1 ? kOwnedBytes + 2 * (kVisitedBytes + kStats) : 2 * (kOwnedBytes + kVisitedBytes + kStats);
   }
 
-  const Rows<kOwner>& rows;
-  int first_row, chunks;
+  const Vectors<kOwner>& vectors;  // that the block owns
+  int first_owned, chunks;
 
-  EAR_OPS_DEVICE char* visited(int stage) const { return shared_memory() + stage * (kVisited + kStats); }
-  EAR_OPS_DEVICE char* stats(int stage) const { return visited(stage) + kVisited; }
+  EAR_OPS_DEVICE char* visited(int stage) const { return shared_memory() + stage * (kVisitedBytes + kStats); }
+  EAR_OPS_DEVICE char* stats(int stage) const { return visited(stage) + kVisitedBytes; }
   EAR_OPS_DEVICE char* owned(int stage) const {
-    return shared_memory() + 2 * (kVisited + kStats) + (chunks == 1 ? 0 : stage) * kOwned;
+    return shared_memory() + 2 * (kVisitedBytes + kStats) + (chunks == 1 ? 0 : stage) * kOwnedBytes;
   }
 
   EAR_OPS_DEVICE void fill_chunk(int stage, const Steps<kN, kOwner>& step, int chunk, bool first) const {
-    copy_rows<T, kD, kN>(visited(stage), step.visited(), step.first_column, chunk * kD);
-    if (first || chunks > 1) copy_rows<T, kD, kBlockRows>(owned(stage), rows, first_row, chunk * kD);
+    copy_vectors<T, kD, kN>(visited(stage), step.visited(), step.first_visited, chunk * kD);
+    if (first || chunks > 1) copy_vectors<T, kD, kOwned>(owned(stage), vectors, first_owned, chunk * kD);
   }
   EAR_OPS_DEVICE void fill(int stage, const Steps<kN, kOwner>& step, bool first) const {
     fill_chunk(stage, step, step.chunk, first);
     if (kOwner == Role::kQueries) return;
-    const QKArgs& a = rows.args;
+    const QKArgs& a = vectors.args;
     for (int i = thread_index(); i < kRowStats * kN; i += kThreads) {
-      const int query = step.first_column + i % kN;
+      const int query = step.first_visited + i % kN;
       const bool there = query < a.queries;
       const float* from = a.row_stats;
       if (there) from += i / kN * stats_step(a) + stats_index(a, step.pair, step.head, query);
@@ -96,8 +103,8 @@ struct Stages {
   }
 };
 
-// body(step, scores, stage) for every tile, the scores raw; owned and visited of the block's own chunk are in the
-// stage, loaded once more where another chunk came last.
+// Calls body(step, scores, stage) for every tile, with raw scores. The stage then holds the owned and the visited
+// vectors of the block's own chunk; where another chunk came last, they are loaded once more.
 template <typename T, int kD, int kN, Role kOwner, typename Body>
 EAR_OPS_DEVICE void for_tiles(const Stages<T, kD, kN, kOwner>& stages, Steps<kN, kOwner> step, const Body& body) {
   if (step.done()) return;

@@ -21,12 +21,12 @@ def build() -> None:
         name=LIBRARY.stem,
         sources=[
             *map(str, sorted(HERE.glob("*.cpp"))),
-            *(str(ROOT / "csrc" / "cuda" / name) for name in ("ops.cpp", "register.cpp")),
+            *map(str, sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))),
         ],
         extra_include_paths=[str(HERE)],
         extra_cflags=[
             *("-O2", "-g1", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"),
-            *("-DEAR_OPS_CUDA_ON_HOST", "-DEAR_OPS_LIBRARY=ear_ops_cuda_on_host", "-DEAR_OPS_DISPATCH_KEY=CPU"),
+            "-DEAR_OPS_CUDA_ON_HOST",
         ],
         build_directory=str(BUILD),
         is_python_module=False,

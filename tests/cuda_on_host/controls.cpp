@@ -27,7 +27,7 @@ void mistaken(Memory m) {
     case 2:
       return store_shared(shared_floats() + thread + 1, 1.0f);
     case 3:
-      store_global(reinterpret_cast<Piece*>(m.data + 1), Piece{});
+      store_global(reinterpret_cast<SixteenBytes*>(m.data + 1), SixteenBytes{});
       return;
     case 4:
       if (thread != 5) sync_block();

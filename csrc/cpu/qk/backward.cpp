@@ -1,0 +1,175 @@
+// The gradients of queries and keys, from the statistics that the forward kept.
+//
+//   memory                 scratch of one thread                                            memory
+//   K, Q      -->  scores of a tile [256 keys, 64 queries], as in the forward
+//   row_stats -->  dS = g P ((P - T) - d), in the place of the scores  (16 queries to a vector of registers)
+//                      |                  |
+//                      |                  +- K^T dS -->  grad_queries_t [ld, 64], over all tiles --> dQ of the block
+//                      +- dS Q ---------------------->  grad_keys [n_keys, ld], over all blocks --> dK of the head
+//
+// A thread owns the whole sum of what it writes, so that nothing is added in memory that others write to.
+#include "backward.h"
+
+#include "plan.h"
+
+namespace ear_ops::cpu {
+
+namespace {
+
+// Between tiles of a block: grad_queries_t[v] holds the sum over the tiles so far, once there was one. Between blocks
+// of a share: grad_keys[v] holds the sum over the blocks so far. Both include the padding, where they are zero.
+template <typename P>
+struct BackwardTask : QKTask<P> {
+  using A = typename P::Accumulator;
+  using Operand = typename P::Operand;
+
+  A *grad_queries_t[2], *grad_queries, *grad_keys[2];
+
+  BackwardTask(const QKInputs& inputs, const P& products, Arena& arena)
+      : QKTask<P>(inputs, products, arena, kTile, true) {
+    const int64_t rows = round_up(std::min(inputs.queries, kBlock), P::kPadding);
+    const int64_t all = round_up(inputs.keys, P::kPadding), tile = std::min(all, kTile), ld = this->ld;
+    grad_queries = arena.take<A>(rows * ld);
+    for (int v = 0; v < 2; ++v) {
+      grad_queries_t[v] = arena.take<A>(rows * ld);
+      grad_keys[v] = arena.take<A>(all * ld);
+    }
+    if constexpr (P::kConverts) {
+      left_ = arena.take<Operand>(tile * rows);
+      right_ = arena.take<Operand>(tile * rows);
+    }
+  }
+
+  // grad_queries_t[v] (+)= K^T dS^T of the tile that `scores` holds.
+  void add_grad_queries(int v, int64_t t, int64_t n, bool accumulate) {
+    const int64_t rows = this->block.padded;
+    if constexpr (P::kConverts) {
+      this->products.right(this->scores[v], kScoresLd, n, rows, right_);
+      this->keys.add_to_grad_queries(v, t, n, right_, rows, rows, grad_queries_t[v], accumulate);
+    } else {
+      this->keys.add_to_grad_queries(v, t, n, this->scores[v], kScoresLd, rows, grad_queries_t[v], accumulate);
+    }
+  }
+
+  // grad_keys[v] += dS^T Q of the same tile.
+  void add_grad_keys(int v, int64_t t, int64_t n) {
+    const int64_t rows = this->block.padded, ld = this->ld;
+    A* to = grad_keys[v] + t * ld;
+    if constexpr (P::kConverts) {
+      this->products.left(this->scores[v], kScoresLd, n, rows, left_, rows);
+      this->products.multiply(n, ld, rows, left_, rows, this->block.rows(v), ld, to, ld, true);
+    } else {
+      this->products.multiply(n, ld, rows, this->scores[v], kScoresLd, this->block.rows(v), ld, to, ld, true);
+    }
+  }
+
+ private:
+  Operand *left_, *right_;
+};
+
+template <typename P>
+void load_stats(BackwardTask<P>& task, const typename P::Accumulator* saved, int64_t b, int64_t head) {
+  const auto& p = task.inputs;
+  const int64_t rows = p.pairs * p.heads * p.queries;
+  for (int64_t i = 0; i < task.block.padded; ++i) {
+    auto& s = task.stats[i / kLanes];
+    const int64_t lane = i % kLanes;
+    const bool padding = i >= task.block.n;  // no keys, and so no gradient
+    const auto* from =
+        saved + (b * p.heads + head) * p.queries + (padding ? 0 : task.counted.query[task.block.first + i]);
+    for (int v = 0; v < 2; ++v) {
+      s.max[v][lane] = padding ? 0 : from[v * rows];
+      s.inverse[v][lane] = padding ? 0 : from[(2 + v) * rows];
+      s.d[v][lane] = padding ? 0 : from[(4 + v) * rows];
+    }
+  }
+}
+
+bool any(const std::array<HeadsPointer, 2>& views) { return views[0].data || views[1].data; }
+
+// The gradients that `out` names, of the queries of the share's blocks and of the keys within [key_begin, key_end).
+template <typename P>
+void backward_share(BackwardTask<P>& task, const Share& blocks_of, const typename P::Accumulator* upstream,
+                    const typename P::Accumulator* saved, int64_t key_begin, int64_t key_end, const QKGradients& out) {
+  using A = typename P::Accumulator;
+  const auto& p = task.inputs;
+  const int64_t b = blocks_of.b, ld = task.ld;
+  key_end = std::min(key_end, round_up(task.counted.n_keys, P::kPadding));
+  if (key_begin >= key_end) return;
+  task.pack_keys(b, blocks_of.key_head, any(out.query));
+  for (int v = 0; v < 2; ++v)
+    if (out.key[v].data) std::fill(task.grad_keys[v] + key_begin * ld, task.grad_keys[v] + key_end * ld, A(0));
+  for_blocks(task, blocks_of, [&](int64_t head, int64_t block) {
+    const A gradient = static_cast<A>(2 * p.scale) * upstream[b * p.heads + head];
+    task.load_queries(b, head, block * kBlock);
+    load_stats(task, saved, b, head);
+    bool first_tile = true;
+    task.for_tiles(key_begin, key_end, [&](int64_t t, int64_t n) {
+      task.score(b, head, t, n);
+      for (int64_t c = 0; c < task.lane_groups(); ++c)
+        task.table.gradient_tile(task.lane_group(c, t, n), task.stats[c], gradient);
+      for (int v = 0; v < 2; ++v) {
+        if (out.query[v].data) task.add_grad_queries(v, t, n, !first_tile);
+        if (out.key[v].data) task.add_grad_keys(v, t, n);
+      }
+      first_tile = false;
+    });
+    for (int v = 0; v < 2; ++v) {
+      if (!out.query[v].data) continue;
+      if (first_tile) std::fill_n(task.grad_queries_t[v], ld * task.block.padded, A(0));
+      task.table.transpose(task.grad_queries_t[v], task.block.padded, ld, task.block.padded, task.grad_queries, ld);
+      task.table.scatter_rows(task.grad_queries, ld, task.block.n, p.dim, p.kind, out.query[v].row_stride,
+                              task.counted.query + task.block.first, out.query[v].head(b, head));
+    }
+  });
+  for (int v = 0; v < 2; ++v)
+    if (out.key[v].data)
+      task.table.scatter_rows(task.grad_keys[v] + key_begin * ld, ld,
+                              std::min(key_end, task.counted.n_keys) - key_begin, p.dim, p.kind, out.key[v].row_stride,
+                              task.counted.key + key_begin, out.key[v].head(b, blocks_of.key_head));
+}
+
+// A thread that owns a key head makes both gradients from the same scores. With too few key heads for the threads, the
+// blocks and then the keys are shared out instead, at the price of scores made twice. Every sum runs in the same order.
+template <typename P>
+void backward(const QKInputs& p, const Tensor& grad_sums, const Tensor& row_stats, const QKGradients& out) {
+  using A = typename P::Accumulator;
+  const P products(selection());
+  const A* upstream = grad_sums.data_ptr<A>();
+  const A* saved = row_stats.data_ptr<A>();
+  const int64_t tasks = p.pairs * p.key_heads, count = workers(p);
+  const auto run_shares = [&](int64_t shares, const auto& body) {
+    run<BackwardTask<P>>(p, products, Plan(p, shares), body);
+  };
+  constexpr double kPriceOfTwice = 1.4;
+  const double rounds = static_cast<double>((tasks + count - 1) / count);
+  if (rounds <= kPriceOfTwice * tasks / count) {
+    return run_shares(1, [&](BackwardTask<P>& task, const Share& share) {
+      backward_share(task, share, upstream, saved, 0, p.keys + P::kPadding, out);
+    });
+  }
+  if (any(out.query)) {
+    const QKGradients queries = {out.query, {}};
+    run_shares(shares_per_task(tasks, count, p.group() * blocks(p.queries)),
+               [&](BackwardTask<P>& task, const Share& share) {
+                 backward_share(task, share, upstream, saved, 0, p.keys + P::kPadding, queries);
+               });
+  }
+  if (any(out.key)) {
+    const QKGradients keys = {{}, out.key};
+    const int64_t tiles = (p.keys + kTile - 1) / kTile, shares = shares_per_task(tasks, count, tiles);
+    run_shares(shares, [&](BackwardTask<P>& task, const Share& share) {
+      const Share all_blocks = {share.b, share.key_head, 0, 1};
+      backward_share(task, all_blocks, upstream, saved, share.index * tiles / shares * kTile,
+                     (share.index + 1) * tiles / shares * kTile, keys);
+    });
+  }
+}
+
+}  // namespace
+
+void qk_backward(const QKInputs& inputs, const Tensor& grad_sums, const Tensor& row_stats, const QKGradients& out) {
+  with_products(inputs.kind, [&]<typename P>() { backward<P>(inputs, grad_sums, row_stats, out); });
+}
+
+}  // namespace ear_ops::cpu

@@ -1,0 +1,10 @@
+#pragma once
+
+#include "inputs.h"
+
+namespace ear_ops::cpu {
+
+// Fills sums [B, H] and row_stats [6, B, H, L], of the accumulator's type; rows that do not count keep what is there.
+void qk_forward(const QKInputs& inputs, Tensor& sums, Tensor& row_stats);
+
+}  // namespace ear_ops::cpu

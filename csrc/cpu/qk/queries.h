@@ -1,0 +1,130 @@
+// One block of queries of one head, as operands of matrix products, and the keys that each of them may attend to.
+#pragma once
+
+#include <limits>
+
+#include "../products.h"
+#include "counted.h"
+#include "keys.h"
+
+namespace ear_ops::cpu {
+
+constexpr int64_t kBlock = 64;  // queries of a block
+
+// Between calls of load: the block holds the queries [first, first + n) of those that count. Its i-th query of view v
+// is row i of rows(v) and column i of columns(v); rows [n, padded) are zero. The query may attend to the keys
+// [first_key[i], last_key[i]), by position alone; no query has a key outside of [tile_begin, tile_end).
+template <typename P>
+class QueryBlock {
+ public:
+  using A = typename P::Accumulator;
+  using Operand = typename P::Operand;
+
+  int64_t first = 0, n = 0, padded = 0;
+  int64_t tile_begin = 0, tile_end = 0;  // tile_begin is a multiple of kTile
+  int64_t first_key[kBlock], last_key[kBlock];
+
+  QueryBlock(const QKInputs& inputs, const P& products, const Kernels<A>& table, int64_t ld, bool backward,
+             Arena& arena)
+      : inputs_(inputs), products_(products), table_(table), ld_(ld), backward_(backward) {
+    const int64_t rows = round_up(std::min(inputs.queries, kBlock), P::kPadding);
+    for (int v = 0; v < 2; ++v) {
+      queries_[v] = arena.take<A>(rows * ld);
+      queries_t_[v] = arena.take<A>(rows * ld);
+      if constexpr (P::kConverts) {
+        right_t_[v] = arena.take<Operand>(rows * ld);
+        right_[v] = arena.take<Operand>(backward * rows * ld);
+      }
+    }
+  }
+
+  void load(const Counted& counted, int64_t b, int64_t head, int64_t begin, int64_t padded_keys) {
+    first = begin;
+    n = std::min(kBlock, counted.n_queries - begin);
+    padded = round_up(n, P::kPadding);
+    for (int v = 0; v < 2; ++v) {
+      table_.gather_rows(inputs_.query[v].head(b, head), inputs_.kind, inputs_.query[v].row_stride,
+                         counted.query + begin, nullptr, n, padded, inputs_.dim, ld_, queries_[v]);
+      table_.transpose(queries_[v], ld_, padded, ld_, queries_t_[v], padded);
+      if constexpr (P::kConverts) {
+        products_.right(queries_t_[v], padded, ld_, padded, right_t_[v]);
+        if (backward_) products_.right(queries_[v], ld_, padded, ld_, right_[v]);
+      }
+    }
+    bound_keys(counted, padded_keys);
+    find_alive(counted, b, head);
+  }
+
+  const Operand* columns(int v) const {  // [ld, padded]
+    if constexpr (P::kConverts) return right_t_[v];
+    return operand(queries_t_[v]);
+  }
+  const Operand* rows(int v) const {  // [padded, ld]; in the backward only
+    if constexpr (P::kConverts) return right_[v];
+    return operand(queries_[v]);
+  }
+
+  // [2][kLanes] of the c-th group of lanes: 0 for a query that has no key in a view, whose row is zero. Null: all have.
+  const A* alive(const Counted& counted, int64_t c) const { return masked(counted) ? alive_[c] : nullptr; }
+
+  const A* bias_row(const Counted& counted, int v, int64_t b, int64_t head, int64_t i) const {
+    return reinterpret_cast<const A*>(inputs_.bias[v].head(b, head)) +
+           counted.query[first + i] * inputs_.bias[v].row_stride;
+  }
+
+ private:
+  const QKInputs& inputs_;
+  const P& products_;
+  const Kernels<A>& table_;
+  const int64_t ld_;
+  const bool backward_;
+  A *queries_[2], *queries_t_[2];
+  Operand *right_t_[2], *right_[2];
+  alignas(64) A alive_[kBlock / kLanes][2 * kLanes];
+
+  static const Operand* operand(const void* plain) { return static_cast<const Operand*>(plain); }
+
+  bool masked(const Counted& counted) const {
+    return counted.masks_differ || inputs_.bias[0].data || inputs_.is_causal || inputs_.window;
+  }
+
+  void bound_keys(const Counted& counted, int64_t padded_keys) {
+    const int32_t *begin = counted.key, *end = counted.key + counted.n_keys;
+    tile_begin = padded_keys, tile_end = 0;
+    for (int64_t i = 0; i < kBlock; ++i) {
+      int64_t& from = first_key[i] = 0;
+      int64_t& until = last_key[i] = i < n ? counted.n_keys : 0;
+      if (i >= n) continue;
+      const int64_t position = counted.query[first + i] + inputs_.keys - inputs_.queries;
+      if (inputs_.window) from = std::lower_bound(begin, end, position - inputs_.window + 1) - begin;
+      if (inputs_.is_causal) {
+        until = std::upper_bound(begin, end, position) - begin;
+      } else if (inputs_.window) {
+        until = std::upper_bound(begin, end, position + inputs_.window - 1) - begin;
+      }
+      if (from >= until) {
+        from = until = 0;
+        continue;
+      }
+      tile_begin = std::min(tile_begin, from / kTile * kTile);
+      tile_end = std::max(tile_end, std::min(round_up(until, kTile), padded_keys));
+    }
+    tile_begin = std::min(tile_begin, tile_end);
+  }
+
+  void find_alive(const Counted& counted, int64_t b, int64_t head) {
+    if (!masked(counted)) return;
+    for (int64_t i = 0; i < kBlock; ++i)
+      for (int v = 0; v < 2; ++v) {
+        const A* bias = i < n && inputs_.bias[v].data ? bias_row(counted, v, b, head, i) : nullptr;
+        int64_t j = first_key[i];
+        for (; j < last_key[i]; ++j) {
+          if (counted.masks_differ && !counted.real[v][j]) continue;
+          if (!bias || bias[counted.key[j] * inputs_.bias_key_stride[v]] != -std::numeric_limits<A>::infinity()) break;
+        }
+        alive_[i / kLanes][v * kLanes + i % kLanes] = j < last_key[i] ? A(1) : A(0);
+      }
+  }
+};
+
+}  // namespace ear_ops::cpu
