@@ -1,5 +1,5 @@
-// ear_ops._build_info: what this installation was built with. Depends on no torch, so that it can be asked before a
-// binary that does is loaded. It is compiled last: setup.py writes build_facts.h once it knows what was built.
+// ear_ops._build_info says what this installation was built with. It depends on no torch, so that it can be asked
+// before a binary that does is loaded. It is compiled last: setup.py writes build_facts.h once it knows what was built.
 #include <pybind11/pybind11.h>
 
 #include <utility>

@@ -2,8 +2,10 @@
 // of a schema, the only time in C++, and register.h makes a problem out of such a list. An input added to a schema is
 // added here, to checks.h where it can be wrong, and to the kernels that use it.
 //
-// Words that mean one thing in all of csrc: a view is x or its augmentation x^a. A row is a query and a column is a
-// key. A tile is a rectangle of scores. A block is a block of query rows on the CPU and a block of threads on CUDA.
+// Words that mean one thing in all of csrc: a view is x or its augmentation x^a, and a pair is one of each. A row of
+// scores is a query and a column is a key; a row of a tensor is what lies along its last dimension. A tile is a
+// rectangle of scores. A block is a block of queries on the CPU and a block of threads on CUDA. A share is a part of
+// the work. A vector is a machine register on the CPU, and the features of one query or key on CUDA.
 #pragma once
 
 #include <ATen/core/Tensor.h>

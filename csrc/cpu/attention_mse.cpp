@@ -1,10 +1,13 @@
 // Compares attention probabilities that exist, [B, H, L, S], in one pass over both views.
 //
-//   memory                                    registers                        memory
-//   P row i   p p p p p p ...  --4 vectors-->  p - t --- squared, summed --->  a sum of each share of a head
-//   T row i   t t t t t t ...  --4 vectors-->          \ times 2 g --------->  dP row i, and -dT row i (backward)
+//   memory      P and T, some rows of one head; masks
+//                 | four vectors at a time, memory asked for 2 KiB ahead
+//   registers   p - t, masked keys being 0
+//                 | squared, summed in float32 over 1024 elements, then in float64
+//   memory      forward: sums [B, H], the shares of a head added in order
+//               backward: 2 g (p - t) and its negative, contiguous
 //
-// A share is some rows of one head, about 64 Ki elements. Its sum is float64; the shares of a head are added in order.
+// A share is some rows of one head, about 64 Ki elements.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 

@@ -1,4 +1,4 @@
-// Which instruction set the CPU kernels use: the best this processor has, or what EAR_OPS_CPU_ISA names.
+// Which instruction set the CPU kernels use: the best that this processor has, or the one that EAR_OPS_CPU_ISA names.
 #pragma once
 
 #include "kernels.h"
@@ -6,9 +6,9 @@
 namespace ear_ops::cpu {
 
 enum class Bf16Products {
-  kNone,      // bfloat16 inputs are multiplied as float32: exact products, no matrix unit
+  kNone,      // bfloat16 inputs are multiplied as float32: products are exact, and no matrix unit is used
   kMatrix,    // brgemm on a matrix unit (AMX)
-  kEmulated,  // the same packing and rounding with plain loops: lets every machine test that path
+  kEmulated,  // plain loops with the same packing and rounding, so that every machine can test that path
 };
 
 struct Selection {

@@ -1,4 +1,4 @@
-// The inner loops for x86-64 with AVX512.
+// The inner loops for x86-64 with AVX-512.
 #if defined(__x86_64__)
 #include "target.h"
 EAR_OPS_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")

@@ -1,5 +1,6 @@
-// The table of inner loops, compiled once per instruction set: the includer sets the target, then defines EAR_OPS_ISA
-// (the table's name) and EAR_OPS_ISA_NAME. See vec.h for why nothing from torch or the C++ library may be included.
+// The table of inner loops, compiled once for each instruction set. The includer sets the target, then defines
+// EAR_OPS_ISA (the table's name) and EAR_OPS_ISA_NAME. vec.h says why this includes nothing from torch or the C++
+// library. Entries are filled by name, in the order of kernels.h; one that is left out would be null.
 #pragma once
 
 #include "kernels.h"

@@ -1,5 +1,5 @@
-// The loops that bring rows of tensors into scratch and back, and the plain matrix product. Compiled once per
-// instruction set, as kernels_impl.h, which includes this.
+// The loops that bring rows of tensors into scratch and back, and the plain matrix product. kernels_impl.h includes
+// this, so that it is compiled once for each instruction set.
 #pragma once
 
 #include "row_loops.h"
@@ -8,7 +8,8 @@ namespace {
 
 using ear_ops::cpu::kLanes;
 
-constexpr int64_t kAhead = 16;  // rows: rows of a tensor lie far apart, where the processor does not look ahead
+// Rows of a tensor lie far apart, where the processor does not look ahead by itself: so loops ask for later rows.
+constexpr int64_t kAhead = 16;
 
 template <typename A>
 void gather_rows(const void* src, Kind kind, int64_t stride, const int32_t* index, const uint8_t* real, int64_t n,
@@ -47,7 +48,7 @@ void scatter_rows(const A* src, int64_t ld, int64_t n, int64_t dim, Kind kind, i
 }
 
 #if defined(EAR_OPS_AVX512) && !defined(__clang__)
-// 16 x 16 in registers: stage s swaps the off-diagonal s x s blocks of every 2s x 2s block.
+// Transposes 16 x 16 in registers. Stage s swaps the off-diagonal s x s squares of every 2s x 2s square.
 inline void transpose_square(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
   f32x16 r[16];
   for (int i = 0; i < 16; ++i) r[i] = vload<float>(src + i * ld_src);

@@ -1,4 +1,4 @@
-// What this machine can do at best: the rates that benchmarks hold kernels against.
+// What this machine can do at best. Benchmarks hold the kernels against these rates.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

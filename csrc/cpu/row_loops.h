@@ -1,5 +1,5 @@
-// The loops over rows of what is given as it is, attention maps and hidden states: as fast as memory. Compiled once per
-// instruction set, as kernels_impl.h, which includes this.
+// The loops over rows of attention maps and hidden states, which are as fast as memory. kernels_impl.h includes this,
+// so that it is compiled once for each instruction set.
 #pragma once
 
 #include "kernels.h"
@@ -29,9 +29,9 @@ inline void prefetch(const T* row, int64_t n) {
   for (int64_t c = 0; c < n; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c);
 }
 
-// Elements between what a loop over rows of n works on and what it asks memory for. One core has few requests under
-// way, so that asking early, for what will be overwritten too, is what its bandwidth comes from; stores that go past
-// the caches are slower here, and leave the gradient where its reader does not find it.
+// How many elements a loop over rows of n asks memory ahead. One core has few requests under way, so its bandwidth
+// comes from asking early, also for what it will overwrite. Stores that go past the caches were slower, and they leave
+// the gradient where its reader does not find it.
 template <typename T>
 inline int64_t elements_ahead(int64_t n, int64_t stride) {
   constexpr int64_t kAheadOfRows = 2048 / sizeof(T);
@@ -43,7 +43,7 @@ inline void prefetch_to_write(T* row, int64_t n) {
   for (int64_t c = 0; c < n; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c, 1);
 }
 
-// One view of some rows.
+// Some rows of one tensor.
 template <typename T>
 struct Rows {
   T *data, *end;
@@ -54,7 +54,7 @@ struct Rows {
   T* row(int64_t i) const { return data + i * stride; }
 };
 
-// The elements [begin, end) of a row outside of which both views are masked, begin a multiple of a vector.
+// Both views are masked outside of the elements [begin, end) of a row; begin is a multiple of a vector.
 template <typename A>
 inline void real_range(const RowPairs& p, int64_t& begin, int64_t& end) {
   constexpr int64_t W = Vec<A>::lanes;
@@ -75,7 +75,7 @@ inline RowPairs flattened(RowPairs p) {
   return p;
 }
 
-// a - b of a vector's worth of elements from j on, masked ones being zero.
+// a - b for a vector of elements from j on, where masked elements are zero.
 template <typename A, bool kMasked, typename T>
 inline typename Vec<A>::type difference_of(const RowPairs& p, const T* a, const T* b, int64_t j) {
   const typename Vec<A>::type zero{};

@@ -1,5 +1,5 @@
-// The loops over scores: softmax, the comparison of the views, and the gradient. Compiled once per instruction set, as
-// kernels_impl.h, which includes this.
+// The loops over scores: softmax, the comparison of the views, and the gradient. kernels_impl.h includes this, so that
+// it is compiled once for each instruction set.
 #pragma once
 
 #include "kernels.h"
@@ -46,7 +46,7 @@ inline typename Vec<A>::type shifted_score(const LaneGroup<A>& c, int view, int6
   }
 }
 
-// What exponentials are taken relative to: the max, 0 where there was no key yet.
+// What exponentials are taken relative to: the max, or 0 where there was no key yet.
 template <typename A>
 inline typename Vec<A>::type shift_of(typename Vec<A>::type max) {
   return max == vset<A>(-INFINITY) ? typename Vec<A>::type{} : max;

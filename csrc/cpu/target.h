@@ -1,5 +1,5 @@
-// EAR_OPS_TARGET("features"): compile everything that follows for these instruction sets, whatever the command line
-// says, so that one binary holds several builds of one source.
+// EAR_OPS_TARGET("features") compiles everything that follows for these instruction sets, whatever the command line
+// says. So one binary holds several builds of one source.
 #pragma once
 
 #define EAR_OPS_PRAGMA(text) _Pragma(#text)

@@ -1,7 +1,7 @@
 // 64-byte vectors in GCC's and Clang's portable vector extension: one source for AVX-512 (one register), AVX2 (two) and
-// any other machine. Everything has internal linkage and nothing from torch or the C++ library is included, because
-// files that use this header are compiled several times for different instruction sets: a shared inline function could
-// end up as the AVX-512 copy for everyone.
+// any other machine. Files that use this header are compiled several times for different instruction sets, where a
+// shared inline function could end up as the AVX-512 copy for everyone. So everything has internal linkage, and nothing
+// from torch or the C++ library is included.
 #pragma once
 
 #include <math.h>
@@ -58,14 +58,14 @@ static inline typename Vec<A>::type vset(A x) {
   return x - typename Vec<A>::type{};
 }
 
-// A NaN in a or b may be lost: the exponential that follows brings it back.
+// May lose a NaN in a or b; the exponential that follows brings it back.
 template <typename A>
 static inline typename Vec<A>::type vmax(typename Vec<A>::type a, typename Vec<A>::type b) {
   return a > b ? a : b;
 }
 
-// exp for arguments up to 88, 1 ulp: 2^n times a polynomial on [-ln2/2, ln2/2] whose relative error is the least of its
-// degree, 3e-9. NaN stays NaN, and what would be below the smallest normal number is 0.
+// exp for arguments up to 88, within 1 ulp: 2^n times a polynomial on [-ln2/2, ln2/2], whose relative error of 3e-9 is
+// the least of its degree. NaN stays NaN, and what would be below the smallest normal number is 0.
 static inline f32x16 vexp(f32x16 x) {
   const float magic = 12582912.0f + 127;  // 1.5 * 2^23 rounds to an integer in the low bits; 127 makes it an exponent
   f32x16 shifted = x * 1.44269504088896341f + magic;
@@ -100,7 +100,7 @@ static inline uint32_t float_to_bits(float x) {
   return bits;
 }
 
-// The storage types of tensors. A 16-bit type of its own each, so that templates tell them apart.
+// The storage types of tensors. Each 16-bit one is a type of its own, so that templates tell them apart.
 struct Bf16 {
   uint16_t bits;
 };
@@ -139,7 +139,7 @@ static inline void from_float(float x, Half& to) {  // round to nearest even
   to.bits = static_cast<uint16_t>(sign | half);
 }
 
-// A vector's worth of a tensor's elements, in the arithmetic type; and back, rounding to nearest even.
+// Loads a vector of a tensor's elements in the arithmetic type, and stores it back, rounded to nearest even.
 template <typename A>
 static inline typename Vec<A>::type vload_as(const A* from) {
   return vload<A>(from);
@@ -190,7 +190,7 @@ static inline void vstore_as(Half* to, f32x16 v) {  // as from_float
   vstore_bits(to, ((bits >> 16) & 0x8000u) | half);
 }
 
-// Bytes as wide as the lanes, doubled step by step: in one step the compiler would take them apart.
+// Makes bytes as wide as the lanes, step by step: in one step the compiler would take the vector apart.
 static inline i32x16 widen(u8x16 bytes) {
   return __builtin_convertvector(__builtin_convertvector(bytes, u16x16), i32x16);
 }

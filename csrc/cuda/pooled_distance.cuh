@@ -16,9 +16,9 @@ namespace ear_ops::cuda {
 
 constexpr int kPooledThreads = 256;
 constexpr int kPooledLanes = 8;                               // accesses side by side
-constexpr int kPooledTokens = kPooledThreads / kPooledLanes;  // at a time
+constexpr int kPooledTokens = kPooledThreads / kPooledLanes;  // tokens at a time
 
-// What rounding takes away from the sum is kept beside it.
+// A sum that keeps what rounding takes away from it.
 struct Compensated {
   float sum = 0, rest = 0;
 
@@ -48,7 +48,7 @@ EAR_OPS_DEVICE bool is_real(const PooledArgs& a, int v, int64_t pair, int token)
   return token < a.length && (!a.mask || load_global(a.mask + (v * a.pairs + pair) * a.length + token));
 }
 
-// Real tokens of a sequence, at least 1; every thread gets it.
+// How many real tokens a sequence has, at least 1. Every thread gets the number.
 EAR_OPS_DEVICE float token_count(const PooledArgs& a, int v, int64_t pair) {
   if (!a.mask) return static_cast<float>(a.length > 0 ? a.length : 1);
   float count = 0;

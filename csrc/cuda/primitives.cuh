@@ -86,7 +86,7 @@ EAR_OPS_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+// Loads four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8.
 template <bool kTranspose>
 EAR_OPS_DEVICE void load_matrices(uint32_t (&to)[4], const void* shared_row) {
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
@@ -144,7 +144,7 @@ EAR_OPS_DEVICE void round_to(float from, float* to) { *to = from; }
 EAR_OPS_DEVICE void round_to(float from, bfloat16* to) { to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(from)); }
 EAR_OPS_DEVICE void round_to(float from, float16* to) { to->bits = __half_as_ushort(__float2half_rn(from)); }
 
-// Two numbers rounded to 16 bits, the first in the lower half.
+// Rounds two numbers to 16 bits, the first in the lower half.
 EAR_OPS_DEVICE uint32_t pack_two(bfloat16, float first, float second) {
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));

@@ -139,7 +139,7 @@ EAR_OPS_DEVICE void write_forward(const QKArgs& a, int64_t pair, int head, int b
     }
 #pragma unroll
   for (int lanes = 1; lanes < kWarp; lanes *= 2) total += shuffle_xor(total, lanes);
-  char* sums = shared_memory();  // nobody reads tiles any more
+  char* sums = shared_memory();  // nobody reads vectors any more
   sync_block();
   if (thread_index() % kWarp == 0) store_shared(sums + warp_index() * 4, total);
   sync_block();

@@ -1,13 +1,16 @@
 // The gradients of queries and keys, from the statistics that the forward kept.
 //
-//   memory                 scratch of one thread                                            memory
-//   K, Q      -->  scores of a tile [256 keys, 64 queries], as in the forward
-//   row_stats -->  dS = g P ((P - T) - d), in the place of the scores  (16 queries to a vector of registers)
-//                      |                  |
-//                      |                  +- K^T dS -->  grad_queries_t [ld, 64], over all tiles --> dQ of the block
-//                      +- dS Q ---------------------->  grad_keys [n_keys, ld], over all blocks --> dK of the head
+//   memory     K of a key head, Q of a block, row_stats
+//                | gather, product
+//   scratch    scores of a tile, [256 keys, 64 queries], of each view
+//                | 16 queries at a time in vectors of registers
+//   scratch    dS = g P ((P - T) - d) in place of the scores
+//                | product with K^T                             | product with Q
+//   scratch    dQ^T [ld, 64], summed over the tiles           dK [n_keys, ld], summed over the blocks
+//                | once for each block                          | once for each share
+//   memory     dQ of the block                                dK of the key head
 //
-// A thread owns the whole sum of what it writes, so that nothing is added in memory that others write to.
+// One thread makes the whole of every sum, so that no thread adds to what another one writes.
 #include "backward.h"
 
 #include "plan.h"
@@ -57,9 +60,9 @@ struct BackwardTask : QKTask<P> {
     A* to = grad_keys[v] + t * ld;
     if constexpr (P::kConverts) {
       this->products.left(this->scores[v], kScoresLd, n, rows, left_, rows);
-      this->products.multiply(n, ld, rows, left_, rows, this->block.rows(v), ld, to, ld, true);
+      this->products.multiply(n, ld, rows, left_, rows, this->block.as_rows(v), ld, to, ld, true);
     } else {
-      this->products.multiply(n, ld, rows, this->scores[v], kScoresLd, this->block.rows(v), ld, to, ld, true);
+      this->products.multiply(n, ld, rows, this->scores[v], kScoresLd, this->block.as_rows(v), ld, to, ld, true);
     }
   }
 

@@ -1,4 +1,4 @@
-// Which rows and columns of one pair are compared. Everything else is left out before anything is multiplied.
+// Which queries and keys of one pair are compared. Everything else is left out before anything is multiplied.
 #pragma once
 
 #include "../scratch.h"
@@ -6,9 +6,9 @@
 
 namespace ear_ops::cpu {
 
-// Keys that are real in either view and queries that count, in their order. Kernels speak of "the j-th key" and "the
-// i-th query" of these lists. Between calls of select: key[0, n_keys) and query[0, n_queries) ascend, and where the
-// masks of the views differ, real[v][j] says whether the j-th key is real in view v.
+// The keys that are real in either view and the queries that count. "The j-th key" and "the i-th query" are those of
+// these lists. Between calls of select, key[0, n_keys) and query[0, n_queries) ascend. Where the masks of the views
+// differ, real[v][j] says whether the j-th key is real in view v.
 struct Counted {
   int64_t n_keys = 0, n_queries = 0;
   int32_t *key, *query;  // positions in the tensors

@@ -1,16 +1,18 @@
-// The sums of (P - T)^2 and the statistics of every row: a block of queries passes over the tiles of its head's keys.
+// The sums of (P - T)^2 and the statistics of every row. A block of 64 queries passes over the tiles of its head's
+// keys.
 //
-//   memory            scratch of one thread                                          memory
-//   K [S, D]   -->    packed keys      [n_keys, ld]  --\                              (once for each share)
-//                                                       product -> scores of a tile, [keys, 64 queries], of each view
-//   Q [64, D]  -->    Q^T of a block   [ld, 64]      --/                |
-//                                                                      v   (16 queries to a vector of registers)
-//                     sweep 1: exp(s - max), max and sum  -->  max, 1 / sum
-//                     sweep 2: P - T, its square, d       -->  d            -->  row_stats [6, B, H, L]
-//                                                              total        -->  sums [B, H], over blocks in order
+//   memory     K [S, D] of a key head, once for each share      Q [64, D] of a block
+//                | gather, or where it lies                       | gather, transpose
+//   scratch    keys [n_keys, ld]                                Q^T [ld, 64]
+//                | product
+//   scratch    scores of a tile, [keys, 64], of each view
+//                | 16 queries at a time in vectors of registers, over all keys of the tile
+//   scratch    sweep 1: exp(s - max) in place of the scores --> max and sum of each row, then 1 / sum
+//              sweep 2: P - T, its square and d             --> d of each row, and the sum of squares of the block
+//   memory     row_stats [6, B, H, L]; sums [B, H], added up over the blocks in order
 //
-// Up to kOneSweep keys, all scores of a block stay in scratch and both sweeps pass over one tile. Longer rows have
-// tiles of kTile keys whose scores are made twice, once in each sweep.
+// Up to kOneSweep keys, all scores of a block stay in scratch, and both sweeps pass over them as one tile. Longer rows
+// have tiles of kTile keys, and each sweep makes their scores anew.
 #include "forward.h"
 
 #include <ATen/ops/zeros.h>
@@ -27,7 +29,7 @@ struct ForwardTask : QKTask<P> {
       : QKTask<P>(inputs, products, arena, kOneSweep, false) {}
 };
 
-// sum (P - T)^2 of the loaded block; leaves the statistics in task.stats.
+// Returns sum (P - T)^2 of the loaded block and leaves the statistics in task.stats.
 template <typename P>
 double forward_block(ForwardTask<P>& task, int64_t b, int64_t head) {
   using A = typename P::Accumulator;

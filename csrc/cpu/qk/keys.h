@@ -8,16 +8,16 @@ namespace ear_ops::cpu {
 
 constexpr int64_t kTile = 256;  // keys of a tile
 
-// Between calls of pack: the j-th key of view v is one row of `ld` elements, zero beyond the head dimension. Keys below
-// in_tensor_[v] lie where they are in the tensor, the others are copies in gathered_[v]. Rows [n_keys, padded) are
-// zero. Operands that are rounded to bfloat16 are always copies.
+// Between calls of pack, the j-th key of view v is one row of `ld` elements, zero beyond the head dimension. Keys below
+// in_tensor_[v] are read where they lie in the tensor; the others are copies in gathered_[v]. The rows [n_keys, padded)
+// are zero. Operands that are rounded to bfloat16 are always copies.
 template <typename P>
 class PackedKeys {
  public:
   using A = typename P::Accumulator;
   using Operand = typename P::Operand;
 
-  int64_t padded = 0;  // n_keys, rounded up to what products take
+  int64_t padded = 0;  // n_keys, rounded up to a multiple that products take
 
   PackedKeys(const QKInputs& inputs, const P& products, const Kernels<A>& table, int64_t ld, bool transposed,
              Arena& arena)

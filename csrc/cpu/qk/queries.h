@@ -11,9 +11,9 @@ namespace ear_ops::cpu {
 
 constexpr int64_t kBlock = 64;  // queries of a block
 
-// Between calls of load: the block holds the queries [first, first + n) of those that count. Its i-th query of view v
-// is row i of rows(v) and column i of columns(v); rows [n, padded) are zero. The query may attend to the keys
-// [first_key[i], last_key[i]), by position alone; no query has a key outside of [tile_begin, tile_end).
+// Between calls of load, the block holds the queries [first, first + n) of those that count. Its i-th query of view v
+// is row i of as_rows(v) and column i of as_columns(v), and the rows [n, padded) are zero. By position alone, it may
+// attend to the keys [first_key[i], last_key[i]). No query of the block has a key outside of [tile_begin, tile_end).
 template <typename P>
 class QueryBlock {
  public:
@@ -55,11 +55,11 @@ class QueryBlock {
     find_alive(counted, b, head);
   }
 
-  const Operand* columns(int v) const {  // [ld, padded]
+  const Operand* as_columns(int v) const {  // [ld, padded]
     if constexpr (P::kConverts) return right_t_[v];
     return operand(queries_t_[v]);
   }
-  const Operand* rows(int v) const {  // [padded, ld]; in the backward only
+  const Operand* as_rows(int v) const {  // [padded, ld]; in the backward only
     if constexpr (P::kConverts) return right_[v];
     return operand(queries_[v]);
   }

@@ -1,6 +1,6 @@
 // What forward and backward of qk_attention_mse share: tiles of scores of one block of queries against one head's keys.
-// Scores lie transposed, [keys, queries]. So a softmax runs down a column of memory with no reduction across lanes,
-// keys are multiplied where they lie in the tensor, and the products of the backward need no transposed scores.
+// Scores lie transposed, [keys, queries]. So a softmax needs no reduction across lanes, keys are multiplied where they
+// lie in the tensor, and the products of the backward need no transposed scores.
 #pragma once
 
 #include "../isa.h"
@@ -9,7 +9,7 @@
 
 namespace ear_ops::cpu {
 
-constexpr int64_t kOneSweep = 4096;  // keys up to which a block keeps all its scores, instead of making them twice
+constexpr int64_t kOneSweep = 4096;  // keys up to which a block keeps all its scores; with more they are made twice
 constexpr int64_t kScoresLd = kBlock + kLanes;  // an odd number of cache lines of floats: keys spread over all sets
 
 // The working memory of one thread, used for many shares of the work. Calls come in this order, and each invalidates
@@ -60,7 +60,7 @@ class QKTask {
 
   void score(int64_t b, int64_t head, int64_t t, int64_t n) {
     for (int v = 0; v < 2; ++v) {
-      keys.score(v, t, n, block.columns(v), block.padded, scores[v], kScoresLd);
+      keys.score(v, t, n, block.as_columns(v), block.padded, scores[v], kScoresLd);
       if (inputs.bias[v].data) load_bias(v, b, head, t, n);
     }
   }
