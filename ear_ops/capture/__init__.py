@@ -1,9 +1,14 @@
-"""Taking queries, keys, masks, embeddings and hidden states out of a running model.
+"""Taking queries, keys, masks, embeddings and hidden states out of a running model; nothing here knows of a loss.
 
-One idea a file: :mod:`.layout` finds the places in a model, :mod:`.sites` taps one place, :mod:`.interface` lets the
-attention functions of transformers report to the taps, :mod:`.inside` watches modules that call none of them,
-:mod:`.records` holds what one forward gave, :mod:`.masks` turns the model's masks into the losses', :mod:`.views` is
-what a loss gets, :mod:`.recorder` says when a recording begins and ends. Nothing here knows of a loss.
+One idea a file:
+
+* :mod:`.layout` finds the places in a model, :mod:`.layers` reads how a user asks for layers.
+* :mod:`.sites` are places; they tap a module and read the record of a forward.
+* :mod:`.taps` hang on modules and take tensors.
+* :mod:`.records` hold what the taps took in one forward; :mod:`.recorder` begins and ends them.
+* :mod:`.masks` turns the model's masks into those of the losses.
+* :mod:`.readings` are what a loss gets.
+* :mod:`.teacher` finds the places of a second model and ties its forward to the same batch.
 """
 
 from __future__ import annotations

@@ -199,8 +199,8 @@ class Layout:
     def _blocks(self, with_attention: bool = False) -> tuple[str, nn.ModuleList, int]:
         """Path, main ``ModuleList`` and number of layers.
 
-        The main list is the outermost one with as many entries as the configuration has layers, or the only one that
-        has attentions, fewer of them than layers: then the model runs its entries again and again (ALBERT).
+        The main list is the outermost one with as many entries as the configuration has layers. Or it is the only list
+        that has attentions, with fewer entries than layers: the model then runs its entries repeatedly (ALBERT).
         """
         stack = self._stack()
         name = type(stack).__name__

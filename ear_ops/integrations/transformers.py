@@ -38,15 +38,15 @@ class StepLoss(NamedTuple):
 
 
 class RegularizedTrainerMixin(_Trainer):
-    """Adds regularisers to the training loss of a ``transformers.Trainer``; evaluation and prediction stay as they are.
+    """Adds regularisers to the training loss of a ``transformers.Trainer``; evaluation and prediction do not change.
 
-    A training batch holds both views, rows 0..B-1 of x and rows B..2B-1 of its augmentation, and the labels of the B
-    pairs (or of all 2B rows). The loss is that of both views, as the Trainer computes it (by the model, with label
-    smoothing, by ``compute_loss_func``), plus the regularisers. With a teacher a batch holds B rows and the
-    labels of these, and the Trainer runs the teacher itself.
+    A training batch holds both views: rows 0..B-1 of x, rows B..2B-1 of its augmentation. Its labels are those of the B
+    pairs or of all 2B rows. The loss of both views, as the Trainer computes it, plus the regularisers is minimised. The
+    model, label smoothing or ``compute_loss_func`` may compute that loss. With a teacher, a batch holds B rows and
+    their labels, and the Trainer runs the teacher.
 
-    The log gets the mean of every regulariser's term since its last line, over all processes, and ``task_loss``: the
-    mean over the rows of what the Trainer computes.
+    Each line of the training log gets the mean of every regulariser's term since the line before, over all processes.
+    It also gets ``task_loss``: the Trainer's own loss, a mean over the rows.
 
     Args:
         regularizers, teacher, layer_map: see :func:`ear_ops.attach`. The teacher is put into eval mode and on the
@@ -55,9 +55,9 @@ class RegularizedTrainerMixin(_Trainer):
 
     Raises:
         ValueError: ``args`` would drop the augmented view (``remove_unused_columns``), split pairs between processes
-            (``dispatch_batches``) or use DataParallel; there is no model to attach to (``model_init``); or what
-            :func:`ear_ops.attach` raises. In training: labels fit neither pairs nor rows, or are classes of all rows
-            (on the CPU) that differ between the views of a pair, as in a batch with one view.
+            (``dispatch_batches``) or use DataParallel. Or ``model_init`` is given in place of a model. Or
+            :func:`ear_ops.attach` raises it. In training: labels fit neither pairs nor rows. Or they are classes of all
+            rows, on the CPU, that differ between the views of a pair, as in a batch with one view.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class RegularizedTrainerMixin(_Trainer):
     ) -> None:
         super().__init__(model, args, *others, **more)
         self._check_arguments(two_views=teacher is None)
-        # The loss is a mean over the batch, plus terms that are: the Trainer has to divide it by the accumulation
+        # Loss and terms are means over the batch, so the Trainer has to divide them by the accumulation
         # steps itself, and must not take the **kwargs of a model for a sign that the model does so.
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False

@@ -1,4 +1,4 @@
-"""Weights that change with the optimiser step; any other function of the step serves as well.
+"""Schedules: weights as functions of the optimiser step. Any other function of the step serves as well.
 
 pull = ear_ops.AttentionPull(layer=6, weight=ear_ops.LinearWarmupSchedule(0.1, steps=1000))
 loss = task_loss + ear.loss(step=step)                       # step counts optimiser steps from 0

@@ -172,8 +172,8 @@ def test_a_regulariser_of_ones_own():
         def site(self, layout):
             return layout.hidden_states(self.layer)
 
-        def term(self, view, view_aug):
-            return view.states[view.attention_mask].square().mean()
+        def term(self, reading, reading_aug):
+            return reading.states[reading.attention_mask].square().mean()
 
     _, component = run(NormOfHiddenStates(2, 1.0), VECTORS, MASK)
     torch.testing.assert_close(component, Plain()(VECTORS)[MASK].square().mean().detach())

@@ -1,10 +1,10 @@
 """The attention functions of transformers, made to report to the taps while any recorder is attached.
 
 transformers looks an attention function up by name (``sdpa``, ``eager``, ``flash_attention_2``, ...) and calls it as
-``function(module, query, key, value, attention_mask, ...)``. Every registered function is replaced *under its own
-name* by one that hands the arguments to the module's taps and calls it unchanged: under a new name the model would
-build other masks. The lookup itself is wrapped too, for each modeling file's own eager function and for kernels
-registered later.
+``function(module, query, key, value, attention_mask, ...)``. Every registered function is replaced *under the same
+name* by one that hands the arguments to the module's taps and then calls it unchanged. Under a new name, the model
+would build other masks. The lookup is wrapped too, for the eager function of each modeling file and for kernels that
+are registered later.
 """
 
 from __future__ import annotations
