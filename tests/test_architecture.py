@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -72,3 +74,28 @@ def test_no_imports_in_a_circle() -> None:
 
 def test_the_page_lets_no_room_import_in_a_circle() -> None:
     TopologicalSorter(rules()).prepare()
+
+
+def test_the_library_needs_torch_alone() -> None:
+    """On a module of one's own nothing else is imported; transformers belongs to models of its and to the mixin."""
+    program = """
+import sys
+for name in ("transformers", "accelerate", "datasets", "tokenizers", "typer", "rich", "sklearn", "scipy", "matplotlib"):
+    sys.modules[name] = None
+import torch, ear_ops
+
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, hidden):
+        return torch.softmax(self.q(hidden) @ self.k(hidden).transpose(-1, -2), -1) @ hidden
+
+model = Attention()
+with ear_ops.attach(model, [ear_ops.AttentionPull(query="q", key="k", num_heads=2)]) as ear:
+    model(torch.randn(4, 5, 8))
+    ear.loss().backward()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
