@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from ear_ops.data.tasks import TASKS
 from ear_ops.recipes.training.errors import ConfigError
+from ear_ops.recipes.training.method_uses import METHOD_SETTINGS, METHOD_USES
 
 # alpha weighs the embedding push, beta the attention pull. `paper` is Ding et al. (COLING 2022) with every term as a
 # mean; `equations` scales the two terms as equations 1 and 2 are printed; `released` is what the authors' scripts do.
@@ -140,10 +141,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be {wanted}, got {value!r}")
 
     def _check(self) -> None:
-        from ear_ops.recipes.training.methods import METHODS  # here: it brings torch, and `--help` should be quick
-
         _check_known("task", self.task, TASKS)
-        _check_known("method", self.method, METHODS)
+        _check_known("method", self.method, METHOD_USES)
         for name, choices in CHOICES.items():
             if getattr(self, name) is not None:
                 _check_known(name, getattr(self, name), choices)
@@ -156,7 +155,7 @@ class TrainConfig:
         for name in RATIOS.values():
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), low=0)
-        if self.compile and "perturbation" in METHODS[self.method].uses:
+        if self.compile and "perturbation" in METHOD_USES[self.method].settings:
             raise ConfigError(
                 f"compile: method {self.method!r} shifts the word embeddings by a hook of each step, which a compiled "
                 "model would not see: leave compile out"
@@ -184,7 +183,7 @@ class TrainConfig:
                 for code in codes:
                     if code not in known:
                         raise ConfigError(f"{name}: the Hub has {self.task} in {', '.join(known)}, got {code!r}")
-        if METHODS[self.method].two_views and {self.synonyms, self.variants_file} == {None} and self.data_dir != MINI:
+        if self.two_views and {self.synonyms, self.variants_file} == {None} and self.data_dir != MINI:
             raise ConfigError(
                 f"method {self.method!r} needs an augmented view of the training pairs: pass --synonyms with a "
                 "dictionary such as counterfitted_neighbors.json, or --variants-file with what `ear-ops augment` wrote"
@@ -200,22 +199,23 @@ class TrainConfig:
                     )
 
     @property
+    def two_views(self) -> bool:
+        """Whether the method of this run needs the augmented view."""
+        return METHOD_USES[self.method].two_views
+
+    @property
     def used(self) -> frozenset[str]:
         """The settings that not every method looks at, and this run does."""
-        from ear_ops.recipes.training.methods import METHODS  # here: see `_check`
-
-        method = METHODS[self.method]
-        return method.uses | ({"layer", "reduction"} if self.measure_gradients and method.two_views else set())
+        uses = METHOD_USES[self.method]
+        return uses.settings | ({"layer", "reduction"} if self.measure_gradients and self.two_views else set())
 
     @property
     def without_effect(self) -> list[str]:
         """Settings with a value of their own, other than the preset's, that this run does not look at; but for the path
         of the synonyms, which one command may give to every method."""
-        from ear_ops.recipes.training.methods import METHODS, OWN_SETTINGS
-
         usual = {each.name: each.default for each in fields(self)} | PRESETS[self.preset]
-        idle = sorted(OWN_SETTINGS - self.used - {"synonyms"})
-        if not METHODS[self.method].two_views:
+        idle = sorted(METHOD_SETTINGS - self.used - {"synonyms"})
+        if not self.two_views:
             idle.append("measure_gradients")
         return [name for name in idle if getattr(self, name) not in (None, usual[name])]
 

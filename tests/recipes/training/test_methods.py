@@ -11,7 +11,8 @@ from transformers import BertForSequenceClassification
 
 from ear_ops import attach
 from ear_ops.recipes.training.config import RATIOS
-from ear_ops.recipes.training.methods import METHODS, TWO_VIEWS
+from ear_ops.recipes.training.method_uses import AUGMENTATION, METHOD_USES
+from ear_ops.recipes.training.methods import METHODS
 from ear_ops.recipes.training.perturbation import Draws, mean_norm, uniform_in_ball, word_embeddings
 
 B, L = 3, 6
@@ -326,7 +327,9 @@ def test_a_method_uses_the_settings_that_it_says(make_config) -> None:
             self.read.add(name)
             return getattr(self.config, name)
 
+    assert METHODS.keys() == METHOD_USES.keys()
     for name, method in METHODS.items():
+        assert (method.two_views, method.uses) == METHOD_USES[name], name
         config = Watched(make_config(method=name))
         method(config).regularizers()
         elsewhere = {
@@ -334,6 +337,6 @@ def test_a_method_uses_the_settings_that_it_says(make_config) -> None:
             "adversarial_steps",
             *RATIOS.values(),
         }  # read in a step, or before there is a method
-        assert config.read == method.uses - elsewhere - TWO_VIEWS, name
+        assert config.read == method.uses - elsewhere - AUGMENTATION, name
         assert {RATIOS[weight] for weight in method.uses & RATIOS.keys()} == method.uses & set(RATIOS.values()), name
-        assert (method.uses >= TWO_VIEWS) == method.two_views, name
+        assert (method.uses >= AUGMENTATION) == method.two_views, name
