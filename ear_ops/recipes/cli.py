@@ -195,7 +195,7 @@ def augment(
     """Write variants of the training pairs as TSV: to look at, or for `train --variants-file`."""
     from ear_ops.recipes.training.sources import write_variants_file
 
-    print(write_variants_file(TrainConfig(**settings, method="finetune"), output, num_variants))
+    print(write_variants_file(TrainConfig(**settings, method="finetune").data, output, num_variants))
 
 
 @app.command()

@@ -14,7 +14,6 @@ from torch import Tensor
 from ear_ops.capture import unwrap
 from ear_ops.functional import robust_cross_entropy
 from ear_ops.integrations.transformers import StepLoss
-from ear_ops.recipes.training.config import TrainConfig
 from ear_ops.recipes.training.method_uses import METHOD_USES
 from ear_ops.recipes.training.perturbation import (
     Draws,
@@ -24,6 +23,7 @@ from ear_ops.recipes.training.perturbation import (
     word_embeddings,
     worst_in_ball,
 )
+from ear_ops.recipes.training.stage_settings import ObjectiveSettings
 from ear_ops.regularizers import AttentionPull, EmbeddingPush, SentencePull
 
 
@@ -37,8 +37,8 @@ class Method(ABC):
     two_views: ClassVar[bool]
     uses: ClassVar[frozenset[str]]
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    def __init__(self, settings: ObjectiveSettings) -> None:
+        self.settings = settings
 
     def regularizers(self) -> list[Any]:
         """The regularisers to attach to the model, if any; their sum reaches `step` through `attached.loss()`."""
@@ -57,7 +57,7 @@ class Method(ABC):
         """
 
     def _draws(self, batch: int) -> Draws:
-        return Draws(self.config.seed, batch, self.config.max_length)
+        return Draws(self.settings.seed, batch, self.settings.max_length)
 
 
 class FineTune(Method):
@@ -93,7 +93,7 @@ class RandomPerturbation(Method):
 
     def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         embeddings = word_embeddings(model, inputs)  # [B, L, C]
-        radius = self.config.perturbation * mean_norm(embeddings, inputs["attention_mask"])
+        radius = self.settings.perturbation * mean_norm(embeddings, inputs["attention_mask"])
         with shifted(model, uniform_in_ball(embeddings, radius, self._draws(batch))):
             outputs = model(**inputs)
         return StepLoss(F.cross_entropy(outputs.logits, labels), outputs, view_terms(outputs.logits, labels))
@@ -111,13 +111,13 @@ class AdversarialTraining(Method):
     def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         inner = unwrap(model)  # the search needs no gradients of parameters, so nothing for processes to exchange
         embeddings = word_embeddings(model, inputs)  # [B, L, C]
-        radius = self.config.perturbation * mean_norm(embeddings, inputs["attention_mask"])
+        radius = self.settings.perturbation * mean_norm(embeddings, inputs["attention_mask"])
 
         def loss(delta: Tensor) -> Tensor:
             with shifted(model, delta):
                 return F.cross_entropy(inner(**inputs).logits, labels)
 
-        with shifted(model, worst_in_ball(loss, embeddings, radius, self.config.adversarial_steps)):
+        with shifted(model, worst_in_ball(loss, embeddings, radius, self.settings.adversarial_steps)):
             outputs = model(**inputs)
         return StepLoss(F.cross_entropy(outputs.logits, labels), outputs, view_terms(outputs.logits, labels))
 
@@ -143,10 +143,10 @@ class RobustTargets(Method):
         return model(**inputs)
 
     def _push(self) -> EmbeddingPush:
-        return EmbeddingPush(self.config.alpha, reduction=self.config.reduction)
+        return EmbeddingPush(_measured(self.settings.alpha), reduction=self.settings.reduction)
 
     def _pull(self) -> AttentionPull:
-        return AttentionPull(self.config.layer, self.config.beta, reduction=self.config.reduction)
+        return AttentionPull(self.settings.layer, _measured(self.settings.beta), reduction=self.settings.reduction)
 
 
 class EmbeddingPushAttentionPull(RobustTargets):
@@ -187,7 +187,7 @@ class NoisePull(WithoutPush):
 
     def _forward(self, model: Any, inputs: Mapping[str, Tensor], batch: int) -> Any:
         embeddings = word_embeddings(model, inputs)  # [2B, L, C]
-        sigma = self.config.perturbation * mean_norm(embeddings, inputs["attention_mask"])
+        sigma = self.settings.perturbation * mean_norm(embeddings, inputs["attention_mask"])
         noise = sigma * self._draws(batch).normal(embeddings[len(embeddings) // 2 :])  # [B, L, C]
         with shifted(model, torch.cat([torch.zeros_like(noise), noise])):
             return model(**inputs)
@@ -202,7 +202,10 @@ class PushSentencePull(RobustTargets):
     two_views, uses = METHOD_USES["ept+srpt"]
 
     def regularizers(self) -> list[Any]:
-        return [self._push(), SentencePull(self.config.layer, self.config.beta, reduction=self.config.reduction)]
+        return [
+            self._push(),
+            SentencePull(self.settings.layer, _measured(self.settings.beta), reduction=self.settings.reduction),
+        ]
 
 
 METHODS: dict[str, type[Method]] = {
@@ -217,6 +220,11 @@ METHODS: dict[str, type[Method]] = {
     "nt+apt": NoisePull,
     "ept+srpt": PushSentencePull,
 }
+
+
+def _measured(weight: float | None) -> float:
+    assert weight is not None, "the weight for a ratio is measured before the method is made"
+    return weight
 
 
 def view_terms(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
