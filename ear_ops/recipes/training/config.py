@@ -172,6 +172,11 @@ class TrainConfig:
             )
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed", "perturbation", "measure_gradients"):
             _check_range(name, getattr(self, name), low=0)
+        if self.weight_decay and self.prune_vocabulary and not self.freeze_embeddings:
+            raise ConfigError(
+                f"weight_decay: got {self.weight_decay!r} with prune_vocabulary: decay would change the embeddings of "
+                "the dropped pieces too, and the trained model could not get them back: leave one of the two out"
+            )
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(f"warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio!r}")
         if not 0 < self.dictionary_scale <= 1:

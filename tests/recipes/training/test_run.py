@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer, MBartConfig, MBartModel
 
 from ear_ops.data import DataError
 from ear_ops.models.classifier import load_classifier
 from ear_ops.recipes.training import run, scoring, stages
+from ear_ops.recipes.training.classifiers import initial_model, trained_model
 from ear_ops.recipes.training.config import TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
 from ear_ops.recipes.training.folder import RunFolderError, claim, locked, versions
@@ -357,6 +359,29 @@ def test_a_setting_that_the_model_does_not_have_is_named(make_config, changes: d
         run.train(make_config(**changes))
 
 
+@pytest.mark.parametrize("fault", [TypeError, ValueError])
+def test_a_fault_of_our_own_does_not_look_like_a_mistake_of_the_user(
+    make_config, monkeypatch: pytest.MonkeyPatch, fault: type[Exception]
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise fault("unexpected keyword argument")
+
+    monkeypatch.setattr(stages, "TrainingArguments", broken)
+    with pytest.raises(fault, match="unexpected keyword argument") as error:
+        run.train(make_config())
+    assert not isinstance(error.value, ConfigError)
+
+
+def test_a_model_that_does_not_fit_is_named_with_its_cause(make_config, finished: TrainConfig, tmp_path: Path) -> None:
+    """A run of three labels has left this model, and PAWS-X has two."""
+    settings = {"task": "pawsx", "method": "finetune", "output_dir": str(tmp_path / "other")}
+    for name in ("train-en", "dev-en"):
+        (tmp_path / f"{name}.tsv").write_text("a1 b1\tc2\t1\n" * 8)
+    with pytest.raises(ConfigError, match=r"num_labels: .* saved with 3 labels") as error:
+        run.train(make_config(model=str(tmp_path / "run" / "model"), data_dir=str(tmp_path), **settings))
+    assert type(error.value.__cause__) is ValueError
+
+
 def test_words_replaced_are_counted(finished: TrainConfig) -> None:
     replaced = results_of(finished)["replaced"]
     assert 0 < replaced["replaced"] < replaced["found"] < replaced["words"]
@@ -372,6 +397,36 @@ def test_pruning_the_vocabulary_does_not_change_the_run(make_config, tmp_path: P
         assert pruned[name] == whole[name]
     size = lambda name: (tmp_path / name / "model" / "model.safetensors").stat().st_size  # noqa: E731
     assert size("pruned") < size("whole")
+
+
+def test_weight_decay_of_a_pruned_vocabulary_is_refused(make_config) -> None:
+    """It would change the embeddings of pieces that no text holds, which pruning drops and `evaluate` restores."""
+    with pytest.raises(ConfigError, match=r"weight_decay: got 0\.01 with prune_vocabulary.*dropped pieces"):
+        make_config(weight_decay=0.01, prune_vocabulary=True)
+    assert make_config(weight_decay=0.01).weight_decay == 0.01
+    make_config(weight_decay=0.01, prune_vocabulary=True, freeze_embeddings=True)
+
+
+def test_a_restored_vocabulary_is_that_of_a_run_that_did_not_prune(make_config, tmp_path: Path) -> None:
+    """With weight decay it is not, unless the word embeddings are frozen."""
+    models = {}
+    for name, changes in {
+        "whole": {},
+        "pruned": {"prune_vocabulary": True},
+        "frozen": {"freeze_embeddings": True, "weight_decay": 0.5},
+        "frozen and pruned": {"freeze_embeddings": True, "weight_decay": 0.5, "prune_vocabulary": True},
+    }.items():
+        config = make_config(output_dir=str(tmp_path / name), max_train_examples=8, epochs=1, **changes)
+        run.train(config)
+        models[name] = trained_model(config.classifier, tmp_path / name)[0].get_input_embeddings().weight
+    assert torch.equal(models["whole"], models["pruned"])
+    assert torch.equal(models["frozen"], models["frozen and pruned"])
+
+    config = make_config(output_dir=str(tmp_path / "decayed"), max_train_examples=8, epochs=1, weight_decay=0.5)
+    run.train(config)
+    decayed = trained_model(config.classifier, tmp_path / "decayed")[0].get_input_embeddings().weight
+    initial = initial_model(config.classifier)[0].get_input_embeddings().weight
+    assert not torch.equal(decayed[-1], initial[-1]), "no text has this piece, and its embedding has changed"
 
 
 def test_bf16_trains_and_scores_under_autocast(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
