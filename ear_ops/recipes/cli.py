@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
+from ear_ops.errors import EarOpsError
 from ear_ops.recipes.training import processes
 from ear_ops.recipes.training.config import SETTING_TYPES, TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
@@ -31,15 +32,10 @@ app = typer.Typer(
     help="Train and score zero-shot cross-lingual classifiers with attention and embedding regularizers.",
 )
 
-# By name: their modules are heavy.
-_USER_ERRORS = {
-    "ConfigError",
-    "DataError",
-    "FolderInUseError",
-    "NotComparableError",
-    "OfflineModelError",
-    "RunFolderError",
-    "StudyError",
+# The extra of `pip install 'ear-ops[EXTRA]'` that brings each optional package.
+_EXTRAS = {
+    **dict.fromkeys(("accelerate", "datasets", "rich", "typer"), "train"),
+    **dict.fromkeys(("matplotlib", "sklearn"), "analysis"),
 }
 _DATA_SETTINGS = (
     "task",
@@ -65,13 +61,28 @@ def _check_processes(context: typer.Context) -> None:
 
 
 def main() -> None:
-    """Entry point. What a user can mend ends with one line and exit code 1; anything else shows its traceback."""
+    """The entry point. A mistake that the user can correct ends with one line and exit code 1.
+
+    Any other error is a fault of the package and shows its traceback.
+    """
     try:
         app()
-    except Exception as error:
-        if not isinstance(error, (OSError, ImportError)) and type(error).__name__ not in _USER_ERRORS:
-            raise
+    except (EarOpsError, OSError) as error:
         sys.exit(f"error: {error}")
+    except ImportError as error:
+        extra = _missing_extra(error)
+        if extra is None:
+            raise
+        advice = "" if "pip install" in str(error) else f": pip install 'ear-ops[{extra}]'"
+        sys.exit(f"error: {error}{advice}")
+
+
+def _missing_extra(error: ImportError) -> str | None:
+    """The extra whose package is missing, or None where the error has another reason."""
+    for cause in (error, error.__cause__):
+        if isinstance(cause, ModuleNotFoundError) and cause.name in _EXTRAS:
+            return _EXTRAS[cause.name]
+    return None
 
 
 def _settings_as_options(names: Sequence[str] | None = None) -> Callable[..., Callable[..., None]]:
@@ -195,7 +206,7 @@ def augment(
     """Write variants of the training pairs as TSV: to look at, or for `train --variants-file`."""
     from ear_ops.recipes.training.sources import write_variants_file
 
-    print(write_variants_file(TrainConfig(**settings, method="finetune"), output, num_variants))
+    print(write_variants_file(TrainConfig(**settings, method="finetune").data, output, num_variants))
 
 
 @app.command()
@@ -214,23 +225,27 @@ def analyse(
     print(f"Measures and figures are in {output_dir}.")
 
 
-_BENCHMARKS = {"losses": "bench_losses.py", "step": "bench_step.py", "report": "report.py"}
+# The scripts of `benchmarks/` by the name that the command takes.
+_BENCHMARKS = {
+    **{name: f"bench_{name}.py" for name in ("losses", "step", "epoch", "capture")},
+    "report": "report.py",
+}
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="losses|step|report")],
+    name: Annotated[str, typer.Argument(metavar="|".join(_BENCHMARKS))],
 ) -> None:
-    """Measure speed, memory and error of the losses or of a training step (needs a checkout); `bench losses -h`."""
+    """Measure speed and memory of losses, a step, an epoch or capturing (in a checkout); see `bench NAME -h`."""
     import subprocess
 
+    if name not in _BENCHMARKS:
+        raise ConfigError(f"bench: expected one of {', '.join(_BENCHMARKS)}, got {name!r}")
     folder = Path(__file__).parents[2] / "benchmarks"
-    if what not in _BENCHMARKS:
-        raise ConfigError(f"bench: expected one of {', '.join(_BENCHMARKS)}, got {what!r}")
     if not folder.is_dir():
         raise FileNotFoundError(f"the benchmarks come with a checkout, not with the installed package: no {folder}")
-    sys.exit(subprocess.call([sys.executable, str(folder / _BENCHMARKS[what]), *context.args]))
+    sys.exit(subprocess.call([sys.executable, str(folder / _BENCHMARKS[name]), *context.args]))
 
 
 def _run_module() -> Any:

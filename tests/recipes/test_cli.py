@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ pytest.importorskip("typer", reason="the command line needs the extra `train`")
 from typer.testing import CliRunner
 
 from ear_ops.data import XNLI, read_variants
+from ear_ops.errors import BackendUnavailableError, EarOpsError
 from ear_ops.recipes import cli
 from ear_ops.recipes.training.config import TrainConfig
+from ear_ops.recipes.training.errors import ConfigError
 
 
 def run(*arguments: str) -> str:
@@ -96,6 +99,71 @@ def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "argv", ["ear-ops", "evaluate", "run"])
     with pytest.raises(ZeroDivisionError):
         cli.main()
+
+
+def raised_by(error: Exception, monkeypatch: pytest.MonkeyPatch) -> BaseException:
+    """What ends `ear-ops evaluate` where its work raises `error`."""
+
+    def broken() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_run_module", broken)
+    monkeypatch.setattr(sys, "argv", ["ear-ops", "evaluate", "run"])
+    with pytest.raises(BaseException) as end:
+        cli.main()
+    return end.value
+
+
+def test_an_import_that_our_own_code_breaks_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (
+        ImportError("cannot import name 'trian' from 'ear_ops.recipes.training.run'", name="ear_ops"),
+        ModuleNotFoundError("No module named 'ear_ops.recipes.trianing'", name="ear_ops.recipes.trianing"),
+        ModuleNotFoundError("No module named 'sklearn.manifolds'", name="sklearn.manifolds"),
+    ):
+        assert raised_by(error, monkeypatch) is error
+
+
+def test_a_missing_package_of_an_extra_is_a_mistake_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    end = raised_by(ModuleNotFoundError("No module named 'accelerate'", name="accelerate"), monkeypatch)
+    assert str(end) == "error: No module named 'accelerate': pip install 'ear-ops[train]'"
+    end = raised_by(ModuleNotFoundError("analyse needs matplotlib: pip install 'x'", name="matplotlib"), monkeypatch)
+    assert str(end) == "error: analyse needs matplotlib: pip install 'x'", "the advice stands there once"
+    chained = ImportError("reading from the Hub needs the package datasets: pip install 'ear-ops[train]'")
+    chained.__cause__ = ModuleNotFoundError("No module named 'datasets'", name="datasets")
+    assert isinstance(raised_by(chained, monkeypatch), SystemExit)
+
+
+def test_the_packages_of_the_extras_are_those_of_the_project() -> None:
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    lines = dict(re.findall(r"^(train|analysis) = \[(.*)\]$", pyproject, re.M))
+    modules = {"scikit-learn": "sklearn"}
+    for extra, line in lines.items():
+        packages = [name for name in re.findall(r'"([\w-]+)[>=]', line) if name != "ear-ops"]
+        assert packages and all(cli._EXTRAS[modules.get(name, name)] == extra for name in packages)
+
+
+def test_every_error_of_the_package_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that the command line has never heard of."""
+
+    class NewError(EarOpsError):
+        pass
+
+    assert str(raised_by(NewError("what to do"), monkeypatch)) == "error: what to do"
+    assert str(raised_by(BackendUnavailableError("no kernels"), monkeypatch)) == "error: no kernels"
+
+
+def test_bench_offers_the_scripts_of_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(__file__).parents[2] / "benchmarks"
+    expected = {path.stem.removeprefix("bench_"): path for path in folder.glob("bench_*.py")}
+    expected["report"] = folder / "report.py"
+    started: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "call", lambda command: started.append(command) or 0)
+    for name in expected:
+        CliRunner().invoke(cli.app, ["bench", name, "--repeats", "2"])
+    assert started == [[sys.executable, str(path), "--repeats", "2"] for path in expected.values()]
+    assert set(cli._BENCHMARKS) == expected.keys()
+    with pytest.raises(ConfigError, match="bench: expected one of losses, step, epoch, capture, report, got 'speed'"):
+        CliRunner().invoke(cli.app, ["bench", "speed"], catch_exceptions=False)
 
 
 def test_augment_writes_a_file_that_training_reads(tmp_path: Path) -> None:

@@ -28,29 +28,30 @@ def train(settings: dict[str, Any], die_at: int | None = None, started_by_mpi: b
         die_at: the processes are killed before this step.
         started_by_mpi: as `accelerate launch --cpu` does.
     """
-    from ear_ops.recipes.training import checkpoints, processes, run
+    from ear_ops.recipes.training import checkpoints, processes, run, scoring
     from ear_ops.recipes.training.config import TrainConfig
     from ear_ops.recipes.training.errors import ConfigError
     from ear_ops.recipes.training.folder import RunFolderError
+    from ear_ops.recipes.training.pair_trainer import PairTrainer
 
     if started_by_mpi:
         for name, their in OPEN_MPI.items():
             os.environ[their] = os.environ.pop(name)
     checkpoints._sync = lambda path: None  # waiting for the disk is most of a tiny run
     scored: list[Any] = []
-    predict, save_random_state = run.predict, run.PairTrainer._save_rng_state
-    run.predict = lambda *args, **kwargs: (scored.append(args), predict(*args, **kwargs))[1]
+    predict, save_random_state = scoring.predict, PairTrainer._save_rng_state
+    scoring.predict = lambda *args, **kwargs: (scored.append(args), predict(*args, **kwargs))[1]
     if processes.rank():
         checkpoints.write_atomically = lambda path, text: pytest.fail(f"the second process writes {path}")
-        run.PairTrainer._save_rng_state = lambda *args: (time.sleep(0.5), save_random_state(*args))[1]
-    training_step = run.PairTrainer.training_step
+        PairTrainer._save_rng_state = lambda *args: (time.sleep(0.5), save_random_state(*args))[1]
+    training_step = PairTrainer.training_step
 
     def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return training_step(self, *args, **kwargs)
 
-    run.PairTrainer.training_step = dying  # type: ignore[method-assign]
+    PairTrainer.training_step = dying  # type: ignore[method-assign]
     try:
         results = run.train(TrainConfig(**settings))
         assert len(scored) <= -(-len(results["languages"]) // processes.count())
@@ -65,9 +66,10 @@ def first_step(settings: dict[str, Any]) -> float:
 
     from ear_ops.recipes.training import run
     from ear_ops.recipes.training.config import TrainConfig
+    from ear_ops.recipes.training.pair_trainer import PairTrainer
 
     losses = []
-    training_loss = run.PairTrainer.training_loss
+    training_loss = PairTrainer.training_loss
 
     def keep(self: Any, model: Any, inputs: dict[str, Any]) -> Any:
         ids = torch.full_like(inputs["input_ids"][:, :4], 7)
@@ -76,7 +78,7 @@ def first_step(settings: dict[str, Any]) -> float:
         losses.append(loss.loss.item())
         return loss
 
-    run.PairTrainer.training_loss = keep  # type: ignore[method-assign]
+    PairTrainer.training_loss = keep  # type: ignore[method-assign]
     run.train(TrainConfig(**settings))
     return losses[0]
 

@@ -17,10 +17,10 @@ from ear_ops.recipes.analysis.states import alignment_by_layer, sentence_states,
 from ear_ops.recipes.study.definition import load_study
 from ear_ops.recipes.study.sweep import STUDY_FILE, StudyError, plan_of
 from ear_ops.recipes.training import checkpoints
+from ear_ops.recipes.training.classifiers import initial_model, trained_model
 from ear_ops.recipes.training.errors import ConfigError
 from ear_ops.recipes.training.folder import load_config, versions
 from ear_ops.recipes.training.results import markdown_table
-from ear_ops.recipes.training.run import initial_model, trained_model
 
 PICTURED_SENTENCES = 25  # of each language
 PICTURED_LANGUAGES = 6
@@ -75,7 +75,7 @@ def analyse(
     before: dict[str, Any] = {}  # by pretrained model: runs of one differ by their heads, which are not measured
     for name, folder in runs.items():
         config = load_config(folder)
-        models = {"before": initial_model(config, None), "after": trained_model(config, folder)}
+        models = {"before": initial_model(config.classifier), "after": trained_model(config.classifier, folder)}
         for model, _ in models.values():
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         if config.model not in before:

@@ -33,7 +33,7 @@ import yaml
 from ear_ops.recipes.study.tables import TABLES
 from ear_ops.recipes.training.config import SETTING_TYPES, TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
-from ear_ops.recipes.training.methods import METHODS, OWN_SETTINGS
+from ear_ops.recipes.training.method_uses import METHOD_SETTINGS, METHOD_USES
 
 Settings = dict[str, Any]
 
@@ -57,16 +57,16 @@ class Run:
         """
         config = TrainConfig.from_dict({name: _typed(name, settings[name]) for name in settings}, output_dir="-")
         used, complete = config.used, config.to_dict()
-        if not METHODS[config.method].two_views:
+        if not METHOD_USES[config.method].two_views:
             complete["measure_gradients"] = 0
         if not used & _WEIGHTING:
             complete["preset"] = _DEFAULTS["preset"]
-        for name in OWN_SETTINGS - used:
+        for name in METHOD_SETTINGS - used:
             complete[name] = _DEFAULTS[name]
         complete = TrainConfig.from_dict(complete, output_dir="-").to_dict()
         # Values that are the default are left out, so that a new setting does not give old runs new names.
         telling = {name: value for name, value in complete.items() if value != _DEFAULTS[name]}
-        telling = {name: value for name, value in telling.items() if name in used or name not in OWN_SETTINGS}
+        telling = {name: value for name, value in telling.items() if name in used or name not in METHOD_SETTINGS}
         digest = hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:10]
         return cls(complete, f"{config.task}-{config.method}-seed{config.seed}-{digest}")
 

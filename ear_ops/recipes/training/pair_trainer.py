@@ -91,7 +91,7 @@ class OwnDropout(TrainerCallback):
             torch.manual_seed(args.seed + args.process_index)
 
 
-class Schedule(TrainerCallback):
+class EvaluationSteps(TrainerCallback):
     """Evaluates and saves `evaluations_per_epoch` times an epoch, evenly, the last time at its end.
 
     Each time the log is written first: a checkpoint then holds the log up to its step, nothing is pending, and a
@@ -145,7 +145,7 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         steps_per_epoch = -(-len(train_dataset) // per_step)
         own: list[TrainerCallback] = [SetEpoch(order, steps_per_epoch), OwnDropout()]
         if evaluations_per_epoch is not None:
-            own.append(Schedule(steps_per_epoch, evaluations_per_epoch))
+            own.append(EvaluationSteps(steps_per_epoch, evaluations_per_epoch))
         super().__init__(
             model,
             args,

@@ -1,4 +1,4 @@
-"""From a configuration to sentence pairs: what is trained on, with which augmented view, and what is scored."""
+"""The sentence pairs of a run: those to train on, with their augmented view, and those to score."""
 
 from __future__ import annotations
 
@@ -31,22 +31,29 @@ from ear_ops.data import (
 from ear_ops.data.pairs import find_split, load_texts
 from ear_ops.recipes.training.config import MINI, TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
+from ear_ops.recipes.training.stage_settings import DataSettings
 
 
 @dataclass
 class TrainingData:
-    """The originals of a run with their views, and what there is to say about the augmentation."""
+    """The originals of a run with their views.
+
+    Attributes:
+        views: the pairs.
+        groups: the variants that a file gives, if there is one.
+        replaced: counts of replaced words in the first epoch, where the augmenter draws the variants.
+    """
 
     views: PairViews
-    groups: list[VariantGroup] | None  # from a variants file
-    replaced: dict[str, int | float | str] | None  # counts of the first epoch, where variants are drawn on the fly
+    groups: list[VariantGroup] | None
+    replaced: dict[str, int | float | str] | None
 
     @property
     def labels(self) -> list[int]:
         return [example.label for example in self.views.examples]
 
     def texts(self, epochs: int) -> Iterator[str]:
-        """Every text that `epochs` passes over the data can show to a model."""
+        """Every text that a training of this many epochs can show to the model."""
         for example in self.views.examples:
             yield from (example.text1, example.text2)
         if self.groups is not None:
@@ -60,66 +67,71 @@ class TrainingData:
             self.views.set_epoch(0)
 
 
-def load_training_data(config: TrainConfig, two_views: bool) -> TrainingData:
-    """Read the training pairs. The originals are the same whether or not a method wants the augmented view.
+def load_training_data(settings: DataSettings, two_views: bool) -> TrainingData:
+    """Read the training pairs. The originals are the same with one view and with two.
 
     Raises:
         DataError: a file is missing or malformed.
-        ConfigError: two views are wanted and nothing says where the augmented one comes from.
+        ConfigError: two views are needed, and no setting says where the augmented one comes from.
     """
-    task = get_task(config.task)
-    if config.variants_file is not None:
-        groups = read_variants(config.variants_file, task)[: config.max_train_examples]
-        if config.variants == "all":
+    task = get_task(settings.task)
+    if settings.variants_file is not None:
+        groups = read_variants(settings.variants_file, task)[: settings.max_train_examples]
+        if settings.variants == "all":
             groups = one_row_per_variant(groups)
         if two_views:
-            return TrainingData(VariantViews(groups, seed=config.seed), groups, None)
+            return TrainingData(VariantViews(groups, seed=settings.seed), groups, None)
         return TrainingData(PairViews([group.original for group in groups]), None, None)
-    examples = _load(config, task, "train", config.source_language)[: config.max_train_examples]
+    examples = _load(settings, task, "train", settings.source_language)[: settings.max_train_examples]
     if not two_views:
         return TrainingData(PairViews(examples), None, None)
-    views = PairViews(examples, load_augmenter(config), seed=config.seed)
+    views = PairViews(examples, load_augmenter(settings), seed=settings.seed)
     return TrainingData(views, None, _count_replaced(views))
 
 
-def load_augmenter(config: TrainConfig) -> SynonymAugmenter:
-    """The synonym dictionary of the configuration; the built-in data bring one along."""
-    path = config.synonyms
-    if path is None and config.data_dir == MINI:
+def load_augmenter(settings: DataSettings) -> SynonymAugmenter:
+    """The augmenter with the synonym dictionary of the settings. The built-in data have a dictionary of their own."""
+    path = settings.synonyms
+    if path is None and settings.data_dir == MINI:
         from ear_ops.data.mini import mini_data_dir
 
         path = str(mini_data_dir() / "synonyms.json")
     if path is None:
         raise ConfigError("no words to replace: pass --synonyms with a dictionary such as counterfitted_neighbors.json")
-    synonyms = load_synonyms(path, scale=config.dictionary_scale, seed=config.seed)
-    return SynonymAugmenter(synonyms, match=config.match)
+    synonyms = load_synonyms(path, scale=settings.dictionary_scale, seed=settings.seed)
+    return SynonymAugmenter(synonyms, match=settings.match)
 
 
-def load_split_of(config: TrainConfig, split: str, languages: list[str] | None = None) -> dict[str, list[PairExample]]:
-    """One split in several languages, English first; by default in all languages at hand.
+def load_split_of(
+    settings: DataSettings, split: str, languages: list[str] | None = None
+) -> dict[str, list[PairExample]]:
+    """The pairs of a split by language, English first. By default, all languages that have data are read.
 
     Raises:
-        DataError: a language that was asked for is missing (the message names the files looked for), or all are.
+        DataError: a requested language has no data, or no language has; the message names the files looked for.
     """
-    task = get_task(config.task)
+    task = get_task(settings.task)
     if languages is None:
-        languages = list(task.languages) if config.hub else available_languages(_data_dir(config), task, split)
-    # With nothing at hand, asking for the source raises the error that lists where it was looked for.
-    return {language: _load(config, task, split, language) for language in languages or [config.source_language]}
+        languages = list(task.languages) if settings.hub else available_languages(_data_dir(settings), task, split)
+    # Where no language has data, reading the source language raises the error that lists the files looked for.
+    return {language: _load(settings, task, split, language) for language in languages or [settings.source_language]}
 
 
 def missing_inputs(config: TrainConfig) -> list[str]:
-    """The files and folders that a run needs and that are not there, as far as that shows without reading any."""
+    """The files and folders that a run needs and that do not exist. No file is read for this."""
     named = [config.data_dir, config.synonyms, config.variants_file]
-    if config.model.startswith((".", os.sep)):  # else it may be a name on the Hub
+    if config.model.startswith((".", os.sep)):  # any other text may be a name on the Hub
         named.append(config.model)
     missing = [path for path in named if path not in (None, MINI) and not Path(path).exists()]
     if config.hub or config.data_dir in missing:
         return missing
-    needed = [("dev", config.source_language), *((config.eval_split, each) for each in config.language_list or ())]
+    needed = [
+        ("dev", config.source_language),
+        *((config.eval_split, language) for language in config.language_list or ()),
+    ]
     if config.variants_file is None:
         needed.insert(0, ("train", config.source_language))
-    task, folder = get_task(config.task), _data_dir(config)
+    task, folder = get_task(config.task), _data_dir(config.data)
     present = {split: available_languages(folder, task, split) for split in ("train", "dev", "test")}
     if not present[config.eval_split]:
         needed.append((config.eval_split, config.source_language))
@@ -127,13 +139,14 @@ def missing_inputs(config: TrainConfig) -> list[str]:
     return missing + [str(Path(folder) / name) for name in dict.fromkeys(absent)]
 
 
-def digests(config: TrainConfig) -> dict[str, str]:
-    """SHA-256 by path, of the files that a run trains on and chooses its checkpoint by; of those that are there."""
-    paths = [config.variants_file, config.synonyms]
-    if not config.hub:
-        for split in ("dev",) if config.variants_file is not None else ("train", "dev"):
+def digests(settings: DataSettings) -> dict[str, str]:
+    """The SHA-256 of each file that decides the training and the choice of the checkpoint, if the file exists."""
+    task = get_task(settings.task)
+    paths = [settings.variants_file, settings.synonyms]
+    if not settings.hub:
+        for split in ("dev",) if settings.variants_file is not None else ("train", "dev"):
             with suppress(DataError):
-                paths.append(str(find_split(_data_dir(config), get_task(config.task), split, config.source_language)))
+                paths.append(str(find_split(_data_dir(settings), task, split, settings.source_language)))
     present = [path for path in paths if path is not None and Path(path).is_file()]
     return {path: _digest(path, Path(path).stat().st_mtime_ns) for path in present}
 
@@ -143,60 +156,67 @@ def _digest(path: str, modified: int) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def evaluation_texts(config: TrainConfig) -> Iterator[str]:
-    """Every dev and test text at hand, in all languages.
-
-    Raises:
-        DataError: a file is malformed. Labels are looked at in the split of the final table alone: the test files of
-            XTREME's own script have none.
-    """
-    task = get_task(config.task)
-    for split in ("dev", "test"):
-        if config.hub or split == config.eval_split:
-            for example in chain.from_iterable(load_split_of(config, split).values()):
-                yield from (example.text1, example.text2)
-        else:
-            for language in available_languages(_data_dir(config), task, split):
-                yield from chain.from_iterable(load_texts(_data_dir(config), task, split, language))
-
-
-def write_variants_file(config: TrainConfig, path: str, num_variants: int | None = None) -> str:
-    """Write variants of the training pairs (`ear-ops augment`); returns a line that says what was written.
+def evaluation_texts(settings: DataSettings, eval_split: str) -> Iterator[str]:
+    """Every dev and test text, in all languages that have data.
 
     Args:
+        settings: of the data.
+        eval_split: the split of the final table. Only its labels are read: XTREME's test files have no labels.
+
+    Raises:
+        DataError: a file is malformed.
+    """
+    task = get_task(settings.task)
+    for split in ("dev", "test"):
+        if settings.hub or split == eval_split:
+            for example in chain.from_iterable(load_split_of(settings, split).values()):
+                yield from (example.text1, example.text2)
+        else:
+            for language in available_languages(_data_dir(settings), task, split):
+                yield from chain.from_iterable(load_texts(_data_dir(settings), task, split, language))
+
+
+def write_variants_file(settings: DataSettings, path: str, num_variants: int | None = None) -> str:
+    """Write variants of the training pairs, as `ear-ops augment` does.
+
+    Args:
+        settings: of the data.
         path: the file to write, .tsv or .tsv.gz.
         num_variants: of each pair; by default the paper's number, 3 for XNLI and 10 for PAWS-X.
 
+    Returns:
+        A line that says what was written.
+
     Raises:
-        ConfigError: another suffix, or fewer variants than one. Nothing has been read then.
+        ConfigError: the file has another suffix, or fewer variants than one were asked for. Nothing was read then.
         DataError: the training data are missing or malformed.
     """
-    task = get_task(config.task)
+    task = get_task(settings.task)
     if num_variants is None:
         num_variants = {"pawsx": 10}.get(task.name, 3)
     if num_variants < 1:
         raise ConfigError(f"num_variants must be at least 1, got {num_variants}")
     if not path.endswith((".tsv", ".tsv.gz")):
         raise ConfigError(f"output: expected a file name that ends in .tsv or .tsv.gz, got {path!r}")
-    examples = _load(config, task, "train", config.source_language)[: config.max_train_examples]
-    augmenter = load_augmenter(config)
-    lines = write_variants(path, examples, task, augmenter, num_variants, seed=config.seed)
+    examples = _load(settings, task, "train", settings.source_language)[: settings.max_train_examples]
+    augmenter = load_augmenter(settings)
+    lines = write_variants(path, examples, task, augmenter, num_variants, seed=settings.seed)
     return f"{path}: {lines:,} lines, {num_variants} variants of {len(examples):,} pairs; {augmenter.summary()}."
 
 
-def _load(config: TrainConfig, task: Task, split: str, language: str) -> list[PairExample]:
-    if config.hub:
+def _load(settings: DataSettings, task: Task, split: str, language: str) -> list[PairExample]:
+    if settings.hub:
         return load_hub_split(task, split, language)
-    return load_split(_data_dir(config), task, split, language)
+    return load_split(_data_dir(settings), task, split, language)
 
 
-def _data_dir(config: TrainConfig) -> str:
-    if config.data_dir == MINI:
+def _data_dir(settings: DataSettings) -> str:
+    if settings.data_dir == MINI:
         from ear_ops.data.mini import mini_data_dir
 
         return str(mini_data_dir())
-    assert config.data_dir is not None  # the configuration has been checked
-    return config.data_dir
+    assert settings.data_dir is not None  # `TrainConfig` has checked it
+    return settings.data_dir
 
 
 def _count_replaced(views: PairViews) -> dict[str, int | float | str]:

@@ -13,13 +13,16 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCal
 from ear_ops.data import PairCollator
 from ear_ops.diagnostics import gradient_ratios as gradients
 from ear_ops.functional import robust_cross_entropy
+from ear_ops.models.classifier import load_classifier
 from ear_ops.recipes.training import calibration, run
+from ear_ops.recipes.training.classifiers import initial_model
 from ear_ops.recipes.training.config import TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
 from ear_ops.recipes.training.freezing import freeze_word_embeddings
 from ear_ops.recipes.training.methods import METHODS
 from ear_ops.recipes.training.pair_trainer import PairTrainer
 from ear_ops.recipes.training.sources import load_training_data
+from ear_ops.recipes.training.stages import Classifier, RunData, make_trainer
 from ear_ops.regularizers import AttentionPull, EmbeddingPush
 
 
@@ -29,11 +32,17 @@ def weigh(make_config, tmp_path: Path):
 
     def call(**settings: Any) -> tuple[dict[str, float], TrainConfig, Any, Any, Any]:
         config = make_config(**settings)
-        data = load_training_data(config, two_views=True)
-        model, tokenizer = run.initial_model(config, data)
+        data = load_training_data(config.data, two_views=True)
+        model, tokenizer = initial_model(config.classifier)
         collate = PairCollator(tokenizer, max_length=config.max_length)
         (tmp_path / calibration.WEIGHTS_FILE).unlink(missing_ok=True)
-        return calibration.chosen_weights(config, tmp_path, model, collate, data.views), config, model, collate, data
+        return (
+            calibration.chosen_weights(config.objective, tmp_path, model, collate, data.views),
+            config,
+            model,
+            collate,
+            data,
+        )
 
     return call
 
@@ -78,7 +87,7 @@ def test_a_weight_is_the_ratio_over_the_measured_one(weigh, method: str, pull: s
     weights, config, model, collate, data = weigh(
         method=method, push_ratio=0.3, pull_ratio=0.02, layer=2, measure_gradients=calibration.WEIGHING_BATCHES
     )
-    measured = calibration.measured_ratios(config, model, collate, data.views)
+    measured = calibration.measured_ratios(config.objective, model, collate, data.views)
     assert weights == pytest.approx(
         {
             "alpha": 0.3 / measured["embedding_push at embeddings"],
@@ -90,7 +99,10 @@ def test_a_weight_is_the_ratio_over_the_measured_one(weigh, method: str, pull: s
 def test_terms_that_a_method_lacks_are_measured_as_those_of_ear(weigh) -> None:
     for method in ("rs-da", "ear-no-both", "ear-no-ept", "ear-no-apt", "nt+apt"):
         _, config, model, collate, data = weigh(method=method, measure_gradients=1, layer=2)
-        names = {name.partition(" at ")[0] for name in calibration.measured_ratios(config, model, collate, data.views)}
+        names = {
+            name.partition(" at ")[0]
+            for name in calibration.measured_ratios(config.objective, model, collate, data.views)
+        }
         assert names == {"embedding_push", "attention_pull.2"}
 
 
@@ -167,9 +179,9 @@ def test_a_run_with_ratios_is_the_run_with_the_weights_and_does_not_measure_agai
 
 def test_frozen_word_embeddings_stay_and_the_rest_of_the_embedding_layer_is_trained(make_config, tmp_path) -> None:
     config = make_config(freeze_embeddings=True, epochs=1)
-    start, _ = run.initial_model(config, load_training_data(config, two_views=True))
+    start, _ = initial_model(config.classifier)
     results = run.train(config)
-    trained = run.load_classifier(str(Path(config.output_dir) / "model"), 3)[0]
+    trained = load_classifier(str(Path(config.output_dir) / "model"), 3)[0]
     before, after = (dict(model.named_parameters()) for model in (start, trained))
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert "bert.embeddings.word_embeddings.weight" in same
@@ -218,11 +230,15 @@ def test_a_compiled_run_is_the_same_run(make_config, tmp_path: Path, monkeypatch
 
 def test_adamw_is_fused_and_gradients_are_clipped_together(make_config, tmp_path: Path) -> None:
     config = make_config(max_grad_norm=0.01, epochs=1)
-    data = load_training_data(config, two_views=True)
-    model, tokenizer = run.initial_model(config, data)
+    data = load_training_data(config.data, two_views=True)
+    model, tokenizer = initial_model(config.classifier)
     collate = PairCollator(tokenizer, max_length=config.max_length)
-    trainer = run.make_trainer(
-        config, tmp_path, METHODS["ear"](config), model, collate, data.views, data.views.examples
+    trainer = make_trainer(
+        config.optimisation,
+        tmp_path,
+        METHODS["ear"](config.objective),
+        Classifier(model, tokenizer, collate),
+        RunData(data, data.views.examples),
     )
     norms = []
 

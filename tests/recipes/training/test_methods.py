@@ -11,7 +11,8 @@ from transformers import BertForSequenceClassification
 
 from ear_ops import attach
 from ear_ops.recipes.training.config import RATIOS
-from ear_ops.recipes.training.methods import METHODS, TWO_VIEWS
+from ear_ops.recipes.training.method_uses import AUGMENTATION, METHOD_USES
+from ear_ops.recipes.training.methods import METHODS, Method
 from ear_ops.recipes.training.perturbation import Draws, mean_norm, uniform_in_ball, word_embeddings
 
 B, L = 3, 6
@@ -27,6 +28,16 @@ def model(tiny_model):
     for layer in model.bert.encoder.layer:
         layer.attention.self.dropout.p = 0.0
     return model.train()
+
+
+@pytest.fixture
+def make_method(make_config):
+    """A method by its name, with these settings."""
+
+    def make(name: str, **settings: object) -> Method:
+        return METHODS[name](make_config(method=name, **settings).objective)
+
+    return make
 
 
 @pytest.fixture
@@ -56,9 +67,9 @@ def eager_maps(model, inputs: dict[str, Tensor], layer: int) -> Tensor:
     return scores.masked_fill(inputs["attention_mask"][:, None, None, :] == 0, -math.inf).softmax(-1)
 
 
-def test_finetune_is_the_mean_cross_entropy_of_the_originals(make_config, model, batch) -> None:
+def test_finetune_is_the_mean_cross_entropy_of_the_originals(make_method, model, batch) -> None:
     inputs, labels = {name: tensor[:B] for name, tensor in batch[0].items()}, batch[1]
-    method = METHODS["finetune"](make_config(method="finetune"))
+    method = make_method("finetune")
     step = method.step(model, inputs, labels, None, 0)
     logits = model(**inputs).logits.detach()
     expected = sum(cross_entropies(logits, labels)) / B
@@ -67,9 +78,9 @@ def test_finetune_is_the_mean_cross_entropy_of_the_originals(make_config, model,
     assert not method.two_views and method.regularizers() == []
 
 
-def test_rs_da_is_the_mean_over_both_views_as_separate_examples(make_config, model, batch) -> None:
+def test_rs_da_is_the_mean_over_both_views_as_separate_examples(make_method, model, batch) -> None:
     inputs, labels = batch
-    method = METHODS["rs-da"](make_config(method="rs-da"))
+    method = make_method("rs-da")
     step = method.step(model, inputs, labels, None, 0)
     each = cross_entropies(model(**inputs).logits.detach(), torch.cat([labels, labels]))
     assert step.loss.item() == pytest.approx(sum(each) / (2 * B))
@@ -81,9 +92,9 @@ def test_rs_da_is_the_mean_over_both_views_as_separate_examples(make_config, mod
 
 @pytest.mark.parametrize("reduction", ["mean", "equations", "padded_mean"])
 @pytest.mark.parametrize("layer", [1, 2])
-def test_ear_is_both_cross_entropies_plus_push_plus_pull(make_config, model, batch, reduction: str, layer: int) -> None:
+def test_ear_is_both_cross_entropies_plus_push_plus_pull(make_method, model, batch, reduction: str, layer: int) -> None:
     inputs, labels = batch
-    method = METHODS["ear"](make_config(method="ear", alpha=0.7, beta=0.3, layer=layer, reduction=reduction))
+    method = make_method("ear", alpha=0.7, beta=0.3, layer=layer, reduction=reduction)
     with attach(model, method.regularizers()) as attached:
         step = method.step(model, inputs, labels, attached, 0)
     step.loss.backward()
@@ -121,12 +132,12 @@ def test_ear_is_both_cross_entropies_plus_push_plus_pull(make_config, model, bat
     assert model.bert.embeddings.word_embeddings.weight.grad.abs().sum() > 0
 
 
-def test_without_its_regularisers_ear_is_twice_rs_da(make_config, model, batch) -> None:
+def test_without_its_regularisers_ear_is_twice_rs_da(make_method, model, batch) -> None:
     inputs, labels = batch
-    ear = METHODS["ear"](make_config(method="ear", alpha=0.0, beta=0.0))
+    ear = make_method("ear", alpha=0.0, beta=0.0)
     with attach(model, ear.regularizers()) as attached:
         twice = ear.step(model, inputs, labels, attached, 0).loss
-    once = METHODS["rs-da"](make_config(method="rs-da")).step(model, inputs, labels, None, 0).loss
+    once = make_method("rs-da").step(model, inputs, labels, None, 0).loss
     assert twice.item() == pytest.approx(2 * once.item())
 
 
@@ -140,11 +151,14 @@ def test_every_method_says_where_it_comes_from() -> None:
     [("ear-no-ept", (0.0, 0.3)), ("ear-no-apt", (0.7, 0.0)), ("ear-no-both", (0.0, 0.0))],
 )
 def test_an_ablation_is_ear_without_the_term(
-    make_config, model, batch, name: str, weights: tuple[float, float]
+    make_method, model, batch, name: str, weights: tuple[float, float]
 ) -> None:
     inputs, labels = batch
     steps = {}
-    for method in (METHODS["ear"](make_config(alpha=0.7, beta=0.3)), METHODS[name](make_config(alpha=0.7, beta=0.3))):
+    for method in (
+        make_method("ear", alpha=0.7, beta=0.3),
+        make_method(name, alpha=0.7, beta=0.3),
+    ):
         regularizers = method.regularizers()
         attached = attach(model, regularizers) if regularizers else None
         steps[type(method)] = method.step(model, inputs, labels, attached, 0)
@@ -159,16 +173,16 @@ def test_an_ablation_is_ear_without_the_term(
     assert ablation.terms.keys() == ear.terms.keys() - absent
 
 
-def test_ear_without_both_is_twice_rs_da(make_config, model, batch) -> None:
+def test_ear_without_both_is_twice_rs_da(make_method, model, batch) -> None:
     inputs, labels = batch
-    twice = METHODS["ear-no-both"](make_config()).step(model, inputs, labels, None, 0).loss
-    once = METHODS["rs-da"](make_config()).step(model, inputs, labels, None, 0).loss
+    twice = make_method("ear-no-both").step(model, inputs, labels, None, 0).loss
+    once = make_method("rs-da").step(model, inputs, labels, None, 0).loss
     assert twice.item() == pytest.approx(2 * once.item())
 
 
-def test_ept_srpt_pulls_the_pooled_output_of_its_layer(make_config, model, batch) -> None:
+def test_ept_srpt_pulls_the_pooled_output_of_its_layer(make_method, model, batch) -> None:
     inputs, labels = batch
-    method = METHODS["ept+srpt"](make_config(alpha=0.7, beta=0.3, layer=2))
+    method = make_method("ept+srpt", alpha=0.7, beta=0.3, layer=2)
     with attach(model, method.regularizers()) as attached:
         step = method.step(model, inputs, labels, attached, 0)
     with torch.no_grad():
@@ -207,10 +221,10 @@ def originals(batch) -> tuple[dict[str, Tensor], Tensor]:
     return {name: tensor[:B] for name, tensor in batch[0].items()}, batch[1]
 
 
-def test_rs_rp_moves_each_word_within_its_ball(make_config, model, batch) -> None:
+def test_rs_rp_moves_each_word_within_its_ball(make_method, model, batch) -> None:
     inputs, labels = originals(batch)
     shift = Shift(model, inputs)
-    step = METHODS["rs-rp"](make_config(method="rs-rp", perturbation=0.3)).step(model, inputs, labels, None, 0)
+    step = make_method("rs-rp", perturbation=0.3).step(model, inputs, labels, None, 0)
     (moved,) = shift.seen
     lengths = moved[shift.real].norm(dim=-1) / (0.3 * shift.norm)
     assert lengths.max() <= 1 + 1e-6 and lengths.min() > 0.5, (
@@ -218,11 +232,11 @@ def test_rs_rp_moves_each_word_within_its_ball(make_config, model, batch) -> Non
     )
     logits = model(inputs_embeds=shift.words + moved, attention_mask=inputs["attention_mask"]).logits.detach()
     assert step.loss.item() == pytest.approx(sum(cross_entropies(logits, labels)) / B)
-    METHODS["rs-rp"](make_config(method="rs-rp", perturbation=0.3)).step(model, inputs, labels, None, 0)
+    make_method("rs-rp", perturbation=0.3).step(model, inputs, labels, None, 0)
     assert torch.equal(shift.seen[-1], moved), "the number of the batch decides, and not what was drawn before"
-    again = METHODS["rs-rp"](make_config(method="rs-rp", perturbation=0.3)).step(model, inputs, labels, None, 1)
+    again = make_method("rs-rp", perturbation=0.3).step(model, inputs, labels, None, 1)
     assert not torch.equal(shift.seen[-1], moved) and again.loss != step.loss
-    METHODS["rs-rp"](make_config(method="rs-rp", perturbation=0.3, seed=2)).step(model, inputs, labels, None, 0)
+    make_method("rs-rp", perturbation=0.3, seed=2).step(model, inputs, labels, None, 0)
     assert not torch.equal(shift.seen[-1], moved)
 
 
@@ -237,11 +251,11 @@ def test_draws_are_uniform_in_the_ball() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_adv_climbs_the_loss_inside_the_ball(make_config, model, batch, steps: int) -> None:
+def test_adv_climbs_the_loss_inside_the_ball(make_config, make_method, model, batch, steps: int) -> None:
     inputs, labels = originals(batch)
     shift = Shift(model, inputs)
     config = make_config(method="adv", perturbation=0.1, adversarial_steps=steps)
-    step = METHODS["adv"](config).step(model, inputs, labels, None, 0)
+    step = METHODS["adv"](config.objective).step(model, inputs, labels, None, 0)
     assert len(shift.seen) == steps + 1
     assert all(parameter.grad is None for parameter in model.parameters()), "the search leaves no gradients behind"
     step.loss.backward()
@@ -269,14 +283,14 @@ def test_adv_climbs_the_loss_inside_the_ball(make_config, model, batch, steps: i
     loss.backward()
     assert step.loss.item() == pytest.approx(loss.item())
     assert torch.allclose(found, model.classifier.weight.grad, atol=1e-7)
-    clean = METHODS["finetune"](make_config(method="finetune")).step(model, inputs, labels, None, 0)
+    clean = make_method("finetune").step(model, inputs, labels, None, 0)
     assert step.loss.item() > clean.loss.item() + 0.01
 
 
-def test_nt_apt_adds_noise_to_the_augmented_view_alone(make_config, model, batch) -> None:
+def test_nt_apt_adds_noise_to_the_augmented_view_alone(make_method, model, batch) -> None:
     inputs, labels = batch
     shift = Shift(model, inputs)
-    method = METHODS["nt+apt"](make_config(method="nt+apt", beta=0.3, perturbation=0.2))
+    method = make_method("nt+apt", beta=0.3, perturbation=0.2)
     assert [type(regularizer).__name__ for regularizer in method.regularizers()] == ["AttentionPull"]
     with attach(model, method.regularizers()) as attached:
         step = method.step(model, inputs, labels, attached, 0)
@@ -326,14 +340,16 @@ def test_a_method_uses_the_settings_that_it_says(make_config) -> None:
             self.read.add(name)
             return getattr(self.config, name)
 
+    assert METHODS.keys() == METHOD_USES.keys()
     for name, method in METHODS.items():
-        config = Watched(make_config(method=name))
+        assert (method.two_views, method.uses) == METHOD_USES[name], name
+        config = Watched(make_config(method=name).objective)
         method(config).regularizers()
         elsewhere = {
             "perturbation",
             "adversarial_steps",
             *RATIOS.values(),
         }  # read in a step, or before there is a method
-        assert config.read == method.uses - elsewhere - TWO_VIEWS, name
+        assert config.read == method.uses - elsewhere - AUGMENTATION, name
         assert {RATIOS[weight] for weight in method.uses & RATIOS.keys()} == method.uses & set(RATIOS.values()), name
-        assert (method.uses >= TWO_VIEWS) == method.two_views, name
+        assert (method.uses >= AUGMENTATION) == method.two_views, name

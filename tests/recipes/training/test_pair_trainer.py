@@ -11,7 +11,7 @@ from transformers import TrainerState, TrainingArguments
 from ear_ops.data import PairCollator, PairExample, PairViews, SynonymAugmenter
 from ear_ops.models.classifier import load_classifier
 from ear_ops.recipes.training.methods import METHODS
-from ear_ops.recipes.training.pair_trainer import EpochOrder, PairTrainer, Schedule, SetEpoch
+from ear_ops.recipes.training.pair_trainer import EpochOrder, EvaluationSteps, PairTrainer, SetEpoch
 from ear_ops.recipes.training.sources import load_training_data
 
 
@@ -28,8 +28,8 @@ class Recording(PairCollator):
 
 
 def make_trainer(config, folder: Path, **changes: Any) -> PairTrainer:
-    method = METHODS[config.method](config)
-    views = load_training_data(config, method.two_views).views
+    method = METHODS[config.method](config.objective)
+    views = load_training_data(config.data, method.two_views).views
     torch.manual_seed(0)
     model, tokenizer = load_classifier(config.model, 3)
     settings: dict[str, Any] = {
@@ -67,7 +67,7 @@ def test_every_method_takes_the_same_originals_in_the_same_step(make_config, tmp
     assert any(variants[x] != xa for batch in seen["ear"][8:] for x, xa in batch), "other variants in the second epoch"
 
 
-def test_checkpoints_are_kept_unless_the_trainer_makes_the_schedule(make_config, tmp_path: Path) -> None:
+def test_checkpoints_are_kept_unless_the_trainer_chooses_when_to_save(make_config, tmp_path: Path) -> None:
     trainer = make_trainer(make_config(epochs=1), tmp_path, save_strategy="steps", save_steps=3)
     trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
@@ -129,7 +129,7 @@ def test_the_epoch_is_set_before_each_epoch_also_after_a_resume() -> None:
     ("steps", "times", "points"), [(8, 2, {4, 8}), (10, 4, {3, 5, 8, 10}), (3, 5, {1, 2, 3}), (7, 1, {7})]
 )
 def test_evaluations_are_spread_over_the_epoch_and_close_it(steps: int, times: int, points: set[int]) -> None:
-    assert Schedule(steps, times).points == points
+    assert EvaluationSteps(steps, times).points == points
 
 
 def test_logged_terms_are_means_over_the_steps_since_the_last_line(make_config, tmp_path: Path) -> None:

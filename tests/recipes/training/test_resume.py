@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from ear_ops.recipes.training import checkpoints, run
+from ear_ops.recipes.training import checkpoints, run, scoring
 from ear_ops.recipes.training.config import TrainConfig
+from ear_ops.recipes.training.pair_trainer import PairTrainer
 
 
 class Killed(BaseException):
@@ -48,14 +49,14 @@ def expect(undisturbed: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    training_step = run.PairTrainer.training_step
+    training_step = PairTrainer.training_step
 
     def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == step:
             raise Killed
         return training_step(self, *args, **kwargs)
 
-    monkeypatch.setattr(run.PairTrainer, "training_step", dying)
+    monkeypatch.setattr(PairTrainer, "training_step", dying)
 
 
 def die_when_marking(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -138,7 +139,7 @@ def test_a_run_killed_while_it_is_scored_is_not_trained_again(
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run, function, dying)
+        patch.setattr(scoring, function, dying)
         run.train(config)
     with monkeypatch.context() as patch:
         patch.setattr(run, "_fit", lambda *arguments: pytest.fail("trained again"))
@@ -148,7 +149,7 @@ def test_a_run_killed_while_it_is_scored_is_not_trained_again(
 def test_a_full_disk_stops_the_run_and_loses_nothing(make_config, undisturbed, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(method="ear")
     expected = expect(undisturbed, config)
-    save = run.PairTrainer._save_optimizer_and_scheduler
+    save = PairTrainer._save_optimizer_and_scheduler
 
     def full(self: Any, folder: str) -> None:
         if self.state.global_step == 12:
@@ -156,7 +157,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(make_config, undisturbed, m
         save(self, folder)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(run.PairTrainer, "_save_optimizer_and_scheduler", full)
+        patch.setattr(PairTrainer, "_save_optimizer_and_scheduler", full)
         run.train(config)
     assert checkpoints.complete_checkpoints(Path(config.output_dir) / "checkpoints")[-1].name == "checkpoint-8"
     assert outcome(config) == expected
@@ -166,12 +167,12 @@ def test_the_best_checkpoint_survives_an_interruption_and_a_move(
     make_config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     on_dev = {4: 0.9, 8: 0.2, 12: 0.4, 16: 0.3}
-    evaluate = run.PairTrainer.evaluate
+    evaluate = PairTrainer.evaluate
 
     def fake(self: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
         return {**evaluate(self, *args, **kwargs), "eval_accuracy": on_dev[self.state.global_step]}
 
-    monkeypatch.setattr(run.PairTrainer, "evaluate", fake)
+    monkeypatch.setattr(PairTrainer, "evaluate", fake)
     expected = outcome(make_config(output_dir=str(tmp_path / "undisturbed")))
     assert expected["results"]["best"] == {"step": 4, "dev_accuracy": 0.9}
     with monkeypatch.context() as patch, pytest.raises(Killed):

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer, MBartConfig, MBartModel
 
 from ear_ops.data import DataError
-from ear_ops.recipes.training import run
+from ear_ops.models.classifier import load_classifier
+from ear_ops.recipes.training import run, scoring, stages
+from ear_ops.recipes.training.classifiers import initial_model, trained_model
 from ear_ops.recipes.training.config import TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
 from ear_ops.recipes.training.folder import RunFolderError, claim, locked, versions
+from ear_ops.recipes.training.pair_trainer import PairTrainer
 
 
 def metrics(results: dict[str, Any]) -> dict[str, Any]:
@@ -81,18 +85,18 @@ def test_a_run_writes_its_tables_configuration_and_model(finished: TrainConfig) 
 
 def test_the_best_checkpoint_is_kept_when_later_ones_are_worse(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
     on_dev = iter([0.2, 0.9, 0.4, 0.3])
-    evaluate = run.PairTrainer.evaluate
+    evaluate = PairTrainer.evaluate
     weights: list[float] = []
 
     def fake(self: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
         weights.append(self.model.classifier.weight.sum().item())
         return {**evaluate(self, *args, **kwargs), "eval_accuracy": next(on_dev)}
 
-    monkeypatch.setattr(run.PairTrainer, "evaluate", fake)
+    monkeypatch.setattr(PairTrainer, "evaluate", fake)
     config = make_config()
     results = run.train(config)
     assert results["best"] == {"step": 8, "dev_accuracy": 0.9}
-    model, _ = run.load_classifier(str(Path(config.output_dir) / "model"), 3)
+    model, _ = load_classifier(str(Path(config.output_dir) / "model"), 3)
     assert model.classifier.weight.sum().item() == pytest.approx(weights[1], abs=1e-6)
     assert len({round(weight, 6) for weight in weights}) == 4
 
@@ -115,7 +119,7 @@ def test_a_finished_run_is_returned_and_not_trained_again(
     finished: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setattr(run, "_fit", lambda *arguments: pytest.fail("trained again"))
-    monkeypatch.setattr(run, "_evaluate", lambda *arguments: pytest.fail("scored again"))
+    monkeypatch.setattr(run, "score_run", lambda *arguments: pytest.fail("scored again"))
     assert run.train(finished) == results_of(finished)
     assert "finished run of this configuration" in capsys.readouterr().out
 
@@ -234,13 +238,13 @@ def test_evaluate_reads_new_texts_with_the_whole_vocabulary(
     trained = run.train(config)
     (tmp_path / "data" / "xnli" / "test-en.tsv").write_text("unused3 a1\tindeed\tentailment\n")
     pieces = []
-    predict = run.predict
+    predict = scoring.predict
 
     def listening(model: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> list[int]:
         pieces.append(tokenizer.tokenize("unused3 a1"))
         return predict(model, tokenizer, *args, **kwargs)
 
-    monkeypatch.setattr(run, "predict", listening)
+    monkeypatch.setattr(scoring, "predict", listening)
     run.evaluate(config.output_dir, split="test")
     assert pieces == [["unused3", "a1"]]
     assert metrics(run.evaluate(config.output_dir)) == metrics(trained)
@@ -323,7 +327,7 @@ def test_pawsx_shows_the_accuracy_without_untranslated_rows(tiny_model, make_con
 
 
 def test_missing_data_are_noticed_before_training(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run.PairTrainer, "train", lambda *arguments, **options: pytest.fail("trained"))
+    monkeypatch.setattr(PairTrainer, "train", lambda *arguments, **options: pytest.fail("trained"))
     with pytest.raises(DataError, match=r"dev-fr\.tsv") as error:
         run.train(make_config(languages="en,fr"))
     assert "en, de, sw" in str(error.value)
@@ -355,6 +359,29 @@ def test_a_setting_that_the_model_does_not_have_is_named(make_config, changes: d
         run.train(make_config(**changes))
 
 
+@pytest.mark.parametrize("fault", [TypeError, ValueError])
+def test_a_fault_of_our_own_does_not_look_like_a_mistake_of_the_user(
+    make_config, monkeypatch: pytest.MonkeyPatch, fault: type[Exception]
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise fault("unexpected keyword argument")
+
+    monkeypatch.setattr(stages, "TrainingArguments", broken)
+    with pytest.raises(fault, match="unexpected keyword argument") as error:
+        run.train(make_config())
+    assert not isinstance(error.value, ConfigError)
+
+
+def test_a_model_that_does_not_fit_is_named_with_its_cause(make_config, finished: TrainConfig, tmp_path: Path) -> None:
+    """A run of three labels has left this model, and PAWS-X has two."""
+    settings = {"task": "pawsx", "method": "finetune", "output_dir": str(tmp_path / "other")}
+    for name in ("train-en", "dev-en"):
+        (tmp_path / f"{name}.tsv").write_text("a1 b1\tc2\t1\n" * 8)
+    with pytest.raises(ConfigError, match=r"num_labels: .* saved with 3 labels") as error:
+        run.train(make_config(model=str(tmp_path / "run" / "model"), data_dir=str(tmp_path), **settings))
+    assert type(error.value.__cause__) is ValueError
+
+
 def test_words_replaced_are_counted(finished: TrainConfig) -> None:
     replaced = results_of(finished)["replaced"]
     assert 0 < replaced["replaced"] < replaced["found"] < replaced["words"]
@@ -372,14 +399,44 @@ def test_pruning_the_vocabulary_does_not_change_the_run(make_config, tmp_path: P
     assert size("pruned") < size("whole")
 
 
+def test_weight_decay_of_a_pruned_vocabulary_is_refused(make_config) -> None:
+    """It would change the embeddings of pieces that no text holds, which pruning drops and `evaluate` restores."""
+    with pytest.raises(ConfigError, match=r"weight_decay: got 0\.01 with prune_vocabulary.*dropped pieces"):
+        make_config(weight_decay=0.01, prune_vocabulary=True)
+    assert make_config(weight_decay=0.01).weight_decay == 0.01
+    make_config(weight_decay=0.01, prune_vocabulary=True, freeze_embeddings=True)
+
+
+def test_a_restored_vocabulary_is_that_of_a_run_that_did_not_prune(make_config, tmp_path: Path) -> None:
+    """With weight decay it is not, unless the word embeddings are frozen."""
+    models = {}
+    for name, changes in {
+        "whole": {},
+        "pruned": {"prune_vocabulary": True},
+        "frozen": {"freeze_embeddings": True, "weight_decay": 0.5},
+        "frozen and pruned": {"freeze_embeddings": True, "weight_decay": 0.5, "prune_vocabulary": True},
+    }.items():
+        config = make_config(output_dir=str(tmp_path / name), max_train_examples=8, epochs=1, **changes)
+        run.train(config)
+        models[name] = trained_model(config.classifier, tmp_path / name)[0].get_input_embeddings().weight
+    assert torch.equal(models["whole"], models["pruned"])
+    assert torch.equal(models["frozen"], models["frozen and pruned"])
+
+    config = make_config(output_dir=str(tmp_path / "decayed"), max_train_examples=8, epochs=1, weight_decay=0.5)
+    run.train(config)
+    decayed = trained_model(config.classifier, tmp_path / "decayed")[0].get_input_embeddings().weight
+    initial = initial_model(config.classifier)[0].get_input_embeddings().weight
+    assert not torch.equal(decayed[-1], initial[-1]), "no text has this piece, and its embedding has changed"
+
+
 def test_bf16_trains_and_scores_under_autocast(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    predict, scored = run.predict, []
+    predict, scored = scoring.predict, []
 
     def spy(*args: Any, **kwargs: Any) -> list[int]:
         scored.append(kwargs["bf16"])
         return predict(*args, **kwargs)
 
-    monkeypatch.setattr(run, "predict", spy)
+    monkeypatch.setattr(scoring, "predict", spy)
     full = run.train(make_config(output_dir=str(tmp_path / "full"), epochs=1))
     half = run.train(make_config(output_dir=str(tmp_path / "half"), epochs=1, bf16=True))
     assert scored == [False] * 3 + [True] * 3
@@ -391,8 +448,8 @@ def test_bf16_trains_and_scores_under_autocast(make_config, tmp_path: Path, monk
 def test_a_model_that_beats_the_majority_may_fail_on_perturbed_embeddings(
     make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, collapsed: bool
 ) -> None:
-    monkeypatch.setattr(run, "collapse_notice", lambda *args, **kwargs: "cross-entropy stayed at chance")
-    monkeypatch.setattr(run, "beats_majority", lambda accuracy, labels: accuracy >= 0 and len(labels) == 15)
+    monkeypatch.setattr(stages, "collapse_notice", lambda *args, **kwargs: "cross-entropy stayed at chance")
+    monkeypatch.setattr(stages, "beats_majority", lambda accuracy, labels: accuracy >= 0 and len(labels) == 15)
     results = run.train(make_config(output_dir=str(tmp_path / "run"), epochs=1, method=method))
     assert results["collapsed"] is collapsed and results["pairs"] == 60
 

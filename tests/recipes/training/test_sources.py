@@ -20,48 +20,55 @@ from ear_ops.recipes.training.sources import (
 @pytest.fixture
 def variants_file(make_config, tmp_path: Path) -> str:
     path = str(tmp_path / "variants.tsv")
-    write_variants_file(make_config(), path, num_variants=4)
+    write_variants_file(make_config().data, path, num_variants=4)
     return path
 
 
 def test_the_originals_do_not_depend_on_the_method(make_config) -> None:
-    plain, paired = (load_training_data(make_config(max_train_examples=7), two_views) for two_views in (False, True))
+    plain, paired = (
+        load_training_data(make_config(max_train_examples=7).data, two_views) for two_views in (False, True)
+    )
     assert [item["original"] for item in plain.views] == [item["original"] for item in paired.views]
     assert len(plain.views) == 7 and "augmented" not in plain.views[0] and "augmented" in paired.views[0]
     assert plain.replaced is None and paired.replaced is not None and paired.views.epoch == 0
 
 
 def test_a_variants_file_gives_one_variant_an_epoch_or_all_rows(make_config, variants_file: str) -> None:
-    drawn = load_training_data(make_config(synonyms=None, variants_file=variants_file), True).views
+    drawn = load_training_data(make_config(synonyms=None, variants_file=variants_file).data, True).views
+    every_row = make_config(synonyms=None, variants_file=variants_file, variants="all").data
     assert len(drawn) == 60
     seen = set()
     for epoch in range(12):
         drawn.set_epoch(epoch)
         seen.add(drawn[0]["augmented"])
-    every = load_training_data(make_config(synonyms=None, variants_file=variants_file, variants="all"), True).views
+    every = load_training_data(every_row, True).views
     assert len(every) == 240
     assert seen == {every[i]["augmented"] for i in range(4)}
     assert {every[i]["original"] for i in range(4)} == {drawn[0]["original"]}
-    plain = load_training_data(make_config(synonyms=None, variants_file=variants_file, variants="all"), False).views
+    plain = load_training_data(
+        make_config(synonyms=None, variants_file=variants_file, variants="all").data, False
+    ).views
     assert [plain[i]["original"] for i in range(240)] == [every[i]["original"] for i in range(240)]
     first = load_training_data(
-        make_config(synonyms=None, variants_file=variants_file, variants="all", max_train_examples=2), True
+        make_config(synonyms=None, variants_file=variants_file, variants="all", max_train_examples=2).data, True
     )
     assert len(first.views) == 8
 
 
 def test_texts_are_all_that_the_run_can_show(make_config, variants_file: str) -> None:
-    data = load_training_data(make_config(max_train_examples=5), True)
+    data = load_training_data(make_config(max_train_examples=5).data, True)
     texts = list(data.texts(epochs=3))
     shown = [text for item in data.views for text in item["original"]]
     for epoch in range(3):
         data.views.set_epoch(epoch)
         shown += [text for item in data.views for text in item["augmented"]]
     assert sorted(texts) == sorted(shown)
-    from_file = load_training_data(make_config(max_train_examples=5, synonyms=None, variants_file=variants_file), True)
+    from_file = load_training_data(
+        make_config(max_train_examples=5, synonyms=None, variants_file=variants_file).data, True
+    )
     assert len(list(from_file.texts(epochs=1))) == 5 * (2 + 4 * 2)
     # 15 items of two texts in two splits and three languages
-    assert len(list(evaluation_texts(make_config()))) == 15 * 2 * 2 * 3
+    assert len(list(evaluation_texts(make_config().data, "dev"))) == 15 * 2 * 2 * 3
 
 
 def test_labels_are_needed_in_the_scored_split_alone(make_config, data_dir: Path, tmp_path: Path) -> None:
@@ -69,29 +76,29 @@ def test_labels_are_needed_in_the_scored_split_alone(make_config, data_dir: Path
     for path in (tmp_path / "data" / "xnli").glob("test-*.tsv"):  # as XTREME's own script writes them
         path.write_text("".join(line.rpartition("\t")[0] + "\n" for line in path.read_text().splitlines()))
     config = make_config(data_dir=str(tmp_path / "data"))
-    assert list(evaluation_texts(config)) == list(evaluation_texts(make_config()))
+    assert list(evaluation_texts(config.data, "dev")) == list(evaluation_texts(make_config().data, "dev"))
     with pytest.raises(DataError, match=r"test-en\.tsv:1: expected 3 .*got 2"):
-        list(evaluation_texts(make_config(data_dir=str(tmp_path / "data"), eval_split="test")))
+        list(evaluation_texts(make_config(data_dir=str(tmp_path / "data")).data, "test"))
 
 
 def test_a_share_of_the_dictionary_replaces_less(make_config) -> None:
-    whole = load_training_data(make_config(), True).replaced
-    half = load_training_data(make_config(dictionary_scale=0.5), True).replaced
+    whole = load_training_data(make_config().data, True).replaced
+    half = load_training_data(make_config(dictionary_scale=0.5).data, True).replaced
     assert whole is not None and half is not None
     assert 0 < half["found"] < whole["found"] and half["words"] == whole["words"]
 
 
 def test_languages_are_those_asked_for_or_those_at_hand(make_config) -> None:
-    assert list(load_split_of(make_config(), "dev")) == ["en", "de", "sw"]
-    assert list(load_split_of(make_config(), "test", ["sw"])) == ["sw"]
+    assert list(load_split_of(make_config().data, "dev")) == ["en", "de", "sw"]
+    assert list(load_split_of(make_config().data, "test", ["sw"])) == ["sw"]
     with pytest.raises(DataError, match=r"dev-zh\.tsv"):
-        load_split_of(make_config(), "dev", ["en", "zh"])
+        load_split_of(make_config().data, "dev", ["en", "zh"])
 
 
 def test_a_split_that_is_not_there_says_where_it_was_looked_for(make_config, tmp_path: Path) -> None:
     (tmp_path / "train-en.tsv").write_text("a\tb\tneutral\n")
     with pytest.raises(DataError, match=r"test-en\.tsv"):
-        load_split_of(make_config(data_dir=str(tmp_path)), "test")
+        load_split_of(make_config(data_dir=str(tmp_path)).data, "test")
 
 
 def test_the_hub_is_asked_for_the_tasks_languages(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,16 +110,16 @@ def test_the_hub_is_asked_for_the_tasks_languages(make_config, monkeypatch: pyte
 
     monkeypatch.setattr(sources, "load_hub_split", load)
     config = make_config(hub=True, data_dir=None, task="pawsx")
-    assert list(load_split_of(config, "test")) == ["en", "de", "es", "fr", "ja", "ko", "zh"]
-    load_training_data(config, two_views=False)
+    assert list(load_split_of(config.data, "test")) == ["en", "de", "es", "fr", "ja", "ko", "zh"]
+    load_training_data(config.data, two_views=False)
     assert asked[0] == ("pawsx", "test", "en") and asked[-1] == ("pawsx", "train", "en")
 
 
 def test_the_built_in_data_come_with_their_synonyms(make_config) -> None:
     pytest.importorskip("ear_ops.data.mini", reason="the built-in data are not there")
-    data = load_training_data(make_config(data_dir="mini", synonyms=None), True)
+    data = load_training_data(make_config(data_dir="mini", synonyms=None).data, True)
     assert len(data.views) >= 120 and data.replaced is not None and data.replaced["replaced"] > 0
-    assert len(load_split_of(make_config(data_dir="mini"), "test")) == 15
+    assert len(load_split_of(make_config(data_dir="mini").data, "test")) == 15
 
 
 def test_what_a_run_needs_and_is_not_there_shows_without_reading(make_config, data_dir: Path, tmp_path: Path) -> None:
@@ -127,4 +134,4 @@ def test_what_a_run_needs_and_is_not_there_shows_without_reading(make_config, da
 
 def test_variants_need_a_dictionary(make_config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no words to replace: pass --synonyms"):
-        write_variants_file(make_config(method="finetune", synonyms=None), str(tmp_path / "v.tsv"))
+        write_variants_file(make_config(method="finetune", synonyms=None).data, str(tmp_path / "v.tsv"))

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import get_args, get_type_hints
+
 import pytest
 
 from ear_ops.models.classifier import OFFLINE_MODEL as CLASSIFIER_OFFLINE_MODEL
@@ -139,3 +142,18 @@ def test_round_trip_leaves_out_the_folder_alone() -> None:
 )
 def test_settings_without_effect_are_those_given_for_other_methods(settings: dict[str, object], names) -> None:
     assert TrainConfig(**{"data_dir": "mini", **settings}).without_effect == names
+
+
+def test_each_stage_gets_its_part_with_every_default_filled_in() -> None:
+    config = TrainConfig(data_dir="mini", batch_size=4, languages="en, de", push_ratio=0.1)
+    for part in (config.data, config.classifier, config.objective, config.optimisation, config.evaluation):
+        hints = get_type_hints(type(part))
+        for setting in fields(part):
+            value = getattr(part, setting.name)
+            assert value == getattr(config, setting.name)
+            assert value is not None or type(None) in get_args(hints[setting.name]), setting.name
+    assert config.evaluation.language_list == ["en", "de"] and config.objective.alpha is None
+    parts = (config.data, config.classifier, config.objective, config.optimisation, config.evaluation)
+    taken = {setting.name for part in parts for setting in fields(part)} - {"language_list"}
+    names = {setting.name for setting in fields(config)}
+    assert names - taken == {"output_dir", "preset", "languages"}, "every other setting has a stage that takes it"
