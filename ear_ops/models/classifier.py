@@ -134,11 +134,22 @@ AutoModelForSequenceClassification.register(MeanPoolingConfig, MeanPoolingClassi
 
 
 def masked_mean(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Mean over the real tokens: ``[B, L, C]`` and ``[B, L]`` (1 = real) to ``[B, C]``; no real token gives 0."""
+    """Return the mean over the real tokens.
+
+    Padding contributes nothing, even where it holds NaN or infinity.
+
+    Args:
+        hidden_states: ``[B, L, C]``.
+        attention_mask: ``[B, L]``, 1 for real tokens and 0 for padding. None means that every token is real.
+
+    Returns:
+        ``[B, C]``. A row without a real token gives 0.
+    """
     if attention_mask is None:
         return hidden_states.mean(dim=1)
-    weights = attention_mask.to(hidden_states.dtype).unsqueeze(-1)  # [B, L, 1]
-    return (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    real = attention_mask.bool().unsqueeze(-1)  # [B, L, 1]
+    counts = real.sum(dim=1).clamp(min=1).to(hidden_states.dtype)  # [B, 1]
+    return hidden_states.masked_fill(~real, 0.0).sum(dim=1) / counts
 
 
 def load_classifier(
