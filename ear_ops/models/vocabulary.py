@@ -77,21 +77,30 @@ def restore_vocabulary(
     small: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    weight_decay: float = 0.0,
 ) -> None:
     """Give a trained model its whole vocabulary back, so that it splits texts of any kind as it did before.
 
-    The pieces that were dropped have their old embeddings, which training without weight decay would not have changed
-    either: no text had them.
+    Dropped pieces get their initial embeddings back. No training text held these pieces, so they had no gradient.
+    Training without pruning therefore gives the same model, provided that it has no weight decay. Weight decay shrinks
+    every row of the embeddings in every step, also the rows without a gradient.
 
     Args:
-        pruned: trained after `prune_vocabulary`; not changed.
-        small: its tokenizer.
-        model: as it was before it was pruned; takes the weights of `pruned` in place.
-        tokenizer: of `model`.
+        pruned: the model that was trained after `prune_vocabulary`. It is not changed.
+        small: the tokenizer of `pruned`.
+        model: the model as it was before pruning. It takes the weights of `pruned` in place.
+        tokenizer: the tokenizer of `model`.
+        weight_decay: the weight decay with which the embeddings of `pruned` were trained.
 
     Raises:
-        ValueError: the tokenizer lacks pieces of `small`, so `pruned` was not made from this model.
+        ValueError: `weight_decay` is not 0, or the tokenizer lacks pieces of `small`: then `pruned` was not made from
+            this model.
     """
+    if weight_decay != 0.0:
+        raise ValueError(
+            f"weight_decay: expected 0, because weight decay would have shrunk the dropped embeddings, got {weight_decay}"
+        )
     pieces = small.convert_ids_to_tokens(list(range(len(small))))
     rows = cast("list[int]", tokenizer.convert_tokens_to_ids(pieces))
     if len(set(rows)) != len(rows):
