@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ear_ops.errors import EarOpsError
-
-WORD_EMBEDDINGS = "emb.word"
 
 _FLOAT32, _Q4_0 = 0, 1
 _Q4_0_BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", (16,))])  # 18 bytes, 32 weights
@@ -148,40 +144,6 @@ def read_e5_file(path: str | os.PathLike[str]) -> E5File:
         replacements=replacements,
         tensors=tensors,
     )
-
-
-def write_with_pieces(e5: E5File, tokens: Sequence[int], path: str | os.PathLike[str]) -> None:
-    """Write the file once more with some of its pieces, renumbered in their order; no weight changes.
-
-    Args:
-        tokens: ids of the pieces to keep, ascending, the special ones among them.
-
-    Raises:
-        ValueError: a special piece is missing, or the ids are not ascending.
-    """
-    new_ids = {old: new for new, old in enumerate(tokens)}
-    specials = (e5.bos_id, e5.eos_id, e5.pad_id, e5.unk_id)
-    if list(tokens) != sorted(new_ids) or not new_ids.keys() >= set(specials):
-        raise ValueError(f"tokens: expected ascending ids with {specials} among them")
-    texts = [e5.pieces[token].encode() for token in tokens]
-    sizes = (e5.hidden_size, e5.num_layers, e5.num_heads, e5.intermediate_size, len(tokens), e5.num_positions)
-    head = b"E5S1" + struct.pack("<I7ifi", 1, *sizes, e5.num_types, e5.layer_norm_eps, 32)
-    head += struct.pack("<5iQ", len(tokens), *(new_ids[special] for special in specials), sum(map(len, texts)))
-    head += np.cumsum([0, *map(len, texts)]).astype("<u4").tobytes()
-    head += np.array([e5.scores[token] for token in tokens], "<f4").tobytes() + b"".join(texts)
-    table = [struct.pack(f"<IB{len(to)}I", codepoint, len(to), *to) for codepoint, to in e5.replacements.items()]
-    head += struct.pack("<iI", len(table), sum(map(len, table))) + b"".join(table) + struct.pack("<i", len(e5.tensors))
-    offset = len(head) + sum(2 + len(name.encode()) + struct.calcsize("<BIQQ") for name in e5.tensors)
-    directory, body = [], []
-    for name, stored in e5.tensors.items():
-        raw, elements = e5.data[stored.offset : stored.offset + stored.num_bytes], stored.elements
-        if name == WORD_EMBEDDINGS:  # rows of whole blocks
-            raw, elements = raw.reshape(e5.vocab_size, -1)[list(tokens)].reshape(-1), len(tokens) * e5.hidden_size
-        directory.append(struct.pack("<H", len(name.encode())) + name.encode())
-        directory.append(struct.pack("<BIQQ", stored.dtype, elements, offset, len(raw)))
-        body.append(raw.tobytes())
-        offset += len(raw)
-    Path(path).write_bytes(head + b"".join(directory) + b"".join(body))
 
 
 class _Cursor:

@@ -99,7 +99,7 @@ def restore_vocabulary(
     """
     if weight_decay != 0.0:
         raise ValueError(
-            f"weight_decay: expected 0, because weight decay would have shrunk the dropped embeddings, got {weight_decay}"
+            f"weight_decay: expected 0, because decay would have shrunk the dropped embeddings, got {weight_decay}"
         )
     pieces = small.convert_ids_to_tokens(list(range(len(small))))
     rows = cast("list[int]", tokenizer.convert_tokens_to_ids(pieces))
