@@ -123,3 +123,8 @@ def test_gpu_check_runs_steps_by_name() -> None:
     command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "memchek"]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 1 and "unknown steps memchek: expected some of 'build'" in found.stderr
+
+
+def test_gpu_check_names_test_files_that_exist() -> None:
+    named = [*gpu_check.KERNEL_TESTS, *gpu_check.OTHER_TESTS]
+    assert not [path for path in named if not (BENCHMARKS.parent / path).is_file()]
