@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from attention_check import STAND_IN, check
+from support.attention_check import STAND_IN, check
 
 INTERFACE = (
     "bert", "electra", "modernbert", "llama", "gemma2", "qwen3", "mistral", "gpt2", "opt", "deepseek_v3", "t5", "bart",

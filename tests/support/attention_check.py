@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from architectures import NotSwept, batch_for, build, build_variant, run
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
 import ear_ops
 from ear_ops.capture import Layout, find_attention
 from ear_ops.ops.probabilities import structure_mask
+
+from .architectures import NotSwept, batch_for, build, build_variant, run
 
 TOLERANCE = 1e-5
 STAND_IN = "flash_attention_2"
