@@ -1,4 +1,4 @@
-"""A sample of the table of architectures: what benchmarks/check_architectures.py says of every type, for some."""
+"""Check the capture of some model types. benchmarks/check_architectures.py checks every type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory that a call needs."""
+"""Measure the memory that a call needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_memory(call: Callable[[], object], device: str = "cpu") -> int:
-    """Bytes that torch's allocator held at the most during a call, above what it held before."""
+    """Return the peak of the bytes that torch's allocator held during a call, minus what it held before."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
