@@ -20,6 +20,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import support_path  # noqa: F401 (makes `support` importable)
+
 RESULTS = Path(__file__).parent / "results" / "architectures"
 SECONDS, MEMORY = 60, 8 << 30  # of processor time and address space, that one model type may take
 
@@ -61,7 +63,7 @@ def sweep(model_types: list[str], jobs: int, kept: Path | None = None) -> list[d
 def _work(model_type: str, sending: Any) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    from attention_check import check
+    from support.attention_check import check
 
     try:
         row = check(model_type)
@@ -161,7 +163,7 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    import attention_check  # noqa: F401  before the fork: importing it takes longer than a row
+    import support.attention_check  # noqa: F401 (before the fork: importing it takes longer than a row)
 
     rows = sweep(arguments.types or list(MODEL_MAPPING_NAMES), arguments.jobs, arguments.rows)
     print(Counter((row.get("kind", "-"), row["status"]) for row in rows))

@@ -26,9 +26,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OUT = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check").resolve()
-KERNEL_TESTS = ["tests/test_qk_attention_mse.py", "tests/test_attention_mse.py", "tests/test_pooled_distance.py"]
+KERNEL_TESTS = [f"tests/ops/test_{name}.py" for name in ("qk_attention_mse", "attention_mse", "pooled_distance")]
 OTHER_TESTS = [
-    f"tests/{name}.py" for name in ("test_properties", "test_compile", "test_backends", "capture/test_exactness")
+    f"tests/{name}.py"
+    for name in ("ops/test_properties", "ops/test_compile", "ops/test_backend", "capture/test_exactness")
 ]
 SECONDS = 9 * 60  # of all steps together
 # Kernels that do not run should not be replaced by the reference where speed is measured; a sanitizer sees where an

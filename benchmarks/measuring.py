@@ -12,11 +12,24 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import support_path  # noqa: F401 (makes `support` importable)
 import torch
 from operations import Work
-from torch.profiler import ProfilerActivity, profile
+from support.memory import peak_memory as peak_memory  # callers take it from here or from `measuring_cuda`
 
 import ear_ops
+
+__all__ = [
+    "compute_rates",
+    "copy_rate",
+    "eager_bytes",
+    "facts",
+    "interleaved",
+    "limit",
+    "max_error",
+    "measurer",
+    "peak_memory",
+]
 
 SHORTEST_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
 
@@ -54,25 +67,6 @@ def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict
         median = statistics.median(samples)
         result[name] = {"median_ms": 1e3 * median, "p20_ms": 1e3 * cuts[0], "p80_ms": 1e3 * cuts[-1]}
     return result
-
-
-def peak_memory(call: Callable[[], object], device: str = "cpu") -> int:
-    """Bytes that torch's allocator held at the most during a call, above what it held before."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    held = highest = 0
-    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            highest = max(highest, held)
-    assert highest > 0, "the profiler recorded no allocation"
-    return highest
 
 
 @cache

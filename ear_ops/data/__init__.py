@@ -1,4 +1,4 @@
-"""Data of sentence-pair tasks: readers, synonym augmentation, two-view datasets and their collator."""
+"""Read sentence pairs, augment them with synonyms, and make batches of two views."""
 
 from ear_ops.data.collator import PairCollator
 from ear_ops.data.hub import load_hub_split, pairs_from_dataset

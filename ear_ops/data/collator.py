@@ -1,4 +1,4 @@
-"""Batches of sentence pairs: both views padded together, the originals first."""
+"""Make batches of sentence pairs: both views are padded together, and the originals come first."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ PADDINGS = ("longest", "max_length")
 class PairCollator:
     """Turns B items into one batch of 2B rows: rows 0..B-1 are x, rows B..2B-1 are x^a.
 
-    The views of a pair are compared position by position, so all rows share one length L. Items without an
+    The losses compare the views of a pair position by position, so all rows have the same length L. Items without an
     `augmented` view give B rows.
 
     Args:
-        tokenizer: encodes a pair of texts, as the model expects it.
-        max_length: pieces of a pair, special ones included; longer pairs lose pieces of their longer text first.
-        padding: `"longest"` makes L the longest row of the batch, `"max_length"` makes it `max_length`.
-        word_ids: add the word of each piece, for `AttentionPull(alignment="word")`; needs a fast tokenizer.
+        tokenizer: encodes a sentence pair as the model expects it.
+        max_length: the largest number of tokens in a row, with the special tokens. A longer row loses pieces of its
+            longer text first.
+        padding: `"longest"` sets L to the length of the longest row, `"max_length"` sets it to `max_length`.
+        word_ids: whether batches say which word each piece belongs to. `AttentionPull(alignment="word")` needs this.
+            The tokenizer must be a fast one.
     """
 
     def __init__(
@@ -42,11 +44,13 @@ class PairCollator:
         special = tokenizer.num_special_tokens_to_add(pair=True)
         if not special < max_length <= tokenizer.model_max_length:
             raise ValueError(
-                f"max_length: expected more than the {special} special pieces of a pair and at most the tokenizer's "
+                f"max_length: expected more than the {special} special tokens of a row and at most the tokenizer's "
                 f"model_max_length of {tokenizer.model_max_length}, got {max_length}"
             )
         if word_ids and not tokenizer.is_fast:
-            raise ValueError("word_ids: expected a fast tokenizer, which knows where in the text its pieces are")
+            raise ValueError(
+                "word_ids: expected a fast tokenizer, because a slow one does not say where its pieces are in the text"
+            )
         self.tokenizer = tokenizer
         self.word_ids = word_ids
         self.max_length = max_length
@@ -56,16 +60,16 @@ class PairCollator:
         """Encode a batch.
 
         Args:
-            items: B of them, at least one; all with an `augmented` view or none.
+            items: B items, at least one. Either all of them have an `augmented` view or none has.
 
         Returns:
-            `input_ids` [2B, L] and `attention_mask` [2B, L] (1 = real), `token_type_ids` [2B, L] where the tokenizer
-            has them, `word_ids` [2B, L] if asked for, and `labels` [B], all int64; [B, L] instead of [2B, L] without
-            augmented views.
+            int64 tensors: `input_ids` [2B, L], `attention_mask` [2B, L] (1 = real), `labels` [B], and two that not
+            every batch has. `token_type_ids` [2B, L] depend on the tokenizer, `word_ids` [2B, L] on the argument
+            `word_ids`. Without augmented views, every [2B, L] is [B, L].
 
         Raises:
-            ValueError: no items, only some of them with an `augmented` view, or, with `word_ids`, a view with more or
-                fewer words than the other.
+            ValueError: there are no items, or only some items have an `augmented` view. With `word_ids`, also where
+                the two views of an item differ in their number of words.
         """
         if not items:
             raise ValueError("items: expected at least one, got none")
@@ -97,12 +101,12 @@ class PairCollator:
 
 
 def _check_word_counts(originals: Sequence[tuple[str, str]], augmented: Sequence[tuple[str, str]]) -> None:
-    """`alignment="word"` compares the words of two views by their number."""
+    """Raise where a text has more or fewer words in one view: word k of x is compared with word k of x^a."""
     for number, views in enumerate(zip(originals, augmented, strict=False)):
         for text, text_aug in zip(*views, strict=True):
             count, count_aug = count_words(text), count_words(text_aug)
             if count != count_aug:
                 raise ValueError(
-                    f"items: with word_ids both views must have as many words, item {number} has {count} in {text!r} "
-                    f"and {count_aug} in {text_aug!r}: replace words one by one, or leave out word_ids"
+                    f"items: with word_ids both views must have as many words, but item {number} has {count} "
+                    f"in {text!r} and {count_aug} in {text_aug!r}: replace words one by one, or leave out word_ids"
                 )

@@ -1,8 +1,11 @@
-"""XNLI and PAWS-X from the Hugging Face Hub, through the `datasets` library.
+"""Read XNLI and PAWS-X from the Hugging Face Hub, through the `datasets` library.
 
-Read are `facebook/xnli` (one config a language; premise, hypothesis, label) and `google-research-datasets/paws-x` (one
-config a language; id, sentence1, sentence2, label). This is tested on local data sets of the same schema, in
-Parquet folders laid out like those repositories and saved with `datasets` to disk, not on a download.
+XNLI is the repository `facebook/xnli`, with the columns premise, hypothesis and label. PAWS-X is the repository
+`google-research-datasets/paws-x`, with the columns id, sentence1, sentence2 and label. Both have a config for each
+language.
+
+The tests download nothing. They read local data sets with the same columns: Parquet folders that are laid out like
+the repositories, and data sets that `datasets` saved to disk.
 """
 
 from __future__ import annotations
@@ -29,23 +32,23 @@ _HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 
 
 def load_hub_split(task: Task, split: str, language: str) -> list[PairExample]:
-    """Download (once; `datasets` caches it) and read one split in one language.
+    """Read one split in one language. The first call downloads it, and `datasets` keeps it.
 
     Args:
         task: XNLI or PAWSX.
-        split: `train`, `dev` (on the Hub: validation) or `test`.
-        language: one of the task's; training data other than English is machine-translated.
+        split: `train`, `dev` (which the Hub calls validation) or `test`.
+        language: a language of the task. Training data in other languages than English is machine-translated.
 
     Raises:
-        ImportError: `datasets` is not installed; the message says how to install it.
-        ValueError: unknown split or language.
-        DataError: what `pairs_from_dataset` raises.
+        ImportError: `datasets` is not installed. The message says how to install it.
+        ValueError: the split or the language is unknown.
+        DataError: `pairs_from_dataset` raises it.
     """
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            "reading from the Hub needs the package datasets: pip install 'ear-ops[train]', "
+            "reading from the Hub needs the package datasets: install it with pip install 'ear-ops[train]', "
             "or pass a folder with files in the XTREME layout"
         ) from error
     if split not in _HUB_SPLITS:
@@ -56,13 +59,13 @@ def load_hub_split(task: Task, split: str, language: str) -> list[PairExample]:
 
 
 def pairs_from_dataset(dataset: Dataset, task: Task) -> list[PairExample]:
-    """Convert a data set of the Hub's schema, in order, also one that `datasets.load_from_disk` gave.
+    """Convert a data set with the Hub's columns, in order. `datasets.load_from_disk` gives such a data set, too.
 
-    Labels are matched by name: the Hub's XNLI counts entailment, neutral, contradiction, `task` does not.
+    Labels are matched by name, because the Hub numbers the labels of XNLI in another order than `task`.
 
     Raises:
-        DataError: a column is missing, `label` is not a ClassLabel, one of its names is not a label of the task, or a
-            row lacks a text (None) or a label (None or -1).
+        DataError: a column is missing, `label` is not a ClassLabel, or one of its names is not a label of the task.
+            Also where a row lacks a text (None) or a label (None or -1).
     """
     columns = (*_SOURCES[task.name].text_columns, "label")
     missing = [column for column in columns if column not in dataset.column_names]

@@ -1,7 +1,7 @@
-"""Sentence pairs from files in the XTREME layout: `{split}-{language}.tsv`, text1 TAB text2 TAB label.
+"""Read sentence pairs from files in the XTREME layout: `{split}-{language}.tsv`, text1 TAB text2 TAB label.
 
-The files are plain TSV. There is no quoting, so a `"` is a character like any other, and only a line feed ends
-a line, so that a text may hold a form feed or U+2028. Every line becomes an example or an error.
+The files are plain TSV. Nothing is quoted, so a `"` is a character like any other. Only a line feed ends a line, so a
+text may hold a form feed or U+2028. Every line becomes an example or raises an error.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class DataError(EarOpsError, ValueError):
-    """A data file that is missing or not what it should be; the message names the file, and the line if possible."""
+    """A data file is missing or has a wrong content. The message names the file, and the line where there is one."""
 
 
 class PairExample(NamedTuple):
-    """One sentence pair: premise and hypothesis (XNLI) or two sentences (PAWS-X), and the class index."""
+    """A sentence pair and its class index: premise and hypothesis in XNLI, two sentences in PAWS-X."""
 
     text1: str
     text2: str
@@ -34,17 +34,17 @@ class PairExample(NamedTuple):
 
 
 def read_rows(path: str | Path, columns: tuple[str, ...], optional: int = 0) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number from 1, fields) of every line of a tab-separated file, gzipped if its name ends in `.gz`.
+    """Yield the number, from 1, and the fields of every line of a tab-separated file.
 
-    LF or CRLF ends a line and a byte order mark is skipped; fields are otherwise as they stand.
+    A line ends with LF or CRLF, and a byte order mark is skipped. The fields are otherwise unchanged.
 
     Args:
-        path: the file, UTF-8.
-        columns: what the columns are called, for the message about a line with more or fewer.
+        path: the file, in UTF-8. It is gzipped if its name ends in `.gz`.
+        columns: the names of the columns. The message about a wrong number of fields shows them.
         optional: how many of the last columns a line may lack.
 
     Raises:
-        DataError: no such file, no line in it, damaged gzip, bytes that are not UTF-8, wrong number of columns.
+        DataError: the file is missing, empty, damaged or not UTF-8, or a line has a wrong number of fields.
     """
     path = Path(path)
     if not path.is_file():
@@ -53,7 +53,7 @@ def read_rows(path: str | Path, columns: tuple[str, ...], optional: int = 0) -> 
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):  # a binary file is split at b"\n" alone
+            for number, raw in enumerate(file, start=1):  # a binary file is split at b"\n" only
                 if number == 1:
                     raw = raw.removeprefix(_BYTE_ORDER_MARK)
                 try:
@@ -74,11 +74,11 @@ def read_rows(path: str | Path, columns: tuple[str, ...], optional: int = 0) -> 
 
 
 def parse_label(path: str | Path, number: int, label: str, task: Task) -> int:
-    """Return the class index of a label that stands on line `number` of `path`.
+    """Return the class index of the label on line `number` of `path`.
 
     Raises:
-        DataError: the label is empty or not one of the task's. The message names file and line, and the task that has
-            the label.
+        DataError: the label is empty, or the task does not have it. The message names the file and the line, and
+            another task that has the label.
     """
     if not label:
         raise DataError(f"{path}:{number}: the label is empty; {task.name} has {', '.join(map(repr, task.labels))}")
@@ -93,7 +93,7 @@ def read_pairs(path: str | Path, task: Task) -> list[PairExample]:
     """Read one file of `text1 TAB text2 TAB label` lines, in order.
 
     Raises:
-        DataError: whatever `read_rows` finds wrong, an empty label, or a label that the task does not have.
+        DataError: `read_rows` raises it, a label is empty, or the task does not have a label.
     """
     return [
         PairExample(text1, text2, parse_label(path, number, label, task))
@@ -105,30 +105,30 @@ def load_split(data_dir: str | Path, task: Task, split: str, language: str) -> l
     """Read `{split}-{language}.tsv` or `.tsv.gz` from `data_dir/{task.name}`, else from `data_dir` itself.
 
     Args:
-        data_dir: folder of the task's files, or the folder above one named like the task.
-        task: says which labels there are.
+        data_dir: the folder of the task's files, or the folder that holds a folder named like the task.
+        task: defines the labels.
         split: `train`, `dev` or `test` in the XTREME layout.
-        language: any code for which there is a file.
+        language: any language code that has a file.
 
     Raises:
-        DataError: `data_dir` is not a folder, no such file (the message names the files looked for and the languages
-            that the split has), or what `read_pairs` raises.
+        DataError: `data_dir` is not a folder, the file is missing, or `read_pairs` raises it. The message about a
+            missing file names the paths that were tried, and the languages of the split.
     """
     return read_pairs(find_split(data_dir, task, split, language), task)
 
 
 def load_texts(data_dir: str | Path, task: Task, split: str, language: str) -> Iterator[tuple[str, str]]:
-    """Yield the texts of the file that `load_split` reads. A line may lack its label, or have one of another task.
+    """Yield the texts of the file that `load_split` reads. A line may lack its label, and any label is accepted.
 
     Raises:
-        DataError: as `load_split`, but for labels.
+        DataError: `load_split` would raise it for another reason than a label.
     """
     for _, (text1, text2, *_) in read_rows(find_split(data_dir, task, split, language), _COLUMNS, optional=1):
         yield text1, text2
 
 
 def find_split(data_dir: str | Path, task: Task, split: str, language: str) -> Path:
-    """The file that `load_split` reads; raises DataError where there is none."""
+    """Return the path of the file that `load_split` reads, and raise DataError where it does not exist."""
     candidates = [folder / f"{split}-{language}{suffix}" for folder in _folders(data_dir, task) for suffix in _SUFFIXES]
     for path in candidates:
         if path.is_file():
@@ -141,7 +141,9 @@ def find_split(data_dir: str | Path, task: Task, split: str, language: str) -> P
 
 
 def available_languages(data_dir: str | Path, task: Task, split: str) -> list[str]:
-    """Return the languages for which `load_split` finds a file: the task's own in its order, then others by name.
+    """Return the languages for which `load_split` finds a file.
+
+    The languages of the task come first, in its order. Other languages follow in alphabetical order.
 
     Raises:
         DataError: `data_dir` is not a folder.
@@ -153,16 +155,16 @@ def available_languages(data_dir: str | Path, task: Task, split: str) -> list[st
         for path in folder.iterdir()
         if path.is_file()
     )
-    found = {match[1] for match in matches if match}
-    known = [language for language in task.languages if language in found]
-    return known + sorted(found.difference(known))
+    present = {match[1] for match in matches if match}
+    known = [language for language in task.languages if language in present]
+    return known + sorted(present.difference(known))
 
 
 def is_untranslated(example: PairExample) -> bool:
-    """Whether a text is the marker `NS` (any case), which PAWS-X holds in place of a missing translation.
+    """Return whether a text is the marker `NS` in any case, which PAWS-X has in place of a missing translation.
 
-    Such rows are read and scored like any other, with the label of the file (0, whatever the English row says);
-    evaluation shows the accuracy without them beside it.
+    Such examples are read and scored like any other. Their label in the file is 0, whatever the English example has.
+    The evaluation also shows the accuracy without them.
     """
     return example.text1.upper() == "NS" or example.text2.upper() == "NS"
 

@@ -1,4 +1,7 @@
-"""Parallel sentences as in Tatoeba (Artetxe and Schwenk, 2019): a file `XX-en.tsv` a language, sentence TAB English."""
+"""Read parallel sentences as Tatoeba has them (Artetxe and Schwenk, 2019).
+
+Each language has a file `XX-en.tsv`, whose lines are sentence TAB English.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,17 @@ _NAME = re.compile(r"([^.-]+)-en\.tsv(\.gz)?")
 
 
 def load_parallel(folder: str | Path, limit: int | None = None) -> dict[str, list[tuple[str, str]]]:
-    """Read every `XX-en.tsv` or `.tsv.gz` of a folder: (sentence, English) by language, languages by name.
+    """Read every `XX-en.tsv` or `XX-en.tsv.gz` of a folder.
 
     Args:
-        limit: the first so many lines of each file; all by default.
+        folder: the folder of the files.
+        limit: how many lines of each file to return. None returns all of them.
+
+    Returns:
+        The pairs (sentence, English) of each language. The languages are in alphabetical order.
 
     Raises:
-        DataError: no folder, no such file in it, or a file that is not two columns of UTF-8.
+        DataError: the folder is missing or holds no such file, or a file is not UTF-8 with two columns.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -1,7 +1,7 @@
-"""Synonym augmentation (Huang et al., 2021): words become uniform draws from themselves and their neighbours.
+"""Replace words by synonyms (Huang et al., 2021): a word becomes a uniform draw from itself and its neighbours.
 
-The dictionary is a JSON object from a word to the list of its neighbours, as `counterfitted_neighbors.json`
-(counter-fitted embeddings; Alzantot et al., 2018).
+The dictionary is a JSON object that maps a word to the list of its neighbours. An example is
+`counterfitted_neighbors.json`, which comes from counter-fitted embeddings (Alzantot et al., 2018).
 """
 
 from __future__ import annotations
@@ -23,47 +23,47 @@ def load_synonyms(path: str | Path, scale: float = 1.0, seed: int = 0) -> dict[s
     """Read a synonym dictionary, or a share of it (Ding et al., 2022, table 6).
 
     Args:
-        path: JSON object from a word to a list of words, UTF-8.
-        scale: share of all entries to keep, 0 < scale <= 1, rounded down: of 49,975 entries 0.75 keeps 37,481. Entries
-            without neighbours count like the others. A smaller share of one seed is part of a larger one.
-        seed: which entries a share holds.
+        path: a JSON object that maps words to lists of words, in UTF-8.
+        scale: the share of the entries to keep, 0 < scale <= 1. The number is rounded down: 0.75 keeps 37,481 of
+            49,975 entries. Entries without neighbours count, too. With one seed, a larger share holds a smaller one.
+        seed: decides which entries a share holds.
 
     Returns:
         The kept entries in the order of the file.
 
     Raises:
-        DataError: no such file, not UTF-8, not JSON, or not an object from words to lists of words.
-        ValueError: `scale` out of range.
+        DataError: the file is missing, or is not UTF-8, not JSON, or not an object from words to lists of words.
+        ValueError: `scale` is out of range.
     """
     if not 0 < scale <= 1:
         raise ValueError(f"scale: expected a share of the dictionary, 0 < scale <= 1, got {scale}")
     synonyms = _read_dictionary(Path(path))
-    kept = int(Fraction(str(scale)) * len(synonyms))  # exact: 0.29 of 100 is 29, which floating point makes 28
+    kept = int(Fraction(str(scale)) * len(synonyms))  # a fraction is exact: in floating point, 0.29 of 100 is 28
     if kept == len(synonyms):
         return synonyms
-    # Ranking by a digest makes the share independent of the order of the file, and smaller shares parts of larger ones.
+    # The entries are ranked by a digest. So the order of the file does not matter, and a larger share holds a smaller.
     share = set(sorted(synonyms, key=lambda word: _digest(f"{seed}/{word}"))[:kept])
     return {word: neighbours for word, neighbours in synonyms.items() if word in share}
 
 
 class SynonymAugmenter:
-    """Replaces words by synonyms and counts what it replaces.
+    """Replaces words by synonyms and counts the words that it replaces.
 
-    A text is split at single spaces. A word that has neighbours becomes a uniform draw from itself and them; every
-    other word stays, and so does every space.
+    A text is split at single spaces. A word with neighbours becomes a uniform draw from itself and its neighbours.
+    Every other word and every space stay.
 
     Args:
-        synonyms: word -> neighbours, from `load_synonyms`.
-        match: `"exact"` finds a word as it stands, case and all (Huang et al., 2021). `"normalised"` then also looks
-            for it in lower case without leading and trailing punctuation; what is drawn gets the punctuation back,
-            and a capital first letter or all capitals where the word had them.
+        synonyms: the neighbours of each word, from `load_synonyms`.
+        match: how a word is looked up. `"exact"` takes the word as it is, with its case (Huang et al., 2021).
+            `"normalised"` then also tries the word in lower case, without leading and trailing punctuation. The drawn
+            word gets the punctuation back. It is capitalised, or all in capitals, where the word was.
 
     Attributes:
-        words: words seen so far (runs of characters other than a space).
-        found: how many of them the dictionary has, with neighbours or without.
-        replaced: how many became another word.
+        words: how many words it has seen (runs of characters other than a space).
+        found: how many of these words the dictionary has, with neighbours or without.
+        replaced: how many of these words became another word.
 
-    The counts are those of this process: workers of a data loader count for themselves.
+    Each process counts its own words: the workers of a data loader do not add to these counts.
     """
 
     def __init__(self, synonyms: dict[str, list[str]], match: str = "exact") -> None:
@@ -77,18 +77,18 @@ class SynonymAugmenter:
 
     @property
     def replaced_share(self) -> float:
-        """Share of the words seen so far that became another word, 0 to 1; 0 before the first word."""
+        """The share of the words that became another word, from 0 to 1. It is 0 before the first word."""
         return self.replaced / self.words if self.words else 0.0
 
     def summary(self) -> str:
-        """Return the counts as one line to print, such as `replaced 13 of 100 words (13.0%), 40 in the dictionary`."""
+        """Return the counts in one line, such as `replaced 13 of 100 words (13.0%), 40 in the dictionary`."""
         return (
             f"replaced {self.replaced:,} of {self.words:,} words ({self.replaced_share:.1%}), "
             f"{self.found:,} in the dictionary"
         )
 
     def augment(self, text: str, rng: random.Random) -> str:
-        """Return `text` with synonyms drawn by `rng`; the same text and generator state give the same result."""
+        """Return `text` with the synonyms that `rng` draws. The result depends on the text and the state of `rng`."""
         return " ".join([self._draw(word, rng) if word else word for word in text.split(" ")])
 
     def _draw(self, word: str, rng: random.Random) -> str:
@@ -112,7 +112,7 @@ class SynonymAugmenter:
 
 
 def _split_punctuation(word: str) -> tuple[str, str, str]:
-    """Split into leading punctuation and symbols, what they enclose, and trailing ones."""
+    """Split a word into leading punctuation and symbols, the core, and trailing punctuation and symbols."""
     start, end = 0, len(word)
     while start < end and unicodedata.category(word[start])[0] in "PS":
         start += 1

@@ -1,4 +1,4 @@
-"""The tasks that the readers know: labels in the order of the classifier's outputs, and languages.
+"""The tasks of the readers: their languages, and their labels in the order of the classifier's outputs.
 
 >>> get_task("xnli").label_id("entailment")
 1
@@ -14,9 +14,9 @@ class Task:
     """A sentence-pair classification task.
 
     Args:
-        name: what the command line and the data folder call it.
-        labels: the labels as the files spell them; the position is the class index.
-        languages: ISO 639-1 codes in the order of the paper's tables, the source language (English) first.
+        name: the name on the command line and of the data folder.
+        labels: the labels as the files spell them. The position of a label is its class index.
+        languages: ISO 639-1 codes in the order of the paper's tables. The source language, English, comes first.
     """
 
     name: str
@@ -24,14 +24,14 @@ class Task:
     languages: tuple[str, ...]
 
     def label_id(self, label: str) -> int:
-        """Return the class index of `label`; raises ValueError listing the known labels."""
+        """Return the class index of `label`. The ValueError about an unknown label lists the known ones."""
         try:
             return self.labels.index(label)
         except ValueError:
             raise ValueError(f"unknown label {label!r}: {self.name} has {', '.join(map(repr, self.labels))}") from None
 
 
-# The label order of XTREME (Hu et al., 2020), so that classifiers trained with its scripts keep their meaning.
+# XTREME (Hu et al., 2020) has this order of labels. So the outputs of a classifier from its scripts mean the same here.
 XNLI = Task(
     name="xnli",
     labels=("contradiction", "entailment", "neutral"),
@@ -47,7 +47,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (XNLI, PAWSX)}
 
 
 def get_task(name: str) -> Task:
-    """Return the task called `name`; raises ValueError listing the known names."""
+    """Return the task called `name`. The ValueError about an unknown name lists the known ones."""
     try:
         return TASKS[name]
     except KeyError:

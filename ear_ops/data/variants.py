@@ -1,7 +1,7 @@
-"""Augmentation files: k variants of every pair, written once and read by the training.
+"""Write k variants of every sentence pair to a file, which the training reads.
 
-The six columns are those of Ding et al. (2022): s1^a, s2^a, label, s1, s2, label, one line a variant, the k lines of an
-original next to each other.
+A line holds one variant in the six columns of Ding et al. (2022): s1^a, s2^a, label, s1, s2, label. The k lines of an
+original follow each other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COLUMNS = ("text1 augmented", "text2 augmented", "label", "text1", "text2", "lab
 
 
 class VariantGroup(NamedTuple):
-    """One original and the texts of its variants, at least one."""
+    """An original and the texts of its variants. There is at least one variant."""
 
     original: PairExample
     variants: tuple[tuple[str, str], ...]
@@ -37,25 +37,25 @@ def write_variants(
     num_variants: int,
     seed: int = 0,
 ) -> int:
-    """Write `num_variants` lines an example; the paper takes 3 for XNLI and 10 for PAWS-X.
+    """Write `num_variants` lines for each example. The paper has 3 lines for XNLI and 10 for PAWS-X.
 
-    Variant j is what `PairViews` draws with the same seed in epoch j. The file appears under its name when it is
-    complete, and the same input gives the same bytes.
+    `PairViews` draws variant j in epoch j, if it has the same seed. The file gets its name when it is complete. The
+    same input gives the same bytes.
 
     Args:
-        path: the file to write or replace, gzipped if its name ends in `.gz`; its folder is made if need be.
+        path: the file to write or replace. It is gzipped if its name ends in `.gz`. A missing folder is made.
         examples: the originals.
-        task: spells the labels.
-        augmenter: augments both texts, and counts.
+        task: gives the names of the labels.
+        augmenter: augments both texts and counts the words.
         num_variants: k, at least 1.
-        seed: of the draws.
+        seed: the seed of the draws.
 
     Returns:
-        The number of lines written.
+        The number of lines.
 
     Raises:
-        DataError: a text holds a tab or a line feed, which the file cannot.
-        ValueError: `num_variants` below 1.
+        DataError: a text holds a tab or a line feed, which a TSV file cannot hold.
+        ValueError: `num_variants` is below 1.
     """
     if num_variants < 1:
         raise ValueError(f"num_variants: expected at least 1, got {num_variants}")
@@ -68,19 +68,21 @@ def write_variants(
                 augmented = augmenter.augment(example.text1, rng), augmenter.augment(example.text2, rng)
                 fields = (*augmented, label, example.text1, example.text2, label)
                 if any("\t" in field or "\n" in field for field in fields):
-                    raise DataError(f"{path}: example {index} holds a tab or a line feed, which TSV cannot: {fields}")
+                    raise DataError(
+                        f"{path}: example {index} holds a tab or a line feed, which TSV cannot hold: {fields}"
+                    )
                 file.write(("\t".join(fields) + "\n").encode("utf-8"))
                 lines += 1
     return lines
 
 
 def read_variants(path: str | Path, task: Task) -> list[VariantGroup]:
-    """Read an augmentation file, in order; consecutive lines with the same original are its variants.
+    """Read a file of variants, in order. Consecutive lines with the same original form a group.
 
-    The file does not say where one original ends and an equal one begins, so equal neighbours come back as one group.
+    The file does not mark where a group ends. So two equal originals that follow each other give one group.
 
     Raises:
-        DataError: what `read_pairs` raises of a file of three columns, or two labels of a line that differ.
+        DataError: the file is not such a file, as in `read_pairs`, or the two labels of a line differ.
     """
     return [
         VariantGroup(original, tuple(augmented for _, augmented in rows))
@@ -89,7 +91,7 @@ def read_variants(path: str | Path, task: Task) -> list[VariantGroup]:
 
 
 def one_row_per_variant(groups: Sequence[VariantGroup]) -> list[VariantGroup]:
-    """Make every variant a group of its own, so that training sees k rows an original (the literal reading)."""
+    """Make a group of every variant, so that an epoch has k rows for each original, as the paper literally says."""
     return [VariantGroup(group.original, (variant,)) for group in groups for variant in group.variants]
 
 
@@ -102,13 +104,13 @@ def _read_lines(path: str | Path, task: Task) -> Iterator[tuple[PairExample, tup
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` when the block ends, and goes away when it raises."""
+    """Open a file that replaces `path` when the block ends. If the block raises, the file is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         with unfinished.open("wb") as file:
             if path.suffix == ".gz":
-                # No name and no time in the header: the same lines are the same bytes.
+                # The header has no name and no time, so that the same lines give the same bytes.
                 with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed:
                     yield cast(BinaryIO, packed)
             else:

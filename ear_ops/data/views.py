@@ -1,8 +1,9 @@
-"""Two views of every training pair: the original, and an augmentation drawn anew in every epoch.
+"""Datasets of two views of every training pair: the original, and an augmentation that every epoch draws anew.
 
-Both classes are map-style datasets for `torch.utils.data.DataLoader`. What item i holds in epoch e depends on
-(seed, e, i) alone, so that order, workers and a resumed run change nothing. Workers that outlive an epoch
-(`persistent_workers=True`) keep the epoch they started with: leave that off.
+Both classes are map-style datasets for `torch.utils.data.DataLoader`. Item i in epoch e depends on (seed, e, i) only.
+So the order of the items, the number of workers and a resumed run do not change it.
+
+Do not pass `persistent_workers=True` to the loader: such workers would stay in the epoch in which they started.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ class _Original(TypedDict):
 
 
 class PairItem(_Original, total=False):
-    """What a dataset gives the collator: both texts of each view and the class index; `augmented` may be absent."""
+    """What a dataset gives the collator: both texts of each view, and the class index. `augmented` may be absent."""
 
     augmented: tuple[str, str]
 
 
 class PairViews:
-    """Pairs with both texts augmented on the fly.
+    """Pairs whose texts are augmented when an item is asked for.
 
     Args:
         examples: the originals.
-        augmenter: augments each text; None leaves items without an `augmented` view (plain fine-tuning, evaluation).
-        seed: of the draws.
+        augmenter: augments each text. With None, as for plain fine-tuning and evaluation, items have no `augmented`
+            view.
+        seed: the seed of the draws.
     """
 
     def __init__(
@@ -45,14 +47,14 @@ class PairViews:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, counted from 0, whose draws the items show from now on."""
+        """Set the epoch, counted from 0, whose draws the items have from now on."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> PairItem:
-        index = range(len(self))[index]  # one key an item: -1 is the last one, and tensors and NumPy integers are ints
+        index = range(len(self))[index]  # so that -1, tensors and NumPy integers give the same draw as a plain index
         example = self.examples[index]
         item: PairItem = {"original": (example.text1, example.text2), "label": example.label}
         augmented = self._augmented(index)
@@ -69,12 +71,11 @@ class PairViews:
 
 
 class VariantViews(PairViews):
-    """Pairs with one of their written variants, drawn uniformly for each original and epoch.
+    """Pairs with a variant from a file. Each epoch draws one variant of each original, uniformly.
 
     Args:
-        groups: from `read_variants`; passed through `one_row_per_variant` first, every variant of every original is an
-            item of its own, k rows an original.
-        seed: of the draws.
+        groups: the groups of `read_variants`. After `one_row_per_variant`, every variant is an item.
+        seed: the seed of the draws.
     """
 
     def __init__(self, groups: Sequence[VariantGroup], seed: int = 0) -> None:

@@ -1,7 +1,7 @@
-"""Which word each piece of a pair of texts belongs to, so that words of two views can be compared.
+"""Number the words of a sentence pair, and say which word each piece belongs to.
 
-Words are what the augmentation replaces one by one: runs of characters other than a space. (The tokenizer's own words
-are not used: they split at punctuation, so that a hyphen in a synonym would shift all words behind it.)
+A word is a run of characters other than a space, because the augmentation replaces such words one by one. The
+tokenizer also has words, but it splits them at punctuation: a hyphen in a synonym would shift all later numbers.
 """
 
 from __future__ import annotations
@@ -17,27 +17,30 @@ if TYPE_CHECKING:
 
 
 def pair_word_ids(encoded: BatchEncoding, texts: Sequence[tuple[str, str]]) -> torch.Tensor:
-    """Word ids of a batch of encoded pairs.
+    """Return the word ids of a batch of encoded sentence pairs.
+
+    Let S be the largest number of words of a text in the batch. The words of the first text are numbered from 0, those
+    of the second from S, and special tokens from 2S. Padding has -1. So a number means the same word in both views,
+    even where truncation has cut a view.
 
     Args:
-        encoded: of a fast tokenizer, with `offset_mapping` and `attention_mask`.
-        texts: the pairs of its rows, both views of a pair with the same number of words.
+        encoded: what a fast tokenizer returned, with `offset_mapping` and `attention_mask`.
+        texts: the two texts of each row. Both views of a pair must have the same number of words.
 
     Returns:
-        [rows, L] int64: words of the first text count from 0, those of the second from S, special pieces from 2S,
-        where S is the largest number of words of a text in the batch; -1 is padding. So one number is one word in
-        both views, also where a view was cut.
+        [rows, L] int64.
     """
     ends = [[_word_ends(text) for text in pair] for pair in texts]
-    size = max(1, *(len(of_text) for of_pair in ends for of_text in of_pair))
+    size = max(1, *(len(word_ends) for row_ends in ends for word_ends in row_ends))
     ids = torch.full(tuple(encoded["attention_mask"].shape), -1, dtype=torch.int64)
-    for row, of_pair in enumerate(ends):
+    for row, row_ends in enumerate(ends):
         offsets, real = encoded["offset_mapping"][row].tolist(), encoded["attention_mask"][row].tolist()
         specials = 0
         for position, sequence in enumerate(encoded.sequence_ids(row)):
             if sequence is not None:
-                word = bisect_right(of_pair[sequence], offsets[position][0])  # how many end before the piece begins
-                ids[row, position] = sequence * size + min(word, max(len(of_pair[sequence]) - 1, 0))
+                start = offsets[position][0]
+                word = bisect_right(row_ends[sequence], start)  # how many words end before the piece starts
+                ids[row, position] = sequence * size + min(word, max(len(row_ends[sequence]) - 1, 0))
             elif real[position]:
                 ids[row, position] = 2 * size + specials
                 specials += 1
@@ -45,10 +48,10 @@ def pair_word_ids(encoded: BatchEncoding, texts: Sequence[tuple[str, str]]) -> t
 
 
 def count_words(text: str) -> int:
-    """How many words the ids of a text count."""
+    """Return how many words a text has."""
     return len(_word_ends(text))
 
 
 def _word_ends(text: str) -> list[int]:
-    """Where each word ends: the index after its last character."""
+    """Return the index after the last character of each word."""
     return [i + 1 for i, character in enumerate(text) if character != " " and text[i + 1 : i + 2] in ("", " ")]

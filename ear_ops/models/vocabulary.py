@@ -1,8 +1,10 @@
-"""Prune a multilingual vocabulary, and with it the word embeddings, to what a set of texts uses.
+"""Prune a multilingual vocabulary and the word embeddings to the pieces that a set of texts uses.
 
-Of the 118 million parameters of multilingual-e5-small 96 million are word embeddings, most of them of pieces that no
-text of a task holds: they cost memory, optimiser state and the time of a dense update. On the given texts the pruned
-model computes the same, bit for bit. (Abdaoui et al., 2020, arXiv:2010.05609, prune multilingual BERT by language.)
+96 million of the 118 million parameters of multilingual-e5-small are word embeddings. The texts of a task use few of
+their pieces. The others cost memory, optimiser state and the time of a dense update.
+
+On the texts of the set, the pruned model computes the same, bit for bit. Abdaoui et al. (2020, arXiv:2010.05609) prune
+multilingual BERT by language.
 """
 
 from __future__ import annotations
@@ -27,21 +29,23 @@ _BATCH = 1024  # texts
 def prune_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Keep the pieces that `texts` use, the special tokens and all single characters; drop the rest.
+    """Keep the pieces that `texts` use, the special tokens and all single characters. Drop all other pieces.
 
-    The given texts are split as before, and the model's output on them does not change. Any other text still works, in
-    shorter pieces. Make the optimiser afterwards: the embeddings are new parameters.
+    The new tokenizer splits `texts` as before, and the output of the model on them does not change. Other texts still
+    work, but with shorter pieces. Make the optimiser after this call, because the embeddings become new parameters.
 
     Args:
-        model: changed in place; its input embeddings and what is tied to them or counts pieces shrinks.
-        tokenizer: a fast Unigram or WordPiece tokenizer; not changed.
-        texts: every text the model has to treat as before: training, validation and test.
+        model: the model, which is changed in place. Its input embeddings shrink, and so does everything that is tied to
+            them or has an entry for each piece.
+        tokenizer: a fast Unigram or WordPiece tokenizer. It is not changed.
+        texts: every text that the model must treat as before: training, validation and test.
 
     Returns:
         The same model, and a new tokenizer for it.
 
     Raises:
-        ValueError: a tokenizer of another kind (BPE: merges build on each other), or one that is not the model's.
+        ValueError: the tokenizer is of another kind, or it is not the tokenizer of the model. A BPE vocabulary cannot
+            be pruned, because its pieces are merged from other pieces.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer: expected a fast tokenizer, got {type(tokenizer).__name__}")
@@ -56,12 +60,14 @@ def prune_vocabulary(
     kept.update(token["id"] for token in state["added_tokens"])
     kept.update(tokenizer.all_special_ids)
     if tokenizer.pad_token_id is not None:
-        # The padding id must not move: RoBERTa and its kin count positions from it.
+        # The padding id must not change, because models such as RoBERTa count positions from it.
         kept.update(range(tokenizer.pad_token_id + 1))
 
     rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if max(kept) >= rows:
-        raise ValueError(f"tokenizer: has token id {max(kept)}, but model embeds only {rows} ids; do they match?")
+        raise ValueError(
+            f"tokenizer: has token id {max(kept)}, but model embeds only {rows} ids; is it the model's tokenizer?"
+        )
     old_ids = sorted(kept)
     new_ids = {old: new for new, old in enumerate(old_ids)}
     pruned = _renumbered_tokenizer(state, tokenizer, new_ids)
@@ -77,26 +83,35 @@ def restore_vocabulary(
     small: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    weight_decay: float = 0.0,
 ) -> None:
     """Give a trained model its whole vocabulary back, so that it splits texts of any kind as it did before.
 
-    The pieces that were dropped have their old embeddings, which training without weight decay would not have changed
-    either: no text had them.
+    Dropped pieces get their initial embeddings back. No training text held these pieces, so they had no gradient.
+    Training without pruning therefore gives the same model, provided that it has no weight decay. Weight decay shrinks
+    every row of the embeddings in every step, also the rows without a gradient.
 
     Args:
-        pruned: trained after `prune_vocabulary`; not changed.
-        small: its tokenizer.
-        model: as it was before it was pruned; takes the weights of `pruned` in place.
-        tokenizer: of `model`.
+        pruned: the model that was trained after `prune_vocabulary`. It is not changed.
+        small: the tokenizer of `pruned`.
+        model: the model as it was before pruning. It takes the weights of `pruned` in place.
+        tokenizer: the tokenizer of `model`.
+        weight_decay: the weight decay with which the embeddings of `pruned` were trained.
 
     Raises:
-        ValueError: the tokenizer lacks pieces of `small`, so `pruned` was not made from this model.
+        ValueError: `weight_decay` is not 0, or the tokenizer lacks pieces of `small`: then `pruned` was not made from
+            this model.
     """
+    if weight_decay != 0.0:
+        raise ValueError(
+            f"weight_decay: expected 0, because decay would have shrunk the dropped embeddings, got {weight_decay}"
+        )
     pieces = small.convert_ids_to_tokens(list(range(len(small))))
     rows = cast("list[int]", tokenizer.convert_tokens_to_ids(pieces))
     if len(set(rows)) != len(rows):
-        raise ValueError("tokenizer: lacks pieces of the pruned one: expected the tokenizer that was pruned")
-    state = model.state_dict()  # its tensors are the model's own
+        raise ValueError("tokenizer: lacks pieces of the pruned tokenizer; expected the tokenizer that was pruned")
+    state = model.state_dict()  # its tensors share their memory with the model
     for name, trained in pruned.state_dict().items():
         if trained.shape == state[name].shape:
             state[name].copy_(trained)
@@ -105,11 +120,11 @@ def restore_vocabulary(
 
 
 def _unigram_ids(model: dict[str, Any], tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> set[int]:
-    # Unigram takes the segmentation with the highest sum of log-probabilities. Removing pieces only removes candidates:
-    # the best one, all of whose pieces stay, is still the best, and so is every beginning of it.
+    # Unigram chooses the segmentation with the highest sum of log-probabilities. Without some pieces, there are fewer
+    # segmentations to choose from. The best one keeps all of its pieces, so it remains the best, as does every prefix.
     kept = {token for _, ids in _tokenized(tokenizer, texts) for token in ids}
     scores = [score for _, score in model["vocab"]]
-    # An unknown character costs a fixed amount more than the least likely piece: that piece stays, so that cost does.
+    # The cost of an unknown character is that of the least likely piece and a constant, so this piece must stay.
     kept.add(scores.index(min(scores)))
     for token, (piece, _) in enumerate(model["vocab"]):
         if len(piece) == 1 or (model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", piece)):
@@ -118,8 +133,9 @@ def _unigram_ids(model: dict[str, Any], tokenizer: PreTrainedTokenizerBase, text
 
 
 def _wordpiece_ids(model: dict[str, Any], tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> set[int]:
-    # WordPiece takes the longest piece that matches, again and again: the longest, being kept, stays the longest. A
-    # word that gets stuck is unknown as a whole; the pieces up to there stay too, else a shorter one might get past.
+    # WordPiece repeatedly takes the longest piece that matches. That piece is kept, so it remains the longest. Where no
+    # piece matches, the whole word is unknown. The pieces before that place must stay, too: without one of them, a
+    # shorter piece could match in its place, and the word would not be unknown.
     vocab, prefix = model["vocab"], model["continuing_subword_prefix"]
     kept = {token for piece, token in vocab.items() if len(piece.removeprefix(prefix)) == 1}
     for text, ids in _tokenized(tokenizer, texts):
@@ -131,8 +147,8 @@ def _wordpiece_ids(model: dict[str, Any], tokenizer: PreTrainedTokenizerBase, te
 
 
 def _tokenized(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
-    """Each text, once, with its token ids, without special tokens and without truncation."""
-    remaining = iter(dict.fromkeys(texts))  # the premises of XNLI come three times
+    """Yield each different text once, with its token ids, without special tokens and without truncation."""
+    remaining = iter(dict.fromkeys(texts))  # XNLI has each premise three times
     while batch := list(islice(remaining, _BATCH)):
         yield from zip(batch, tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"], strict=True)
 
@@ -160,7 +176,7 @@ def _longest_matches(word: str, vocab: dict[str, int], prefix: str) -> Iterator[
 def _renumbered_tokenizer(
     state: dict[str, Any], tokenizer: PreTrainedTokenizerBase, new_ids: dict[int, int]
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer whose serialised form is `state`, reduced to the keys of `new_ids`."""
+    """Return the tokenizer whose serialised form is `state`, with the pieces in `new_ids` only."""
     model = state["model"]
     if model["type"] == "Unigram":
         model["vocab"] = [entry for token, entry in enumerate(model["vocab"]) if token in new_ids]
@@ -193,13 +209,13 @@ def _renumber_post_processor(processor: dict[str, Any] | None, new_ids: dict[int
 
 
 def _select_rows(model: PreTrainedModel, rows: torch.Tensor) -> None:
-    """Keep `rows` ``[kept]`` of the input embeddings, of the output embeddings, and of whatever is tied to either."""
+    """Keep `rows` ``[kept]`` of the input embeddings, the output embeddings, and the parameters tied to them."""
     output = cast("nn.Linear | None", model.get_output_embeddings())
     old = [cast(nn.Embedding, model.get_input_embeddings()).weight]
     if output is not None:
         old += [output.weight] if output.bias is None else [output.weight, output.bias]
     new = {id(p): nn.Parameter(p.detach()[rows.to(p.device)], requires_grad=p.requires_grad) for p in old}
-    # Tied parameters are one object under several names: replacing it under each of them keeps the tie.
+    # Tied parameters are one object under several names. It is replaced under each name, so they stay tied.
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) in new:
@@ -211,7 +227,7 @@ def _select_rows(model: PreTrainedModel, rows: torch.Tensor) -> None:
 
 
 def _renumber_configs(model: PreTrainedModel, rows: int, new_ids: dict[int, int]) -> None:
-    """Put the new ids and the new size wherever a configuration, nested ones included, holds the old."""
+    """Replace the old ids and the old size in the configurations of the model and of all its modules."""
     configs = [getattr(module, "config", None) for module in model.modules()]
     for config in {id(config): config for config in configs if isinstance(config, PretrainedConfig)}.values():
         if getattr(config, "vocab_size", None) == rows:

@@ -1,9 +1,9 @@
-"""A sample of the table of architectures: what benchmarks/check_architectures.py says of every type, for some."""
+"""Check the capture of some model types. benchmarks/check_architectures.py checks every type."""
 
 from __future__ import annotations
 
 import pytest
-from attention_check import STAND_IN, check
+from support.attention_check import STAND_IN, check
 
 INTERFACE = (
     "bert", "electra", "modernbert", "llama", "gemma2", "qwen3", "mistral", "gpt2", "opt", "deepseek_v3", "t5", "bart",

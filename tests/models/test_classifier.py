@@ -54,6 +54,15 @@ def test_masked_mean_leaves_padding_out() -> None:
     assert masked_mean(hidden[:, :2], None).tolist() == [[2.0], [52.5], [100.0]]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_masked_mean_takes_nothing_from_padding_that_is_not_finite(bad: float) -> None:
+    hidden = torch.tensor([[[1.0], [3.0], [bad]], [[bad], [bad], [bad]]], requires_grad=True)
+    mean = masked_mean(hidden, torch.tensor([[1, 1, 0], [0, 0, 0]]))
+    assert mean.tolist() == [[2.0], [0.0]]
+    mean.sum().backward()
+    assert hidden.grad is not None and hidden.grad.flatten().tolist() == [0.5, 0.5, 0.0, 0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_logits_are_one_linear_layer_on_the_mean(
     encoder_folder: Path, batch: dict[str, torch.Tensor], attn_implementation: str

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ear_ops.models.e5_format import E5FormatError, dequantise_q4_0, read_e5_file, write_with_pieces
+from ear_ops.models.e5_format import E5FormatError, dequantise_q4_0, read_e5_file
 
 
 def test_dequantise_follows_the_definition() -> None:
@@ -69,23 +69,3 @@ def test_an_unknown_tensor_dtype_is_an_error(tmp_path: Path, e5_writer: Any) -> 
     (tmp_path / "e5.bin").write_bytes(data.replace(entry + b"\x00", entry + b"\x07"))
     with pytest.raises(E5FormatError, match=r"l0\.aln\.w: expected dtype 0 .* got 7"):
         read_e5_file(tmp_path / "e5.bin").tensor("l0.aln.w")
-
-
-def test_a_file_with_some_of_the_pieces_has_their_weights_and_all_others(tmp_path: Path, e5_writer: Any) -> None:
-    expected = e5_writer.write(tmp_path / "whole.bin")
-    whole, tokens = read_e5_file(tmp_path / "whole.bin"), [0, 1, 2, 3, 5, 9, 11]
-    write_with_pieces(whole, tokens, tmp_path / "some.bin")
-    some = read_e5_file(tmp_path / "some.bin")
-    assert some.pieces == [whole.pieces[token] for token in tokens] and "▁é" in some.pieces
-    assert some.scores == [whole.scores[token] for token in tokens]
-    assert (some.vocab_size, some.bos_id, some.eos_id, some.pad_id, some.unk_id) == (7, 0, 2, 1, 3)
-    for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "num_positions", "num_types"):
-        assert getattr(some, name) == getattr(whole, name)
-    assert (some.replacements, some.layer_norm_eps) == (whole.replacements, whole.layer_norm_eps)
-    assert some.tensors.keys() == whole.tensors.keys()
-    for name, values in expected.items():
-        values = values[tokens] if name == "emb.word" else values
-        np.testing.assert_array_equal(some.tensor(name), values.reshape(-1))
-    for wrong in ([0, 1, 2, 5], [0, 1, 3, 2]):
-        with pytest.raises(ValueError, match="ascending ids"):
-            write_with_pieces(whole, wrong, tmp_path / "wrong.bin")

@@ -110,6 +110,32 @@ def test_after_training_the_whole_vocabulary_can_come_back(make_unigram: MakeUni
         restore_vocabulary(pruned, small, whole, other)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_restoring_equals_training_unpruned_only_without_weight_decay(
+    make_unigram: MakeUnigram, weight_decay: float
+) -> None:
+    tokenizer = make_unigram(PIECES)
+    initial = classifiers(tokenizer)["mean"].eval()
+    unpruned = copy.deepcopy(initial)
+    pruned, small = prune_vocabulary(copy.deepcopy(initial), tokenizer, TEXTS)
+    for model, its_tokenizer in ((unpruned, tokenizer), (pruned, small)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=weight_decay)
+        batch = its_tokenizer(TEXTS, padding=True, return_tensors="pt", return_token_type_ids=False)
+        model(**batch, labels=torch.arange(len(TEXTS)) % 3).loss.backward()
+        optimizer.step()
+    dropped = tokenizer.convert_tokens_to_ids(["▁sl", "ow", "ewest"])
+    before, after = (model.get_input_embeddings().weight[dropped] for model in (initial, unpruned))
+    assert torch.equal(before, after) == (weight_decay == 0.0)
+    if weight_decay != 0.0:
+        untouched = copy.deepcopy(initial.state_dict())
+        with pytest.raises(ValueError, match=r"weight_decay: expected 0, .* got 0\.1"):
+            restore_vocabulary(pruned, small, initial, tokenizer, weight_decay=weight_decay)
+        assert all(torch.equal(initial.state_dict()[name], value) for name, value in untouched.items())
+        return
+    restore_vocabulary(pruned, small, initial, tokenizer, weight_decay=weight_decay)
+    torch.testing.assert_close(initial.state_dict(), unpruned.state_dict())
+
+
 def test_other_text_is_split_into_what_is_left(make_unigram: MakeUnigram) -> None:
     tokenizer = make_unigram(PIECES)
     model, small = prune_vocabulary(classifiers(tokenizer)["mean"], tokenizer, TEXTS)

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from measuring import peak_memory
 from support.cases import LAYOUTS, Case, qk_case
+from support.memory import peak_memory
 from support.rules import check_case, check_gradient, check_pairs_without_upstream, check_strides_and_forms
 from support.strategies import DTYPES, REDUCTIONS
 

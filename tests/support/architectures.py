@@ -1,7 +1,7 @@
-"""Tiny random models of the architectures of transformers, and what a capture of their attention is compared with.
+"""Build small random models of the architectures of transformers, and inputs for them.
 
-For one model type: build it small from its configuration, run padded rows, and compare the attention matrix that the
-losses would see with the one that the same model returns under eager attention.
+Sizes have other names in other configurations. :data:`SIZES` has a value for each name, :data:`SPECIAL` has values for
+single model types, and :data:`ATTEMPTS` has changes that :func:`build` tries in turn until a model runs.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 LAYERS, HEADS, HIDDEN, VOCABULARY, LENGTH, IMAGE, PATCH = 4, 4, 32, 64, 12, 32, 8
 MOST_PARAMETERS = 50_000_000
-DEFAULT = object()  # in SPECIAL: leave the field as the configuration has it
+DEFAULT = object()  # as a value below: the configuration keeps its own value of the field
 
 
-def _each(value: Any, names: str) -> dict[str, Any]:
+def _sizes(value: Any, names: str) -> dict[str, Any]:
+    """Give one value to several names."""
     return dict.fromkeys(names.split(), value)
 
 
 SIZES: dict[str, Any] = {
-    **_each(VOCABULARY, "vocab_size text_vocab_size n_token vocab_size_per_layer_input"),
-    **_each(HIDDEN, "hidden_size d_model dim n_embd emb_dim embed_dim embedding_size encoder_hidden_size"),
-    **_each(HIDDEN, "decoder_hidden_size true_hidden_size intra_bottleneck_size"),
-    **_each(LAYERS, "num_hidden_layers n_layer n_layers num_layers num_decoder_layers depth encoder_layers"),
-    **_each(LAYERS, "decoder_layers num_encoder_layers"),
-    **_each(HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"),
-    **_each(HEADS, "num_encoder_attention_heads num_decoder_attention_heads"),
-    **_each(2, "num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k"),
-    **_each(1, "n_group topk_group"),
-    **_each(48, "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff hidden_dim n_inner d_inner"),
-    **_each(48, "ffn_hidden_size shared_intermediate_size dense_intermediate_size"),
-    **_each(16, "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size index_head_dim"),
-    **_each(4, "num_experts num_local_experts n_routed_experts moe_num_experts index_n_heads"),
-    **_each(8, "head_dim d_kv kv_channels qk_nope_head_dim qk_rope_head_dim v_head_dim rotary_dim"),
-    **_each(8, "q_lora_rank kv_lora_rank projection_dim type_vocab_size mamba_n_heads mamba_d_head mamba_chunk_size"),
-    **_each(64, "max_position_embeddings n_positions max_seq_len max_source_positions"),
-    **_each(4, "sliding_window local_attention attention_chunk_size sliding_window_size"),
+    **_sizes(VOCABULARY, "vocab_size text_vocab_size n_token vocab_size_per_layer_input"),
+    **_sizes(HIDDEN, "hidden_size d_model dim n_embd emb_dim embed_dim embedding_size encoder_hidden_size"),
+    **_sizes(HIDDEN, "decoder_hidden_size true_hidden_size intra_bottleneck_size"),
+    **_sizes(LAYERS, "num_hidden_layers n_layer n_layers num_layers num_decoder_layers depth encoder_layers"),
+    **_sizes(LAYERS, "decoder_layers num_encoder_layers"),
+    **_sizes(HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"),
+    **_sizes(HEADS, "num_encoder_attention_heads num_decoder_attention_heads"),
+    **_sizes(2, "num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k"),
+    **_sizes(1, "n_group topk_group"),
+    **_sizes(48, "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff hidden_dim n_inner d_inner"),
+    **_sizes(48, "ffn_hidden_size shared_intermediate_size dense_intermediate_size"),
+    **_sizes(16, "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size index_head_dim"),
+    **_sizes(4, "num_experts num_local_experts n_routed_experts moe_num_experts index_n_heads"),
+    **_sizes(8, "head_dim d_kv kv_channels qk_nope_head_dim qk_rope_head_dim v_head_dim rotary_dim"),
+    **_sizes(8, "q_lora_rank kv_lora_rank projection_dim type_vocab_size mamba_n_heads mamba_d_head mamba_chunk_size"),
+    **_sizes(64, "max_position_embeddings n_positions max_seq_len max_source_positions"),
+    **_sizes(4, "sliding_window local_attention attention_chunk_size sliding_window_size"),
     **{"image_size": IMAGE, "patch_size": PATCH, "num_channels": 3, "num_frames": 2},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "sep_token_id": 2},
     **{"cls_token_id": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "use_cache": False},
@@ -93,7 +94,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
 }
 
-VARIANTS: tuple[dict[str, Any], ...] = (  # tried in turn: latent attention shares no key heads, M-RoPE needs wide heads
+# Latent attention does not share key heads, and M-RoPE needs wide heads.
+ATTEMPTS: tuple[dict[str, Any], ...] = (
     {},
     {"num_key_value_heads": HEADS},
     {"head_dim": 64, "hidden_size": 256},
@@ -104,11 +106,11 @@ VARIANTS: tuple[dict[str, Any], ...] = (  # tried in turn: latent attention shar
 
 
 class NotSwept(Exception):
-    """The model type is no text and no vision model that can be built small; the message says why."""
+    """The model type is not a text or vision model, or it cannot be built small. The message says why."""
 
 
 def kind_of(model_class: type) -> str:
-    """``"text"``, ``"encoder-decoder"`` or ``"vision"``, by what the forward takes."""
+    """Return ``"text"``, ``"encoder-decoder"`` or ``"vision"``, which depends on the arguments of the forward."""
     parameters = inspect.signature(model_class.forward).parameters  # type: ignore[attr-defined]
     names = list(parameters)[1:]
     needed = [n for n in names if parameters[n].default is inspect.Parameter.empty and not n.endswith("kwargs")]
@@ -121,32 +123,32 @@ def kind_of(model_class: type) -> str:
 
 
 def build(model_type: str) -> tuple[str, Any, int]:
-    """The kind, a small model in eval mode that has run, and the number of the variant of sizes that did."""
+    """Return the kind, a small model in eval mode that runs, and the number of the attempt that gave it."""
     config_class = CONFIG_MAPPING[model_type]
     if config_class not in MODEL_MAPPING:
         raise NotSwept("has no base model")
     model_class = MODEL_MAPPING[config_class]
     kind = kind_of(model_class[0] if isinstance(model_class, (list, tuple)) else model_class)
     failures = []
-    for variant in range(len(VARIANTS)):
+    for attempt in range(len(ATTEMPTS)):
         try:
-            model = build_variant(model_type, variant)
+            model = build_attempt(model_type, attempt)
             with torch.no_grad():
                 run(model, batch_for(model, kind))
-            return kind, model, variant
+            return kind, model, attempt
         except Exception as error:
             failures.append(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
     raise NotSwept(f"cannot be built small and run: {failures[0]}")
 
 
-def build_variant(model_type: str, variant: int, implementation: str | None = None) -> Any:
-    """A small model in eval mode with weights of unit gain, so that attention is far from uniform."""
-    overrides = {**SIZES, **VARIANTS[variant], **SPECIAL.get(model_type, {})}
+def build_attempt(model_type: str, attempt: int, implementation: str | None = None) -> Any:
+    """Return a small model in eval mode. Its weights have unit gain, so that its attention is far from uniform."""
+    overrides = {**SIZES, **ATTEMPTS[attempt], **SPECIAL.get(model_type, {})}
     config = _small(CONFIG_MAPPING[model_type], overrides)
-    config.architectures = config.architectures or []  # a type with several base models asks
+    config.architectures = config.architectures or []  # a type with several base models reads the list
     torch.manual_seed(0)
     how = {} if implementation is None else {"attn_implementation": implementation}
-    with torch.device("meta"):  # without memory, to see how large it is
+    with torch.device("meta"):  # needs no memory, and shows how large the model would be
         if sum(p.numel() for p in AutoModel.from_config(copy.deepcopy(config), **how).parameters()) > MOST_PARAMETERS:
             raise ValueError("has sizes that are not named as elsewhere, and is not small")
     model = AutoModel.from_config(config, **how)
@@ -160,28 +162,30 @@ def build_variant(model_type: str, variant: int, implementation: str | None = No
 
 
 def _small(config_class: type, overrides: dict[str, Any]) -> Any:
-    """A configuration with ``overrides`` wherever it, or one inside it, has such a field of such a type."""
+    """Return a configuration with ``overrides`` in its fields and those of nested configurations, where they fit."""
     names = set(inspect.signature(config_class.__init__).parameters) - {"self", "kwargs"}  # type: ignore[misc]
-    given = {name: value for name, value in overrides.items() if name in names and value is not DEFAULT}
+    fields = {name: value for name, value in overrides.items() if name in names and value is not DEFAULT}
     sub_configs: dict[str, Any] = getattr(config_class, "sub_configs", {})
     for name, sub_config in sub_configs.items():
-        if sub_config is not AutoConfig and name in names and name not in given:
-            given[name] = _small(sub_config, overrides)
+        if sub_config is not AutoConfig and name in names and name not in fields:
+            fields[name] = _small(sub_config, overrides)
     while True:
         try:
-            return config_class(**given)
-        except Exception as error:  # a list where others have a number
+            return config_class(**fields)
+        except Exception as error:  # the field takes a list, for example, and the value is a number
             field = re.search(r"Validation error for field '(\w+)'", str(error))
-            if field is None or field[1] not in given:
+            if field is None or field[1] not in fields:
                 raise
-            del given[field[1]]
+            del fields[field[1]]
 
 
 def batch_for(model: Any, kind: str, side: str = "right", rows: int = 4) -> dict[str, Tensor]:
-    """Both views of ``rows // 2`` inputs: token ids padded on ``side``, or images."""
+    """Return both views of ``rows // 2`` inputs: token ids with padding on ``side``, or images."""
     generator = torch.Generator().manual_seed(1)
     if kind == "vision":
-        size = getattr(model.config, "image_size", 2 * IMAGE)  # without one: pyramids, whose last maps are small
+        size = getattr(
+            model.config, "image_size", 2 * IMAGE
+        )  # models without this field halve the size of their maps often
         height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
         return {"pixel_values": torch.randn(rows, 3, height, width, generator=generator)}
     input_ids = torch.randint(3, VOCABULARY, (rows, LENGTH), generator=generator)
@@ -197,6 +201,6 @@ def batch_for(model: Any, kind: str, side: str = "right", rows: int = 4) -> dict
 
 
 def run(model: Any, batch: dict[str, Tensor], **options: Any) -> Any:
-    """The output; models with a random part get the same numbers each time."""
+    """Return the output of the model. The seed makes a model with a random part give the same output each time."""
     torch.manual_seed(0)
     return model(**batch, **options)

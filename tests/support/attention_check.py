@@ -1,4 +1,4 @@
-"""Whether the attention captured from a model is the one that it returns under eager attention."""
+"""Check that the attention captured from a model equals the attention that eager attention returns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from architectures import NotSwept, batch_for, build, build_variant, run
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
@@ -15,31 +14,38 @@ import ear_ops
 from ear_ops.capture import Layout, find_attention
 from ear_ops.ops.probabilities import structure_mask
 
+from .architectures import NotSwept, batch_for, build, build_attempt, run
+
 TOLERANCE = 1e-5
 STAND_IN = "flash_attention_2"
 ALIKE = "attention is the same in both views of this small model, so a comparison says nothing"
 NO_MATRIX = "eager attention returns no matrix of probabilities to compare with"
 
 
-class Seen(ear_ops.AttentionPull):
-    """An attention pull that keeps what it was given."""
+class KeepingPull(ear_ops.AttentionPull):
+    """An attention pull that keeps its reading."""
 
-    view: Any = None
+    reading: Any = None
 
-    def term(self, view: Any, view_aug: Any) -> Tensor:
-        self.view = view
-        return super().term(view, view_aug)
+    def term(self, reading: Any, reading_aug: Any) -> Tensor:
+        self.reading = reading
+        return super().term(reading, reading_aug)
 
 
 def check(model_type: str) -> dict[str, Any]:
-    """One row of the table.
+    """Return the row of a model type in the table of architectures.
 
-    Two forwards of a model with sharp attention may differ by more than the tolerance through rounding alone; such a
-    row is made again in float64 (``difference_float64``), where rounding shows as such and a mistake stays.
+    The ``status`` of a row is one of these:
 
-    ``status``: ``"correct"`` (each matrix within :data:`TOLERANCE` on real rows, the model's own output bit-identical),
-    ``"refused"`` (no layer can be captured; ``refused`` says why), ``"wrong"``, ``"not compared"`` (eager returns no
-    matrix, or the same for both views), or ``"not swept"``.
+    - ``"correct"``: every matrix differs by at most :data:`TOLERANCE` on real rows, and the output of the model has the
+      same bits with and without the recorder.
+    - ``"wrong"``: a matrix or the output differs.
+    - ``"refused"``: no layer can be captured. The entry ``refused`` says why.
+    - ``"not compared"``: eager attention returns no matrix, or the same matrix for both views.
+    - ``"not swept"``: the type is not a text or vision model, or it cannot be built small.
+
+    Rounding alone may exceed the tolerance in a model with sharp attention. A row that is wrong by little is therefore
+    made again in float64 (``difference_float64``): that makes a rounding difference smaller, but not a mistake.
     """
     row = _check(model_type, torch.float32)
     if row["status"] == "wrong" and row["output_identical"] and max(row["difference"].values()) <= 10 * TOLERANCE:
@@ -52,21 +58,23 @@ def check(model_type: str) -> dict[str, Any]:
 def _check(model_type: str, dtype: torch.dtype) -> dict[str, Any]:
     row: dict[str, Any] = {"type": model_type}
     try:
-        kind, model, variant = build(model_type)
+        kind, model, attempt = build(model_type)
     except NotSwept as reason:
         return row | {"status": "not swept", "reason": str(reason)}
     row["kind"] = kind
     layers, refused = _requests(model)
     errors: dict[str, float] = {}
     spread, identical, compared = 0.0, True, set()
-    oracle = build_variant(model_type, variant, "eager")
+    oracle = build_attempt(model_type, attempt, "eager")
     oracle.load_state_dict(model.state_dict())
     model, oracle = model.to(dtype), oracle.to(dtype)
     with torch.no_grad():
-        run(oracle, _batch(model, kind, "right", dtype))  # on short inputs BigBird replaces its attention when it runs
-    for each in (model, oracle) if dtype == torch.float64 else ():
+        run(
+            oracle, _batch(model, kind, "right", dtype)
+        )  # the first run of BigBird replaces its attention, where inputs are short
+    for copy in (model, oracle) if dtype == torch.float64 else ():
         with contextlib.suppress(ValueError, AttributeError):
-            each.set_experts_implementation("eager")  # the grouped product of experts takes no float64
+            copy.set_experts_implementation("eager")  # the grouped product of experts takes no float64
     implementation = model.config._attn_implementation
     ways = [implementation, *({"eager"} - {implementation})]
     if model._supports_flash_attn and any(not layer_site(model, layer).inside for layer in layers):
@@ -76,23 +84,26 @@ def _check(model_type: str, dtype: torch.dtype) -> dict[str, Any]:
         for side in ("right",) if kind == "vision" else ("right", "left"):
             batch = _batch(model, kind, side, dtype)
             expected = _eager_maps(oracle, batch, layers)
-            own_maps: dict[Any, Tensor] = {}
+            stand_in_maps: dict[Any, Tensor] = {}
             try:
-                with flash_stand_in(subject, own_maps) if way == STAND_IN else contextlib.nullcontext():
-                    seen, unchanged = _captured(subject, batch, layers, refused, way)
+                with flash_stand_in(subject, stand_in_maps) if way == STAND_IN else contextlib.nullcontext():
+                    captured, unchanged = _captured(subject, batch, layers, refused, way)
             except Exception as error:
                 if way != STAND_IN:
                     raise
-                row["stand_in"] = f"{type(error).__name__}: {error}"[:160]  # the model itself does not run
+                row["stand_in"] = f"{type(error).__name__}: {error}"[
+                    :160
+                ]  # the model does not run under the stand-in, with or without a recorder
                 break
             identical = identical and unchanged
-            for layer, (view, term) in seen.items():
+            for layer, (reading, term) in captured.items():
                 if layer not in expected:
                     refused.setdefault(NO_MATRIX, []).append(layer)
                     continue
-                difference, distance = _compare(view, term, expected[layer], batch)
-                own = own_maps.get(layer_site(model, layer).place.modules[0])
-                if own is not None and difference > 10 * TOLERANCE and _compare(view, term, own, batch)[0] <= TOLERANCE:
+                difference, distance = _compare(reading, term, expected[layer], batch)
+                computed = stand_in_maps.get(layer_site(model, layer).place.modules[0])
+                differs = difference > 10 * TOLERANCE
+                if computed is not None and differs and _compare(reading, term, computed, batch)[0] <= TOLERANCE:
                     row["stand_in"] = "the model itself attends differently under it, and so does what is captured"
                     continue
                 errors[way] = max(errors.get(way, 0.0), difference)
@@ -106,7 +117,9 @@ def _check(model_type: str, dtype: torch.dtype) -> dict[str, Any]:
         row["refused"] = {ALIKE: sorted(map(str, compared)), **row["refused"]}
         return row | {"status": "not compared"}
     sites = [layer_site(oracle, layer) for layer in compared]
-    tolerance = TOLERANCE if dtype == torch.float32 else TOLERANCE / 10  # many a softmax stays in float32
+    tolerance = (
+        TOLERANCE if dtype == torch.float32 else TOLERANCE / 10
+    )  # some models compute the softmax in float32 all the same
     good = identical and all(error <= tolerance for error in errors.values())
     return row | {
         "status": "correct" if good else "wrong",
@@ -121,7 +134,7 @@ def _check(model_type: str, dtype: torch.dtype) -> dict[str, Any]:
 
 def _batch(model: Any, kind: str, side: str, dtype: torch.dtype) -> dict[str, Tensor]:
     batch = batch_for(model, kind, side)
-    return {name: given.to(dtype) if given.is_floating_point() else given for name, given in batch.items()}
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
 
 
 def layer_site(model: Any, layer: int | str) -> Any:
@@ -133,7 +146,7 @@ def _mechanism(site: Any) -> str:
 
 
 def _requests(model: Any) -> tuple[list[int | str], dict[str, list[Any]]]:
-    """The layers to ask for, and the reasons why others are refused."""
+    """Return the layers to capture, and the refused layers by reason."""
     layout = Layout(model)
     refused: dict[str, list[Any]] = {}
     numbers: list[int | str] = []
@@ -160,10 +173,11 @@ def _accepts(layout: Layout, layer: int | str, refused: dict[str, list[Any]]) ->
 
 
 def _eager_maps(oracle: Any, batch: dict[str, Tensor], layers: list[int | str]) -> dict[int | str, Tensor]:
-    """What the eager model returns for each layer: from its output where that has one entry a layer, or its modules.
+    """Return the attention matrix of each layer of a model with eager attention.
 
-    Of a module that returns scores in place of probabilities (ProphetNet) their softmax; of one that returns neither,
-    what its eager function returned (SAM 2), or what it gives to its dropout (MobileViT).
+    A matrix comes from the first of these places that has it: the output of the model, if that has an entry for each
+    layer; the output of the module; the result of the attention function (SAM 2); the input of a dropout (MobileViT).
+    Where a module returns scores instead of probabilities (ProphetNet), the matrix is their softmax.
     """
     returned: dict[int | str, Tensor] = {}
     dropped: dict[int | str, Tensor] = {}
@@ -179,9 +193,9 @@ def _eager_maps(oracle: Any, batch: dict[str, Tensor], layers: list[int | str]) 
                 if maps:
                     returned[layer] = maps[-1]
 
-            def keep_dropped(_: Any, given: Any, layer: int | str = layer) -> None:
-                if _is_matrix(given[0]):
-                    dropped[layer] = given[0]
+            def keep_dropped(_: Any, inputs: Any, layer: int | str = layer) -> None:
+                if _is_matrix(inputs[0]):
+                    dropped[layer] = inputs[0]
 
             handles.append(module.register_forward_hook(keep))
             dropouts = [part for part in module.modules() if isinstance(part, torch.nn.Dropout)]
@@ -205,7 +219,7 @@ def _eager_maps(oracle: Any, batch: dict[str, Tensor], layers: list[int | str]) 
 
 @contextlib.contextmanager
 def _keeping_results(weights: dict[Any, Any]) -> Iterator[None]:
-    """Keeps what each attention function returns beside its output, by module."""
+    """Keep the second result of every attention function, by module."""
     lookup = AttentionInterface.get_interface
 
     def get_interface(self: Any, name: str, default: Any) -> Any:
@@ -230,33 +244,34 @@ def _may_be_matrix(entry: Any) -> bool:
 
 
 def _is_matrix(entry: Any) -> bool:
-    """Probabilities: T5 returns its position bias beside them."""
+    """Return whether an entry holds probabilities. T5 also returns its position bias, which must not be taken."""
     if not _may_be_matrix(entry):
         return False
-    finite = entry.nan_to_num()  # a padded row without a key may be NaN
+    finite = entry.nan_to_num()  # a padding row has no key to attend to and may be NaN
     return bool((finite >= 0).all()) and bool((finite.sum(-1) <= 1.01).all())
 
 
 def _captured(
     model: Any, batch: dict[str, Tensor], layers: list[int | str], refused: dict[str, list[Any]], way: str
 ) -> tuple[dict[int | str, tuple[Any, Tensor]], bool]:
-    """What the recorder gave and the term of each layer, and whether the output is what it was without a recorder."""
+    """Return reading and term of each layer, and whether the recorder leaves the output of the model unchanged."""
     plain = run(model, batch)
     try:
-        with ear_ops.attach(model, [Seen(layers)]) as ear:
+        with ear_ops.attach(model, [KeepingPull(layers)]) as ear:
             output = run(model, batch)
             ear.loss()
     except (ValueError, RuntimeError) as error:
         if len(layers) == 1:
             refused.setdefault(f"in loss() under {way}: {error}"[:300], []).append(layers[0])
             return {}, True
-        each = [_captured(model, batch, [layer], refused, way) for layer in layers]
-        return {layer: seen for views, _ in each for layer, seen in views.items()}, all(same for _, same in each)
-    seen: dict[int | str, tuple[Any, Tensor]] = {}
+        single = [_captured(model, batch, [layer], refused, way) for layer in layers]
+        captured = {layer: entry for entries, _ in single for layer, entry in entries.items()}
+        return captured, all(unchanged for _, unchanged in single)
+    captured = {}
     for layer, pull in zip(layers, ear.regularizers, strict=True):
-        assert isinstance(pull, Seen)
-        seen[layer] = pull.view, ear.components()[pull.name]
-    return seen, _same(plain, output)
+        assert isinstance(pull, KeepingPull)
+        captured[layer] = pull.reading, ear.components()[pull.name]
+    return captured, _same(plain, output)
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -269,26 +284,30 @@ def _same(first: Any, second: Any) -> bool:
     return True
 
 
-def _compare(view: Any, term: Tensor, expected: Tensor, batch: dict[str, Tensor]) -> tuple[float, float]:
-    """The greatest difference from eager on real rows, of the matrix or the term, and how far the views are apart."""
-    actual = view.probabilities().detach()
+def _compare(reading: Any, term: Tensor, expected: Tensor, batch: dict[str, Tensor]) -> tuple[float, float]:
+    """Compare the matrix and the term of a layer with eager attention.
+
+    Returns:
+        The largest difference of the matrix on real rows or of the term, and the largest difference of the two views.
+    """
+    actual = reading.probabilities().detach()
     if expected.dim() == 3 and expected.numel() == actual.numel():  # SAM: [B * H, L, S]
         expected = expected.view(actual.shape)
     if actual.shape != expected.shape:
         return float("inf"), 0.0
     rows, _, queries, keys = expected.shape
-    given = batch.get("attention_mask")
+    attention_mask = batch.get("attention_mask")
     real = torch.ones(rows, queries, dtype=torch.bool)
     key_mask = torch.ones(rows, keys, dtype=torch.bool)
-    if given is not None:
-        if queries == given.shape[1]:
-            real = given.bool()
-        elif view.query_mask is not None:
-            real = view.query_mask
-        if keys == given.shape[1]:
-            key_mask = given.bool()
-        elif view.attention_mask is not None:
-            key_mask = view.attention_mask
+    if attention_mask is not None:
+        if queries == attention_mask.shape[1]:
+            real = attention_mask.bool()
+        elif reading.query_mask is not None:
+            real = reading.query_mask
+        if keys == attention_mask.shape[1]:
+            key_mask = attention_mask.bool()
+        elif reading.attention_mask is not None:
+            key_mask = reading.attention_mask
     difference = (actual - expected).abs().amax(dim=(1, 3))[real].max()
     half = rows // 2
     masks = {"attention_mask": key_mask, "query_mask": real}
@@ -299,15 +318,19 @@ def _compare(view: Any, term: Tensor, expected: Tensor, batch: dict[str, Tensor]
 
 
 @contextlib.contextmanager
-def flash_stand_in(model: Any, own_maps: dict[Any, Tensor]) -> Iterator[None]:
-    """FlashAttention runs on no CPU: a function under its name with its mask ``[B, S]``, in plain torch.
+def flash_stand_in(model: Any, maps: dict[Any, Tensor]) -> Iterator[None]:
+    """Register a function in plain torch under the name of FlashAttention, which does not run on a CPU.
 
-    ``own_maps``: filled with the matrix of the last call by module.
+    The function takes a mask ``[B, S]``, as FlashAttention does.
+
+    Args:
+        model: the model that uses the function meanwhile.
+        maps: gets the matrix of the last call of each module.
     """
     before, original = model.config._attn_implementation, AttentionInterface()[STAND_IN]
 
     def keeping(module: Any, *arguments: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        output, own_maps[module] = _flash(module, *arguments, **kwargs)
+        output, maps[module] = _flash(module, *arguments, **kwargs)
         return output, None
 
     AttentionInterface.register(STAND_IN, keeping)
@@ -322,7 +345,7 @@ def flash_stand_in(model: Any, own_maps: dict[Any, Tensor]) -> Iterator[None]:
 def _flash(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: Any = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """The output, and the attention matrix."""
+    """Return the output and the attention matrix."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = (query.shape[-1] ** -0.5 if scaling is None else scaling) * query @ key.transpose(-1, -2)
