@@ -1,14 +1,16 @@
-"""What attaching costs: the time of an unused recorder; the memory of an attention pull and of `output_attentions`.
+"""Measure what attaching costs: the time of an unused recorder, and the memory of an attention pull.
 
     python benchmarks/bench_capture.py time --out benchmarks/results/NAME.json
     python benchmarks/bench_capture.py memory --out benchmarks/results/NAME.json    # and NAME.png
 
-BERT-base with random weights. Time: a training forward with an attention pull on 1 and on all 12 layers attached,
-whose loss is never asked for, against the model alone, interleaved. What the recorder does depends on the number of
-layers and on no size of a tensor, so its cost is also measured on a model of as many layers with tiny ones, where
-it is not lost in the noise of the products, and compared with the forward of BERT-base. Memory: the peak of a training
-step (forward, backward) at L = 512, with the pull on 1 and on 12 layers, against the same made of `output_attentions`
-under eager attention.
+The model is BERT-base with random weights.
+
+`time` compares training forwards in turns: of the model alone, and with an attention pull on 1 and on all 12 layers,
+whose loss nobody asks for. The work of the recorder depends on the number of layers, not on the size of a tensor. It
+is therefore also measured on a model with 12 tiny layers, where the noise of the matrix products does not hide it.
+
+`memory` measures the peak of a training step (forward and backward) at L = 512. It compares the pull on 1 and on 12
+layers with the same loss from `output_attentions` under eager attention.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ TINY = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 12}
 
 def bert(implementation: str, layers: int, **sizes: int) -> Any:
     torch.manual_seed(0)
-    # With attention dropout SDPA holds the whole map on a CPU (not on a GPU), and would be no faster than eager.
+    # With attention dropout, SDPA holds the whole map on a CPU and is no faster than eager. It does not on a GPU.
     config = BertConfig(num_hidden_layers=layers, num_labels=3, attention_probs_dropout_prob=0.0, **sizes)
     return BertForSequenceClassification._from_config(config, attn_implementation=implementation).train()
 
@@ -48,17 +50,17 @@ def batch_of(rows: int, length: int) -> dict[str, Tensor]:
 
 
 def unused_recorder(model: Any, batch: dict[str, Tensor], repeats: int) -> list[dict[str, Any]]:
-    """Medians of the forward of a model alone and with a recorder that nobody asks for a loss, in turns.
+    """Return the median time of a forward without a recorder, and with one whose loss nobody asks for.
 
-    In processor time, which other work on the machine moves less. Attached for one forward at a time, since what is
-    attached to one model costs any other one lookup per layer.
+    The ways take turns. The time is processor time, because other work on the machine changes it less. A regulariser is
+    attached for one forward only: while it is attached, every other model does one more lookup for each layer.
     """
     ways = {"model alone": None, "attached to 1 layer": "middle", "attached to all layers": "all"}
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way, chosen in ways.items():
             with ear_ops.attach(model, [ear_ops.AttentionPull(chosen)]) if chosen else contextlib.nullcontext():
-                model(**batch)  # the first after attaching is slower
+                model(**batch)  # the first forward after attaching is slower
                 start = time.process_time()
                 model(**batch)
                 times[way].append(1e3 * (time.process_time() - start))
@@ -68,7 +70,7 @@ def unused_recorder(model: Any, batch: dict[str, Tensor], repeats: int) -> list[
 
 
 def step_memory(layers: int, pairs: int, length: int) -> list[dict[str, Any]]:
-    """Peak memory of forward and backward by way; the loss is cross-entropy and attention pull."""
+    """Return the peak memory of forward and backward for each way. The loss is cross-entropy and attention pull."""
     batch = batch_of(2 * pairs, length)
     labels = torch.zeros(pairs, dtype=torch.long)
     mask = batch["attention_mask"]
@@ -97,7 +99,7 @@ def step_memory(layers: int, pairs: int, length: int) -> list[dict[str, Any]]:
     for way, implementation, chosen, fused in ways:
         model = bert(implementation, layers)
         ear = ear_ops.attach(model, [ear_ops.AttentionPull(chosen)]) if fused else None
-        step(model, ear, chosen)  # gradients of the parameters exist afterwards
+        step(model, ear, chosen)  # from now on the parameters have gradients
         rows.append({"way": way, "peak_bytes": peak_memory(lambda m=model, e=ear, c=chosen: step(m, e, c))})  # type: ignore[misc]
         print(f"{way:32} {rows[-1]['peak_bytes'] / 2**20:8.0f} MiB", flush=True)
     return rows
@@ -147,8 +149,8 @@ def main() -> None:
     parser.add_argument("what", choices=["time", "memory"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--pairs", type=int, default=2, help="of the step whose memory is measured")
-    parser.add_argument("--length", type=int, default=512, help="likewise")
+    parser.add_argument("--pairs", type=int, default=2, help="pairs of the step whose memory is measured")
+    parser.add_argument("--length", type=int, default=512, help="length L of the step whose memory is measured")
     parser.add_argument("--repeats", type=int, default=40)
     arguments = parser.parse_args()
     keep_freed_memory()

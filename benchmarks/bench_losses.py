@@ -1,10 +1,12 @@
-"""Speed, memory and error of the three losses: fused, eager PyTorch, torch.compile of it, and the speed of light.
+"""Measure speed, memory and error of the three losses: fused, in eager PyTorch and under torch.compile.
 
     ear-ops bench losses --presets paper,xnli --out benchmarks/results/NAME.json
     ear-ops bench losses --device cuda --out benchmarks/results/NAME.json
 
-A row is "ok" when the loss and its gradients are within twice (three times) eager's error against float64, plus 8 eps;
-where float64 would not fit, one key head and 512 queries are compared.
+The speed is also compared with a limit: the least time that the work can take on the machine.
+
+A row is "ok" when its errors against float64 are small enough. The loss may have twice the error of eager PyTorch, and
+a gradient three times, each plus 8 eps. Where float64 needs too much memory, one key head and 512 queries are compared.
 """
 
 from __future__ import annotations
@@ -35,23 +37,26 @@ def run(loss: Loss, inputs: Inputs, mode: str) -> tuple[Tensor, ...]:
 
 
 def losses_of(operation: Operation, preset: Preset, compiled: bool, eager_bytes: float) -> dict[str, Loss]:
-    """The ways to compute it, plain PyTorch where it holds no more than `eager_bytes`; `compiled` adds torch.compile,
-    compiled anew for each case."""
+    """Return the ways to compute the loss.
+
+    Eager PyTorch is left out where it would need more than `eager_bytes`. With `compiled`, torch.compile of eager
+    PyTorch is added. It compiles anew for each case.
+    """
     losses: dict[str, Loss] = {"fused": operation.fused}
     if operation.eager_bytes(preset) <= eager_bytes:
         losses["eager"] = operation.eager
         if compiled:
-            torch._dynamo.reset()  # else it gives up after a handful of shapes and quietly runs eagerly
+            torch._dynamo.reset()  # otherwise it runs eagerly after some shapes, without a message
             losses["compile"] = torch.compile(operation.eager, dynamic=False)
     return losses
 
 
 def check(operation: Operation, losses: dict[str, Loss], inputs: Inputs, mode: str) -> dict[str, dict]:
-    """Errors of every way on a part of the inputs, and whether they keep the error rule."""
+    """Return the errors of every way on a part of the inputs, and whether they keep the error rule."""
     part = operation.part(inputs)
     exact = run(operation.eager, part.to(torch.float64), mode)
-    found = {name: run(loss, part, mode) for name, loss in {**losses, "eager": operation.eager}.items()}
-    errors = {name: [max_error(f, e) for f, e in zip(results, exact, strict=True)] for name, results in found.items()}
+    results = {name: run(loss, part, mode) for name, loss in {**losses, "eager": operation.eager}.items()}
+    errors = {name: [max_error(a, e) for a, e in zip(tensors, exact, strict=True)] for name, tensors in results.items()}
     eps = torch.finfo(inputs.tensors[0].dtype).eps
     allowed = [(2 if i == 0 else 3) * e + 8 * eps for i, e in enumerate(errors["eager"])]
     return {
@@ -102,8 +107,9 @@ def line(row: dict) -> str:
     )
 
 
-def chosen(given: str, known: dict, option: str) -> list[str]:
-    names = given.split(",")
+def chosen(value: str, known: dict, option: str) -> list[str]:
+    """Split the value of an option into names, and exit where a name is unknown."""
+    names = value.split(",")
     for name in names:
         if name not in known:
             raise SystemExit(f"--{option}: expected names out of {', '.join(known)}, got {name!r}")
@@ -132,7 +138,7 @@ def main() -> None:
                     new = measure(op, preset, dtype, mode, options.repeats, options.compile, options.device)
                     rows += new
                     print("\n".join(map(line, new)), flush=True)
-                    if options.out:  # after every case: nothing measured is lost
+                    if options.out:  # after every case, so that an interrupted run keeps its results
                         options.out.write_text(json.dumps({"facts": using.facts(), "rows": rows}, indent=1) + "\n")
 
 

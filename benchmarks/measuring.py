@@ -1,4 +1,4 @@
-"""Time, memory and error of a call, and what the machine could do at best."""
+"""Measure the time, memory and error of a call on a CPU, and the rates of the machine."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ __all__ = [
     "peak_memory",
 ]
 
-SHORTEST_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
+SHORTEST_SAMPLE = 2e-3  # seconds; a sample repeats shorter calls
 
 
 def measurer(device: str) -> ModuleType:
-    """How time, memory and limits are measured on a device."""
+    """Return the module that measures time, memory and limits on a device."""
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch.cuda.is_available() is false")
     return importlib.import_module("measuring" if device == "cpu" else "measuring_cuda")
 
 
 def eager_bytes() -> float:
-    """What plain PyTorch may hold at once, or it is not tried."""
+    """Return the bytes that plain PyTorch may hold. Where it needs more, it is not measured."""
     return 8 << 30
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    """Median, p20 and p80 in ms of each call, taken in turns so that ratios survive a noisy machine."""
+    """Return median, p20 and p80 of each call in ms. Calls take turns, so that noise does not change ratios."""
     inner = {}
     for name, call in calls.items():
         call()
@@ -71,7 +71,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict
 
 @cache
 def copy_rate() -> float:
-    """Bytes read and written per second by a copy far larger than the caches, best of 20."""
+    """Return how many bytes a copy reads and writes per second, best of 20. It is far larger than the caches."""
     source, target = torch.zeros(2, 1 << 25)
     best = float("inf")
     for _ in range(20):
@@ -83,14 +83,14 @@ def copy_rate() -> float:
 
 @cache
 def compute_rates(length: int, dim: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Product operations and exponentials per second, of the instructions that the CPU kernels use, best of 20."""
+    """Return how many product operations and exponentials the CPU kernels can do per second, best of 20."""
     m, k = (max(32, min(n, 256) // 32 * 32) for n in (length, dim))
     flops, exponentials = torch.ops.ear_ops.cpu_rates(m, 64, k, dtype)
     return flops, exponentials
 
 
 def limit(work: Work, length: int, dim: int, dtype: torch.dtype) -> dict[str, float | str]:
-    """The least time in ms that the work can take here, and which of its terms binds."""
+    """Return the least time in ms that the work can take on this machine, and which rate decides it."""
     flops, exponentials = compute_rates(length, dim, dtype)
     terms = {
         "products": work.flops / flops,
@@ -101,13 +101,13 @@ def limit(work: Work, length: int, dim: int, dtype: torch.dtype) -> dict[str, fl
     return {"limit_ms": 1e3 * terms[binding], "bound_by": binding}
 
 
-def max_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """max |err| / max |ref|."""
-    return ((found.double() - exact).abs().max() / exact.abs().max()).item()
+def max_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return max |error| / max |exact|."""
+    return ((actual.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 def facts() -> dict[str, str | int]:
-    """What a result depends on and the rows do not say."""
+    """Return what a result depends on, besides the settings in its rows."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

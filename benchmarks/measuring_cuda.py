@@ -1,5 +1,8 @@
-"""Time, memory and limits on a GPU, under the names of ``measuring``: CUDA events around replayed CUDA graphs, the L2
-cache filled with other bytes before every sample, and rates of the device measured in the same run."""
+"""Measure time, memory and limits on a GPU. The functions have the names of those in ``measuring``.
+
+CUDA events measure the replay of a CUDA graph. Every sample starts with other bytes in the L2 cache. The rates of the
+device are measured in the same run.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from operations import Work
 
 import ear_ops
 
-FLUSH = 1 << 29  # bytes read before every sample: several times any L2 cache
+FLUSH = 1 << 29  # bytes to read before every sample, several times the size of an L2 cache
 EXPONENTIALS_PER_CLOCK = 16  # of a multiprocessor (CUDA C++ Programming Guide, throughput of ex2 on 8.0 and 9.0)
 
 
 def graph_of(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A call, warmed up and captured, so that launches cost nothing."""
+    """Warm up and capture a call, so that the time of its launches is not measured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -33,14 +36,14 @@ def graph_of(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def eager_bytes() -> float:
-    """What plain PyTorch may hold at once, or it is not tried."""
+    """Return the bytes that plain PyTorch may hold. Where it needs more, it is not measured."""
     return 0.5 * torch.cuda.get_device_properties(0).total_memory
 
 
 def interleaved(
     calls: Mapping[str, Callable[[], object]], repeats: int, capture: bool = True
 ) -> dict[str, dict[str, float]]:
-    """Median, p20 and p80 in ms of each call, taken in turns; `capture`: as CUDA graphs."""
+    """Return median, p20 and p80 of each call in ms. Calls take turns. `capture` makes CUDA graphs of them."""
     flush = torch.zeros(FLUSH // 4, dtype=torch.int32, device="cuda")
     replays = {name: graph_of(call).replay if capture else call for name, call in calls.items()}
     for replay in replays.values():
@@ -49,7 +52,7 @@ def interleaved(
     for _ in range(repeats):
         for name, replay in replays.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.max()  # read, not written: a sample should not have to write back what was here before it
+            flush.max()  # reads only, so that a sample does not have to write these bytes back to memory
             start.record()
             replay()
             end.record()
@@ -68,7 +71,7 @@ peak_memory = partial(measuring.peak_memory, device="cuda")
 
 @cache
 def copy_rate() -> float:
-    """Bytes read and written per second by a copy far larger than the caches, best of 20."""
+    """Return how many bytes a copy reads and writes per second. It is far larger than the caches."""
     source, target = torch.zeros(2, 1 << 28, device="cuda")
     times = interleaved({"copy": lambda: target.copy_(source)}, 20)
     return 2 * source.nbytes / (1e-3 * times["copy"]["p20_ms"])
@@ -76,15 +79,18 @@ def copy_rate() -> float:
 
 @cache
 def product_rate(dtype: torch.dtype) -> float:
-    """Multiplications and additions per second of torch's matrix product of 8192 x 8192 in this dtype. In float32 the
-    better of two ways: its own unit, or three products of the matrix unit for one, which round as well."""
+    """Return the multiplications and additions per second of torch's matrix product of 8192 x 8192 in this dtype.
+
+    For float32, this is the better of two ways: the float32 unit, or three products of the matrix unit, whose sum is
+    as exact.
+    """
     if dtype != torch.float32:
         return _product_rate(dtype)
-    own = _product_rate(dtype)
+    float32_unit = _product_rate(dtype)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        return max(own, _product_rate(dtype) / 3)
+        return max(float32_unit, _product_rate(dtype) / 3)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -98,10 +104,10 @@ def _product_rate(dtype: torch.dtype) -> float:
 
 
 def limit(work: Work, length: int, dim: int, dtype: torch.dtype) -> dict[str, float | str]:
-    """The least time in ms that the work can take here, and which of its terms binds."""
+    """Return the least time in ms that the work can take on this GPU, and which rate decides it."""
     properties = torch.cuda.get_device_properties(0)
     terms = {"memory": work.bytes / copy_rate()}
-    clock = getattr(properties, "clock_rate", 0)  # kHz; older releases of torch do not say
+    clock = getattr(properties, "clock_rate", 0)  # kHz; older releases of torch do not have it
     if clock:
         rate = EXPONENTIALS_PER_CLOCK * properties.multi_processor_count * 1e3 * clock
         terms["exponentials"] = work.exponentials / rate
@@ -112,7 +118,7 @@ def limit(work: Work, length: int, dim: int, dtype: torch.dtype) -> dict[str, fl
 
 
 def facts() -> dict[str, str | int]:
-    """What a result depends on and the rows do not say."""
+    """Return what a result depends on, besides the settings in its rows."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "device": properties.name,

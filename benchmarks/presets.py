@@ -1,4 +1,4 @@
-"""The inputs that the losses are measured on, by name."""
+"""Define the shape presets: the inputs of the measured losses, by name."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ LENGTHS = Path(__file__).parent / "xnli_lengths.json"
 
 @dataclass(frozen=True)
 class Preset:
-    """B pairs of H heads (G of keys), L queries on L keys, D dimensions a head."""
+    """The shape of a batch: B pairs, H heads, L queries and L keys, D dimensions in a head."""
 
-    pairs: int
-    heads: int
-    length: int
-    dim: int
-    key_heads: int | None = None
+    pairs: int  # B
+    heads: int  # H
+    length: int  # L
+    dim: int  # D
+    key_heads: int | None = None  # heads of the keys; None: H
     is_causal: bool = False
-    ragged: bool = False  # lengths drawn from those of real XNLI pairs
+    ragged: bool = False  # the lengths are drawn from the lengths of real XNLI pairs
 
     def lengths(self) -> list[tuple[int, int]] | None:
-        """Real tokens of x and x^a of every pair, None where nothing is padded."""
+        """Return the number of real tokens in x and x^a of every pair, or None where nothing is padded."""
         if not self.ragged:
             return None
-        counted = json.loads(LENGTHS.read_text())["pairs"]  # [length, length of x^a, how often]
+        counted = json.loads(LENGTHS.read_text())["pairs"]  # [length of x, length of x^a, count]
         drawn = random.Random("lengths").choices(counted, weights=[n for *_, n in counted], k=self.pairs)
         return [(min(a, self.length), min(b, self.length)) for a, b, _ in drawn]
 

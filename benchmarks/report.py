@@ -1,9 +1,9 @@
-"""Tables and plots made from committed results.
+"""Make tables and plots of committed results.
 
     ear-ops bench report benchmarks/results/NAME.json [--plot benchmarks/results/NAME.png]
 
-Prints Markdown tables: a row for each case of the losses, and one for each way to make a training step; and the
-straight line that the memory of `qk_attention_mse` follows over L. The plot shows its time and memory against L.
+The script prints Markdown tables, with a row for each case of the losses and for each way to make a training step. It
+also prints the straight line that fits the memory of `qk_attention_mse` over L. The plot shows its time and memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ORDER = ("fused", "eager", "compile")
 
 
 def cases(rows: list[dict]) -> dict[tuple[str, ...], dict[str, dict]]:
-    """Rows by (op, preset, dtype, mode), then by provider."""
+    """Group the rows by (op, preset, dtype, mode), and then by provider."""
     grouped: dict[tuple[str, ...], dict[str, dict]] = defaultdict(dict)
     for row in rows:
         grouped[row["op"], row["preset"], row["dtype"], row["mode"]][row["provider"]] = row
@@ -61,17 +61,17 @@ def step_markdown(rows: list[dict]) -> str:
 
 
 def against_length(rows: list[dict]) -> dict[tuple[str, str], list[tuple[int, float, float]]]:
-    """(L, ms, MiB) of `qk_attention_mse` forward and backward, by (dtype, provider), the shortest first."""
+    """Return (L, ms, MiB) of `qk_attention_mse` with backward, by (dtype, provider), in ascending order of L."""
     points: dict[tuple[str, str], list[tuple[int, float, float]]] = defaultdict(list)
     for row in rows:
         if row["op"] == "qk_attention_mse" and row["preset"].startswith("long-") and row["mode"] != "forward":
             point = (row["length"], row["median_ms"], row["extra_bytes"] / 2**20)
             points[row["dtype"], row["provider"]].append(point)
-    return {key: sorted(found) for key, found in points.items()}
+    return {key: sorted(measured) for key, measured in points.items()}
 
 
 def memory_lines(rows: list[dict]) -> str:
-    """The least-squares line through fused memory over L, and how far the farthest point lies from it."""
+    """Fit a line to the memory of the fused loss over L, by least squares. Also say how far off a point is at most."""
     lines = []
     for (dtype, provider), points in against_length(rows).items():
         if provider != "fused" or len(points) < 3:
@@ -117,7 +117,7 @@ def main() -> None:
     rows = [row for path in options.results for row in json.loads(path.read_text())["rows"]]
     losses = [row for row in rows if "preset" in row and options.mode in (None, row["mode"])]
     steps = [row for row in rows if row["op"] == "training step"]
-    parts = [table(given) for table, given in ((markdown, losses), (step_markdown, steps)) if given]
+    parts = [table(shown) for table, shown in ((markdown, losses), (step_markdown, steps)) if shown]
     print("\n\n".join(filter(None, [*parts, memory_lines(losses)])))
     if options.plot:
         plot(rows, options.plot)

@@ -1,4 +1,4 @@
-"""The benchmark suite: that it runs, and that what it compares is the same thing."""
+"""Test that the benchmarks run, and that the ways that they compare compute the same loss."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_step_of_every_way_runs_and_trains() -> None:
     for call in calls.values():
         call()
     after = model.state_dict()["bert.encoder.layer.0.attention.self.query.weight"]
-    assert torch.equal(before, after)  # each way trains a copy of its own
+    assert torch.equal(before, after)  # each way trains another copy of the model
 
 
 def test_a_sanitizer_is_judged_by_its_reports_on_our_kernels() -> None:
@@ -123,8 +123,8 @@ def test_a_sanitizer_is_judged_by_its_reports_on_our_kernels() -> None:
 
 def test_gpu_check_runs_steps_by_name() -> None:
     command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "memchek"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    assert found.returncode == 1 and "unknown steps memchek: expected some of 'build'" in found.stderr
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "unknown steps memchek: expected some of 'build'" in done.stderr
 
 
 def test_gpu_check_names_test_files_that_exist() -> None:

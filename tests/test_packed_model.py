@@ -1,4 +1,4 @@
-"""The model file that `benchmarks/packed_model.py` writes for an archive."""
+"""Test the model file that `benchmarks/packed_model.py` writes for an archive."""
 
 from __future__ import annotations
 

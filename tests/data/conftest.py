@@ -12,7 +12,7 @@ WriteFile = Callable[[str, "str | bytes"], Path]
 
 @pytest.fixture
 def write_file(tmp_path: Path) -> WriteFile:
-    """Write a file below tmp_path exactly as given, gzipped if its name ends in .gz."""
+    """Return a function that writes a file into `tmp_path`. It gzips the file if the name ends in .gz."""
 
     def write(name: str, content: str | bytes) -> Path:
         path = tmp_path / name
@@ -26,7 +26,7 @@ def write_file(tmp_path: Path) -> WriteFile:
 
 @pytest.fixture(scope="session")
 def xtreme_data() -> Path:
-    """The folder of the published data, which is no part of this repository."""
+    """Return the folder of the published data, which this repository does not contain."""
     folder = os.environ.get("XTREME_DATA")
     if not folder:
         pytest.skip("XTREME_DATA does not name a folder with the published XNLI and PAWS-X files")

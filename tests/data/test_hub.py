@@ -42,7 +42,7 @@ def pawsx_rows(language: str, split: str):
 
 
 def save_repository(root: Path, name: str, rows, languages: tuple[str, ...]) -> None:
-    """Lay out a data set as on the Hub: a folder of Parquet files a config, and a card that lists them."""
+    """Write a data set as the Hub has it: each config has a folder of Parquet files, and a card lists them."""
     card = ["---", "configs:"]
     for language in languages:
         card += [f"- config_name: {language}", "  data_files:"]
@@ -55,7 +55,7 @@ def save_repository(root: Path, name: str, rows, languages: tuple[str, ...]) -> 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """A working folder in which the two repository names are local folders, which `datasets` prefers to the Hub."""
+    """Enter a folder with the two repositories as local folders, which `datasets` reads instead of the Hub."""
     save_repository(tmp_path, "facebook/xnli", xnli_rows, ("en", "sw"))
     save_repository(tmp_path, "google-research-datasets/paws-x", pawsx_rows, ("en", "ko"))
     monkeypatch.chdir(tmp_path)

@@ -12,7 +12,7 @@ from ear_ops.data.pairs import PairExample, available_languages, load_split, rea
 from ear_ops.data.synonyms import SynonymAugmenter, load_synonyms
 from ear_ops.data.tasks import PAWSX, TASKS, XNLI, Task
 
-# rows of each file; every task has English training data and parallel development and test data
+# The number of rows in each file. The training data is English, the other splits are parallel in all languages.
 ROWS = {("xnli", "train"): 180, ("pawsx", "train"): 60} | {
     (task, split): rows for task in TASKS for split, rows in (("dev", 12), ("test", 24))
 }
@@ -26,7 +26,7 @@ EVERY_FILE = pytest.mark.parametrize(
     ("task", "split", "language"), FILES, ids=[f"{task.name}-{split}-{language}" for task, split, language in FILES]
 )
 
-# first word of the Unicode names of the letters that a language is written with, where that is not LATIN
+# The first word in the Unicode names of the letters of a language. Languages that are not listed have LATIN.
 SCRIPTS = {
     "ar": {"ARABIC"},
     "bg": {"CYRILLIC"},
@@ -39,7 +39,7 @@ SCRIPTS = {
     "ur": {"ARABIC"},
     "zh": {"CJK"},
 }
-# frequent words that tell the languages of one script apart
+# Frequent words, by which languages of the same script can be told apart.
 FUNCTION_WORDS = {
     "ar": "في من على التي إلى أن لم كل هذا لا هذه",
     "bg": "да ще че беше няма това които към",
@@ -68,7 +68,7 @@ def words(text: str) -> list[str]:
 
 
 def overlap(example: PairExample) -> float:
-    """Words that both texts have, as a share of the words that either has."""
+    """Return the number of words in both texts, divided by the number of words in either text."""
     first, second = set(words(example.text1)), set(words(example.text2))
     return len(first & second) / len(first | second)
 
@@ -78,8 +78,8 @@ def first_places(items: list[str]) -> list[int]:
 
 
 def test_the_folder_holds_exactly_the_documented_files() -> None:
-    found = {path.relative_to(mini_data_dir()).as_posix() for path in mini_data_dir().rglob("*.[tj]s*")}
-    assert found == {f"{task.name}/{split}-{language}.tsv" for task, split, language in FILES} | {"synonyms.json"}
+    present = {path.relative_to(mini_data_dir()).as_posix() for path in mini_data_dir().rglob("*.[tj]s*")}
+    assert present == {f"{task.name}/{split}-{language}.tsv" for task, split, language in FILES} | {"synonyms.json"}
     assert available_languages(mini_data_dir(), XNLI, "test") == list(XNLI.languages)
     assert available_languages(mini_data_dir(), PAWSX, "dev") == list(PAWSX.languages)
 
@@ -97,8 +97,8 @@ def test_every_file_is_plain_tsv_without_stray_characters(task: Task, split: str
     content = (mini_data_dir() / task.name / f"{split}-{language}.tsv").read_bytes().decode("utf-8")
     assert content.endswith("\n")
     assert unicodedata.normalize("NFC", content) == content
-    # spaces and line ends of other kinds, quotes that a CSV reader would take for its own, invisible characters
-    # (the zero-width non-joiner and joiner are spelling in Hindi and Urdu)
+    # These characters are odd: other spaces and line ends, invisible characters, and the quotes of CSV files. The
+    # spelling of Hindi and Urdu needs the zero-width non-joiner and joiner.
     allowed = {"\t", "\n", " "} | ({"\u200c", "\u200d"} if language in ("hi", "ur") else set())
     odd = {c for c in content if unicodedata.category(c)[0] in "ZC" or c == '"'} - allowed
     assert not odd
@@ -123,19 +123,19 @@ def test_every_text_is_in_the_script_of_its_language(task: Task, split: str, lan
 
 @EVERY_FILE
 def test_languages_of_one_script_are_not_mixed_up(task: Task, split: str, language: str) -> None:
-    found = texts(load(task, split, language))
+    sentences = texts(load(task, split, language))
     if language in ("ja", "zh"):
-        kana = [bool(re.search("[\u3040-\u30ff]", text)) for text in found]
+        kana = [bool(re.search("[\u3040-\u30ff]", text)) for text in sentences]
         assert all(kana) if language == "ja" else not any(kana)
         return
-    counts = Counter(word for text in found for word in words(text))
+    counts = Counter(word for text in sentences for word in words(text))
     scripts = SCRIPTS.get(language, {"LATIN"})
     scores = {
         other: sum(counts[word] for word in function_words.split())
         for other, function_words in FUNCTION_WORDS.items()
         if SCRIPTS.get(other, {"LATIN"}) == scripts
     }
-    if scores:  # else the script alone names the language
+    if scores:  # otherwise no other language has this script
         best, *rest = sorted(scores, key=lambda other: scores[other], reverse=True)
         assert best == language and scores[best] > 1.5 * scores[rest[0]]
 
@@ -153,9 +153,9 @@ def test_translations_are_parallel(task: Task, split: str, language: str) -> Non
     assert [example.label for example in translated] == [example.label for example in english]
     assert not set(texts(translated)) & set(texts(english))
     for original, translation in zip(texts(english), texts(translated), strict=True):
-        # years and large numbers are digits in every language, so a shifted or swapped line shows
+        # Years and large numbers are digits in every language, so they reveal a shifted or swapped line.
         assert re.findall(r"\d{3,}", translation) == re.findall(r"\d{3,}", original), translation
-    # a text that English repeats is repeated in the translation, and no other
+    # The translation repeats the same texts as the English data.
     assert first_places(texts(translated)) == first_places(texts(english))
 
 
@@ -168,7 +168,7 @@ def test_splits_share_no_text(task: Task) -> None:
     for split in ("dev", "test"):
         held_out = load(task, split, "en")
         assert not train & set(texts(held_out))
-        for text in {example.text1 for example in held_out}:  # nor one that differs in a word or two
+        for text in {example.text1 for example in held_out}:  # nor is a text of the training data similar
             nearest = max(train, key=lambda other: overlap(PairExample(text, other, 0)))
             assert overlap(PairExample(text, nearest, 0)) < 0.5, (text, nearest)
 

@@ -1,4 +1,4 @@
-"""Word ids of encoded pairs."""
+"""Test the word ids of encoded sentence pairs."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def collate(tokenizer, original, augmented, **options):
 
 @pytest.mark.parametrize("make", [word_piece, sentence_piece])
 def test_pieces_of_one_word_have_one_number_in_both_views(make) -> None:
-    """The second word becomes one of two pieces, the third one with a hyphen, which BERT's words would split."""
+    """A synonym with two pieces and a synonym with a hyphen, which the words of BERT would split, keep the numbers."""
     pieces, ids = collate(make(), ("a big cat", "cats sat"), ("a roomy cat-mat", "cats sat"))
     assert [piece.strip("#▁") for piece in pieces[1]] == (
         ["[CLS]", "a", "room", "y", "cat", "-", "mat", "[SEP]", "cat", "s", "sat", "[SEP]"]
     )
-    # 3 words in the longer text: those of the second from 3, special pieces from 6.
+    # The longer text has 3 words: the second text starts at 3, the special tokens start at 6.
     assert ids[1] == [6, 0, 1, 1, 2, 2, 2, 7, 3, 3, 4, 8]
     assert ids[0] == [6, 0, 1, 2, 7, 3, 3, 4, 8, -1, -1, -1]
 

@@ -30,7 +30,7 @@ def test_lines_become_examples_in_order(write_file) -> None:
 @given(pairs=st.lists(st.tuples(TEXT, TEXT, st.sampled_from(PAWSX.labels)), min_size=1))
 def test_every_text_without_tab_and_line_feed_survives(tmp_path_factory, pairs) -> None:
     path = tmp_path_factory.mktemp("pairs") / "dev-en.tsv"
-    # A mark at the very start of a file is an encoding mark, so the texts stand on the second line and after it.
+    # The reader skips a byte order mark at the start of a file, so the first line has no drawn text.
     path.write_bytes("".join("\t".join(pair) + "\n" for pair in [("first", "", "0"), *pairs]).encode())
     assert read_pairs(path, PAWSX)[1:] == [(text1, text2, int(label)) for text1, text2, label in pairs]
 

@@ -127,7 +127,7 @@ def test_a_share_counts_all_entries_and_rounds_down(write_file) -> None:
     assert 0.48 < sum(map(bool, shares[0.5].values())) / 24987 < 0.52
     assert load_synonyms(path, 0.5) == shares[0.5]
     both = len(set(load_synonyms(path, 0.5, seed=1)) & set(shares[0.5]))
-    assert 0.48 < both / 24987 < 0.52  # another seed is another half
+    assert 0.48 < both / 24987 < 0.52  # another seed keeps another half
 
 
 @pytest.mark.parametrize(("scale", "kept"), [(0.29, 29), (0.57, 57), (0.999, 99), (0.01, 1)])

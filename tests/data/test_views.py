@@ -61,9 +61,9 @@ def test_a_draw_depends_on_seed_epoch_and_index_alone() -> None:
 def test_seeds_epochs_and_items_draw_differently() -> None:
     first = [views(0)[i] for i in range(8)]
     assert first != [views(1)[i] for i in range(8)]
-    # Items 0 and 8 are the same pair.
+    # Items 0 and 8 have the same texts.
     pairs = [(views(seed)[0]["augmented"], views(seed)[8]["augmented"]) for seed in range(10)]
-    assert sum(one == other for one, other in pairs) < 3
+    assert sum(first_text == second_text for first_text, second_text in pairs) < 3
 
 
 def test_draws_never_change() -> None:

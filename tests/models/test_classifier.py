@@ -32,7 +32,7 @@ def tokenizer(make_wordpiece: Callable[..., PreTrainedTokenizerFast]) -> PreTrai
 
 @pytest.fixture
 def encoder_folder(tmp_path: Path, tiny_config: BertConfig, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A checkpoint without a head, stored in bfloat16."""
+    """Save a checkpoint in bfloat16 that has no head."""
     torch.manual_seed(0)
     BertModel(tiny_config, add_pooling_layer=False).to(torch.bfloat16).save_pretrained(tmp_path / "encoder")
     tokenizer.save_pretrained(tmp_path / "encoder")
@@ -129,7 +129,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(encoder_folder: Path, b
             model.gradient_checkpointing_enable({"use_reentrant": False})
             assert model.encoder.encoder.layer[0].gradient_checkpointing
         model.train()
-        torch.manual_seed(1)  # dropout
+        torch.manual_seed(1)  # the same dropout each time
         model(**batch, labels=torch.tensor([2, 0])).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -219,7 +219,7 @@ def test_trains_and_saves_under_the_trainer(
             num_train_epochs=1,
             optim="sgd",
             learning_rate=0.1,
-            max_grad_norm=0.0,  # clipping would hide a loss scaled by a constant
+            max_grad_norm=0.0,  # clipping would hide a wrong factor of the loss
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
@@ -233,7 +233,7 @@ def test_trains_and_saves_under_the_trainer(
     saved, _ = load_classifier(tmp_path / "whole/checkpoint-1", 3)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(saved.state_dict()[name], value), name
-    # two halves of a batch, accumulated, are the batch: the loss is not divided or multiplied once too often
+    # Two accumulated halves give the same weights as the whole batch, so no factor of the loss is wrong.
     halves = train("halves", per_device_train_batch_size=4, gradient_accumulation_steps=2)
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(halves.model.state_dict()[name], value, msg=name)
@@ -260,7 +260,7 @@ def test_a_saved_head_is_not_read_with_other_labels(encoder_folder: Path, tmp_pa
             load_classifier(tmp_path / pooling, 3, label_names=["entailment", "neutral", "contradiction"])
         with pytest.raises(ValueError, match=r"num_labels: .* saved with 3 labels .* got 2"):
             load_classifier(tmp_path / pooling, 2)
-    load_classifier(tmp_path / "cls", 2, pooling="mean")  # whose head is drawn
+    load_classifier(tmp_path / "cls", 2, pooling="mean")  # mean pooling takes no saved head
     with pytest.raises(ValueError, match=r"pooling: .* was saved with 'mean'"):
         load_classifier(tmp_path / "mean", 3, pooling="cls")
 

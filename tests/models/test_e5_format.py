@@ -11,7 +11,7 @@ from ear_ops.models.e5_format import E5FormatError, dequantise_q4_0, read_e5_fil
 
 
 def test_dequantise_follows_the_definition() -> None:
-    # weight j is the low half of byte j, weight j + 16 the high half: 0x8F is 15 - 8 = 7 and 8 - 8 = 0
+    # Byte j holds weight j in its low half and weight j + 16 in its high half: 0x8F is 15 - 8 = 7 and 8 - 8 = 0.
     nibbles = bytes([0x8F, 0x10] + [0x88] * 14)
     weights = dequantise_q4_0(np.frombuffer(np.float16(0.5).tobytes() + nibbles, np.uint8))
     expected = np.zeros(32, np.float32)

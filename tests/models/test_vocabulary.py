@@ -49,7 +49,7 @@ def logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: li
 def classifiers(tokenizer: PreTrainedTokenizerFast) -> dict[str, PreTrainedModel]:
     torch.manual_seed(0)
     sizes = {
-        "vocab_size": len(tokenizer) + 3,  # spare rows, as multilingual-e5-small has
+        "vocab_size": len(tokenizer) + 3,  # multilingual-e5-small also has spare rows
         "hidden_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
@@ -75,7 +75,7 @@ def test_nothing_changes_on_the_given_texts(make_unigram: MakeUnigram, tmp_path:
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
     pruned, small = prune_vocabulary(model, tokenizer, iter(TEXTS))
-    assert pruned is model and len(tokenizer) == len(PIECES) + 5  # the given tokenizer is left alone
+    assert pruned is model and len(tokenizer) == len(PIECES) + 5  # the old tokenizer is unchanged
     assert set(small.get_vocab()) == set(tokenizer.get_vocab()) - {"▁sl", "ow", "ewest"}
     assert pieces(small, TEXTS) == split
     assert torch.equal(logits(pruned, small, TEXTS), before)
@@ -96,7 +96,7 @@ def test_after_training_the_whole_vocabulary_can_come_back(make_unigram: MakeUni
     tokenizer = make_unigram(PIECES)
     whole = classifiers(tokenizer)[name]
     pruned, small = prune_vocabulary(copy.deepcopy(whole), tokenizer, TEXTS)
-    with torch.no_grad():  # training
+    with torch.no_grad():  # in place of a training
         for parameter in pruned.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     untrained = whole.get_input_embeddings().weight.detach().clone()
@@ -170,7 +170,7 @@ def test_pruning_twice_changes_nothing_more(make_unigram: MakeUnigram) -> None:
 
 
 def test_the_price_of_an_unknown_character_stays(make_unigram: MakeUnigram) -> None:
-    # "xabcdef" is four pieces, or an unknown x and "abcdef"; the unknown costs 10 more than the least likely piece
+    # "xabcdef" can be four pieces, or an unknown "x" and "abcdef". The unknown costs 10 more than the worst piece.
     tokenizer = make_unigram(
         [(piece, -8.0) for piece in ("▁", "xa", "bc", "de", "f", "abcdef")] + [("never used", -20.0)]
     )
@@ -222,7 +222,7 @@ def test_wordpiece_keeps_splits_and_predictions(make_wordpiece: MakeWordPiece) -
 
 
 def test_wordpiece_unknown_words_stay_unknown(make_wordpiece: MakeWordPiece) -> None:
-    # "abcxq" takes "abc" and gets stuck at "x" or "q"; without "abc" it would be "ab", "##cxq"
+    # "abcxq" begins with "abc", and no piece matches after it. Without "abc", it would be "ab" and "##cxq".
     tokenizer = make_wordpiece(["ab", "abc", "##cxq", "b"])
     texts = ["abcxq", "ab", "b abcxq bcxq"]
     assert pieces(tokenizer, texts)[0] == ["[CLS]", "[UNK]", "[SEP]"]
@@ -232,7 +232,7 @@ def test_wordpiece_unknown_words_stay_unknown(make_wordpiece: MakeWordPiece) -> 
 
 
 def test_the_padding_id_does_not_move(make_wordpiece: MakeWordPiece) -> None:
-    # RoBERTa and its kin count positions from it
+    # Models such as RoBERTa count positions from the padding id.
     tokenizer = make_wordpiece(WORDPIECES)
     tokenizer.pad_token = "[MASK]"
     model, small = prune_vocabulary(classifiers(tokenizer)["bert"], tokenizer, ["ab"])

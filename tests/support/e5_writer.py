@@ -1,4 +1,4 @@
-"""Small files in the format of the offline model's."""
+"""Write small files in the format of the offline model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass
 class E5Writer:
-    """Writes a small file in the format of ``e5-small-q4.bin``; change an attribute to spoil it."""
+    """Writes a small file in the format of ``e5-small-q4.bin``. A test changes attributes to get a wrong file."""
 
     hidden: int = 32
     layers: int = 1
@@ -36,7 +36,7 @@ class E5Writer:
 
     @property
     def vocab(self) -> int:
-        return len(self.pieces) + 2  # as in the real file, the embedding has spare rows
+        return len(self.pieces) + 2  # the embedding has spare rows, as in the real file
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         c, f = self.hidden, self.intermediate
@@ -62,7 +62,7 @@ class E5Writer:
         return {name: shape for name, shape in shapes.items() if name != self.skip}
 
     def write(self, path: Path) -> dict[str, np.ndarray]:
-        """Write the file; return each tensor as it should be read."""
+        """Write the file, and return the tensors that a reader must get from it."""
         rng = np.random.default_rng(0)
         expected, stored = {}, {}
         for name, shape in self.shapes().items():
