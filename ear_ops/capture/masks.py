@@ -62,8 +62,7 @@ def padding_mask(received: Any, attention_mask: Any, rows: int, length: int, wha
             return (mask != 0).expand(rows, length)
     for mask in sources:
         if mask.dim() == 4 and mask.shape[-1] == mask.shape[-2] == length:
-            # A key exists where it may attend to itself.
-            return _allowed(mask)[:, 0].diagonal(dim1=-2, dim2=-1).expand(rows, length)
+            return _real_keys(_allowed(mask), what).expand(rows, length)
     if received is None and attention_mask is None:
         return None
     mask = received if received is not None else attention_mask
@@ -104,6 +103,12 @@ def attention_structure(
             f"{what}: attention implementation {call.implementation!r} got a mask {shape}, which is not supported; "
             f'expected None, [B, S] or [B, 1, L, S] (attn_implementation="sdpa" or "eager")'
         )
+    if call.implementation == "eager" and not mask.is_floating_point():
+        raise ValueError(
+            f"{what}: eager attention adds the attention_mask {list(mask.shape)} to the scores, so one of {mask.dtype} "
+            f"masks nothing in the model; expected numbers, 0 where a query may attend and torch.finfo(dtype).min "
+            f"where it may not. Pass such a mask, or a 2-D attention_mask to the model"
+        )
     if mask.is_floating_point() and bool(((mask != 0) & (mask > _FORBIDDEN)).any()):
         return Structure(dense=True)  # numbers other than "attend" and "do not": a bias
     allowed = _allowed(mask)  # [B, 1 or H, L, S]
@@ -143,6 +148,44 @@ def dense_bias(call: AttentionCall, structure: Structure) -> Tensor | None:
         mask = mask.masked_fill(mask <= _FORBIDDEN, float("-inf"))
         return mask if bias is None else bias + mask
     return mask if bias is None else bias.masked_fill(~mask, float("-inf"))
+
+
+def _real_keys(allowed: Tensor, what: str) -> Tensor:
+    """``[B, L]`` bool: the keys of ``allowed`` ``[B, 1 or H, L, L]`` that some query may attend to.
+
+    A query whose row would be empty is often opened to all keys, as a softmax of nothing is NaN. Such a row makes no
+    padding real, but a query that sees every key by right does: the last one of a causal mask. So the full rows are
+    first left aside. Where they alone would make more keys real, the other rows decide what they are, or it is refused.
+    """
+    position = torch.arange(allowed.shape[-1], device=allowed.device)
+    full_rows = allowed.all(-1, keepdim=True)  # [B, H, L, 1]
+    full = full_rows[..., 0].any(1)  # [B, L]
+    entries = (allowed & ~full_rows).any(1)  # [B, L, L]
+    real = entries.any(1)  # [B, L]
+    itself = entries.diagonal(dim1=-2, dim2=-1)
+
+    disputed = full.any(1) & ~full.all(1) & ~real.all(1)
+    only_full_left = (real | full).all(1)  # no token attends to others while none but full rows attend to it
+    causal = ~(entries & (position > position[:, None])).flatten(1).any(1)
+    is_last = position == position[-1]
+    # By right: real tokens see everything, or it is the last query of a causal mask.
+    by_right = only_full_left & ((full & real).any(1) | (causal & (full == is_last).all(1)))
+    # Opened: no other token leaves out itself, but padding near real tokens; or a causal mask's first queries.
+    opened = ~only_full_left & (itself | ~real).all(1)
+    opened = opened | (only_full_left & causal & (full != is_last).any(1) & ~by_right)
+    undecided = disputed & ~by_right & ~opened
+    # A token alone may be padding that attends to itself to have something in its softmax, or a sequence of one token.
+    alone = itself & (entries.sum(1) == 1) & (entries.sum(2) == 1) & ~full
+    undecided = undecided | (alone.any(1) & (real.sum(1) > 1))
+    if bool(undecided.any()):
+        row = int(undecided.nonzero()[0])
+        raise ValueError(
+            f"{what}: the 4-D attention_mask does not say which tokens are padding (row {row} of the batch): some "
+            f"attend to every key, or to themselves alone, and no other token attends to them. They may be padding "
+            f"that was opened so that no row is empty, or real tokens. Pass a 2-D attention_mask to the model, 1 for "
+            f"real tokens and 0 for padding"
+        )
+    return real | (full.all(1) | (disputed & by_right))[:, None]
 
 
 def _allowed(mask: Tensor) -> Tensor:

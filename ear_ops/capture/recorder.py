@@ -175,7 +175,9 @@ class _Enter(ModelHook):
             if recorder.record.batch is None:
                 recorder.record.batch = TensorCall(_batch_tensor(args, received))
             recorder.record.masks[self.path] = {
-                name: args[position] if position is not None and position < len(args) else received.get(name)
+                name: TensorCall(
+                    args[position] if position is not None and position < len(args) else received.get(name)
+                )
                 for name, position in self.positions.items()
             }
 

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor, nn
 
 
+_HINT = (
+    ", so the loss would use what was written there. In a model write x = x + y in place of x += y; between two "
+    "forwards, or a forward and its loss(), overwrite no buffer that the first one used: give each view a cache "
+    "of its own (or use_cache=False) and a mask of its own"
+)
+
+
 class AttentionCall:
     """The arguments of one call of an attention function, as far as a loss needs them.
 
@@ -22,7 +29,7 @@ class AttentionCall:
         window: the keyword ``sliding_window``.
         softcap: the keyword ``softcap``.
         position_ids: the keyword ``position_ids``.
-        version: how often ``query`` had been changed in place by then.
+        versions: how often each of ``taken`` had been changed in place by then.
         position_bias: ``[1 or B, H, L, S]`` added to the scores (T5), or None.
         unsupported: the name of an argument that changes the probabilities in a way the losses do not know, or None.
         grad_enabled: the grad mode of the call.
@@ -56,13 +63,24 @@ class AttentionCall:
             if name in ("cu_seq_lens_q", "cache") and value is not None:
                 self.unsupported = name
         self.position_ids: Any = kwargs.get("position_ids")
-        self.version = _version(query)
+        self._given_mask = attention_mask  # a site may put a tensor in place of a mask object
+        self.versions = tuple(_version(tensor) for _, tensor in self.taken)
         self.grad_enabled = torch.is_grad_enabled()
 
     @property
     def tensor(self) -> Tensor:
         """By which a call that is reported twice is recognised."""
         return self.query
+
+    @property
+    def taken(self) -> tuple[tuple[str, Any], ...]:
+        """What the loss is computed of, by the names for errors."""
+        return (
+            ("tensor of the queries", self.query),
+            ("tensor of the keys", self.key),
+            ("attention mask", self._given_mask),
+            ("position bias", self.position_bias),
+        )
 
 
 class SoftmaxCall:
@@ -74,7 +92,8 @@ class SoftmaxCall:
         grad_enabled: the grad mode of the call.
     """
 
-    version = None  # some modules empty rows of the matrix in place
+    taken: tuple[tuple[str, Any], ...] = ()  # some modules empty rows of the matrix in place
+    versions: tuple[int | None, ...] = ()
 
     def __init__(self, tensor: Tensor, input_shape: tuple[int, ...] | None) -> None:
         self.tensor = tensor
@@ -108,6 +127,15 @@ class TensorCall:
         self.version = _version(tensor)
         self.grad_enabled = torch.is_grad_enabled()
 
+    @property
+    def taken(self) -> tuple[tuple[str, Any], ...]:
+        """What the loss is computed of, by the names for errors."""
+        return (("tensor", self.tensor),)
+
+    @property
+    def versions(self) -> tuple[int | None, ...]:
+        return (self.version,)
+
 
 class Record:
     """One forward of the root module.
@@ -122,7 +150,7 @@ class Record:
 
     def __init__(self) -> None:
         self.grad_enabled = torch.is_grad_enabled()
-        self.masks: dict[str, dict[str, Any]] = {}
+        self.masks: dict[str, dict[str, TensorCall]] = {}
         self.batch: TensorCall | None = None
         self.calls: dict[str, list[Any]] = {}
         self.structures: dict[Any, Any] = {}
@@ -132,9 +160,22 @@ class Record:
             self.calls[key] = []
         self.calls[key].append(call)
 
-    def mask(self, model: str, name: str = "attention_mask") -> Any:
-        """What the model at the path ``model`` received as ``name``, or None."""
-        return self.masks.get(model, {}).get(name)
+    def mask(self, model: str, what: str, name: str = "attention_mask") -> Any:
+        """What the model at the path ``model`` received as ``name``, or None; ``what`` names the place in errors.
+
+        Raises:
+            RuntimeError: the mask was changed in place since.
+        """
+        received = self.masks.get(model, {}).get(name)
+        if received is None:
+            return None
+        if received.version is not None and _version(received.tensor) != received.version:
+            raise RuntimeError(
+                f"{what}: the {name} that the model received was changed in place afterwards, so the loss would use "
+                f"the mask of another batch; call loss() before the buffer is filled again, or give each forward a "
+                f"mask of its own ({name}.clone())"
+            )
+        return received.tensor
 
     def call(self, key: str, what: str, index: int = 0, expected: int = 1) -> Any:
         """Call ``index`` of the ``expected`` calls that the tap ``key`` saw; one with the very same tensor counts once.
@@ -147,7 +188,7 @@ class Record:
 
         Raises:
             RuntimeError: no call, too many or too few, one without grad inside a forward with grad (reentrant
-                checkpointing), or one whose tensor was changed in place since.
+                checkpointing), or one of tensors that were changed in place since.
         """
         calls: list[Any] = []
         for call in self.calls.get(key, ()):
@@ -172,11 +213,9 @@ class Record:
                 f"gradient. Gradient checkpointing has to be told use_reentrant=False "
                 f'(gradient_checkpointing_kwargs={{"use_reentrant": False}})'
             )
-        if calls[index].version is not None and _version(calls[index].tensor) != calls[index].version:
-            raise RuntimeError(
-                f"{what}: the tensor that was taken here was changed in place afterwards (an operation such as x += y "
-                f"or x.mul_(y)), so the loss would use the modified tensor; write x = x + y in the model"
-            )
+        for (name, tensor), version in zip(calls[index].taken, calls[index].versions, strict=True):
+            if version is not None and _version(tensor) != version:
+                raise RuntimeError(f"{what}: the {name} that was taken here was changed in place afterwards{_HINT}")
         return calls[index]
 
 

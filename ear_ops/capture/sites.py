@@ -125,11 +125,11 @@ class AttentionSite:
         self, record: Record, attention_mask: Any, rows: int, lengths: Sequence[int], what: str
     ) -> tuple[Tensor | None, Tensor | None]:
         """Key mask ``[rows, S]`` and query mask ``[rows, L]``, or twice None; ``lengths``: L and S."""
-        received = record.mask(self.model, self.key_mask)
+        received = record.mask(self.model, what, self.key_mask)
         key_mask = padding_mask(received, attention_mask, rows, lengths[1], what)
         if self.query_mask == self.key_mask:
             return key_mask, _query_mask(key_mask, *lengths)
-        query_mask = padding_mask(record.mask(self.model, self.query_mask), None, rows, lengths[0], what)
+        query_mask = padding_mask(record.mask(self.model, what, self.query_mask), None, rows, lengths[0], what)
         if key_mask is None and query_mask is None:
             return None, None
         device = next(mask.device for mask in (key_mask, query_mask) if mask is not None)
@@ -168,7 +168,7 @@ class ProjectionSite:
         key = self._heads(record, self.key, self.num_key_value_heads, what)
         query, key = _one_dtype(query, key)
         rows, lengths = query.shape[0], (query.shape[2], key.shape[2])
-        key_mask = padding_mask(record.mask(self.model), None, rows, lengths[1], what)
+        key_mask = padding_mask(record.mask(self.model, what), None, rows, lengths[1], what)
         query_mask = key_mask
         if key_mask is not None and self._is_cross_attention(record, lengths, what):
             query_mask = key_mask.new_ones(rows, lengths[0])  # queries of other tokens, such as learnt ones, are real
@@ -216,7 +216,7 @@ class HiddenSite:
         tensor = record.call(self._tap_key, what, self.place.call, self.place.calls).tensor
         states = _expect_tensor(tensor, "[B, L, C]", f"{what}: the {self.side} of {self.place.path}")
         rows, length = states.shape[:2]
-        return HiddenStates(states, padding_mask(record.mask(self.model), None, rows, length, what))
+        return HiddenStates(states, padding_mask(record.mask(self.model, what), None, rows, length, what))
 
 
 class _AttentionTap:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from ear_ops import AttentionPull, EmbeddingPush, SentencePull, attach
+from ear_ops.capture.records import AttentionCall, Record
 
 TERMS = (EmbeddingPush(0.5), AttentionPull(3, 3.0), SentencePull(2, 0.25))
 
@@ -488,3 +489,52 @@ def test_what_is_changed_in_place_afterwards_is_refused():
                     ear.loss()
             else:
                 assert ear.loss() > 0
+
+
+def llama():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**shape, intermediate_size=48, num_key_value_heads=2, pad_token_id=0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_keys_that_the_second_view_overwrites_are_refused():
+    """A static cache for both views: the keys of the first are gone."""
+    model, ids = llama(), torch.randint(3, 60, (4, 6))
+    cache = transformers.StaticCache(config=model.config, max_cache_len=6)
+    with attach(model, [AttentionPull(2)]) as ear:
+        with ear.view("original"), torch.no_grad():
+            model(input_ids=ids[:2], past_key_values=cache, use_cache=True)
+        cache.reset()
+        with ear.view("augmented"):
+            model(input_ids=ids[2:], past_key_values=cache, use_cache=True)
+        with pytest.raises(RuntimeError, match=r"attention_pull\.2: the tensor of the keys .* changed in place"):
+            ear.loss()
+
+
+@pytest.mark.parametrize("term", [AttentionPull(2), EmbeddingPush(), SentencePull(1)])
+@pytest.mark.parametrize("dimensions", [2, 4])
+def test_a_mask_buffer_that_is_filled_again_before_the_loss_is_refused(tools, term, dimensions):
+    model, batch = tools.build_model("bert"), tools.build_batch()
+    mask = batch["attention_mask"].bool()
+    mask = mask if dimensions == 2 else mask[:, None, None, :].expand(6, 1, 9, 9).contiguous()
+    with attach(model, [term]) as ear:
+        model(input_ids=batch["input_ids"], attention_mask=mask)
+        ear.loss()
+        model(input_ids=batch["input_ids"], attention_mask=mask)
+        mask.fill_(True)
+        with pytest.raises(RuntimeError, match=rf"{term.name}: the attention.mask .* changed in place"):
+            ear.loss()
+
+
+def test_a_mask_of_the_attention_function_that_is_filled_again_is_refused(tools):
+    """The second view reuses the first one's mask; only the function of the layer was given it."""
+    query = torch.randn(2, 4, 5, 8)
+    for position, name in ((1, "tensor of the keys"), (3, "attention mask"), (4, "position bias")):
+        given = [query.clone(), query.clone(), query.clone(), torch.ones(2, 1, 5, 5), torch.zeros(1, 4, 5, 5)]
+        record = Record()
+        record.add("layer", AttentionCall("sdpa", nn.Identity(), *given[:4], position_bias=given[4]))
+        record.call("layer", "x")
+        given[position].zero_()
+        with pytest.raises(RuntimeError, match=f"x: the {name} that was taken here was changed in place"):
+            record.call("layer", "x")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
+from ear_ops import AttentionPull, EmbeddingPush, attach
 from ear_ops.capture.masks import Structure, attention_structure, dense_bias, padding_mask
 from ear_ops.capture.records import AttentionCall
 
@@ -119,7 +121,7 @@ def test_padding_from_two_dimensions(dtype):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_padding_from_the_diagonal(causal):
+def test_padding_from_four_dimensions(causal):
     for mask in (allowed(causal), additive(allowed(causal))):
         assert torch.equal(padding_mask(mask, None, ROWS, LENGTH, "x"), KEYS)
         assert torch.equal(padding_mask(None, mask, ROWS, LENGTH, "x"), KEYS)
@@ -164,3 +166,97 @@ def test_a_mask_that_is_to_be_added_to_scores_is_refused():
     with pytest.raises(ValueError, match=r"layer 3: expected an attention_mask with 1 for real tokens"):
         padding_mask(received, None, 2, 3, "layer 3")
     assert padding_mask((received == 0).float(), None, 2, 3, "x").tolist() == (received == 0).tolist()
+
+
+def without_diagonal(table):
+    return table & ~torch.eye(LENGTH, dtype=torch.bool)
+
+
+def left_padded(causal=True):
+    """Row 1 has its two padded tokens at the left; their queries have no key of a causal mask."""
+    return allowed(causal, keys=KEYS.flip(1)), KEYS.flip(1)
+
+
+def opened(table):
+    """Rows without any key opened to all of them."""
+    return table | ~table.any(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("convert", [lambda table: table, additive])
+def test_tokens_that_do_not_attend_to_themselves_are_real(convert):
+    mask = convert(without_diagonal(allowed()))
+    assert torch.equal(padding_mask(mask, None, ROWS, LENGTH, "x"), KEYS)
+
+
+def test_a_causal_mask_without_its_diagonal_and_with_an_opened_first_row_is_refused():
+    """Whether the last token is real shows nowhere: no other attends to it."""
+    mask = opened(without_diagonal(allowed(causal=True)))
+    with pytest.raises(ValueError, match="row 0 of the batch"):
+        padding_mask(mask, None, ROWS, LENGTH, "x")
+
+
+@pytest.mark.parametrize("open_rows", [opened, lambda table: table])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_left_padding_with_and_without_opened_rows(open_rows, heads):
+    table, keys = left_padded()
+    mask = open_rows(table).expand(ROWS, heads, LENGTH, LENGTH)
+    assert torch.equal(padding_mask(mask, None, ROWS, LENGTH, "x"), keys)
+
+
+def test_padding_beyond_a_window_with_opened_rows():
+    """Padded queries near the real tokens see some of them, those further away see none and are opened."""
+    keys = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]], dtype=torch.bool)
+    for causal in (False, True):
+        mask = opened(allowed(causal, window=3, keys=keys))
+        assert bool(mask[1, 0].all(-1).any())
+        assert torch.equal(padding_mask(mask, None, ROWS, LENGTH, "x"), keys)
+
+
+def test_a_key_is_real_where_any_head_attends_to_it():
+    """One head sees the even keys, another the odd ones."""
+    table = allowed().repeat(1, 2, 1, 1)
+    table[:, 0, :, ::2] = False
+    table[:, 1, :, 1::2] = False
+    assert torch.equal(padding_mask(table, None, ROWS, LENGTH, "x"), KEYS)
+    heads = torch.cat([allowed(), allowed(causal=True, window=2)], 1)  # the second has opened rows in row 1
+    assert torch.equal(padding_mask(opened(heads), None, ROWS, LENGTH, "x"), KEYS)
+
+
+@pytest.mark.parametrize("fill", [opened, lambda table: table | torch.eye(LENGTH, dtype=torch.bool)])
+def test_a_mask_that_does_not_say_what_is_padding_is_refused(fill):
+    """Queries that see everything, or themselves alone, while no other sees them."""
+    mask = fill(allowed() & KEYS[:, None, :, None])
+    with pytest.raises(ValueError, match=r"layer 3: the 4-D attention_mask does not say.*row 1 .*Pass a 2-D"):
+        padding_mask(mask, None, ROWS, LENGTH, "layer 3")
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_short_rows_of_a_causal_mask_are_real(length):
+    mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None].expand(ROWS, 1, length, length)
+    assert bool(padding_mask(mask, None, ROWS, length, "x").all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_a_mask_that_eager_attention_would_add_as_zeros_and_ones_is_refused(dtype):
+    call = call_with(allowed().to(dtype), "eager", is_causal=False)
+    with pytest.raises(ValueError, match=r"layer 3: eager attention adds the attention_mask \[2, 1, 6, 6\]"):
+        attention_structure(call, KEYS, KEYS, "layer 3")
+    assert attention_structure(call_with(additive(allowed()), "eager"), KEYS, KEYS, "x") == Structure()
+
+
+def test_losses_of_a_mask_without_its_diagonal_are_not_zero():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(**shape, intermediate_size=24, initializer_range=0.3)
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    ids = torch.randint(5, 60, (4, 7))
+    mask = (~torch.eye(7, dtype=torch.bool)).expand(4, 1, 7, 7)
+    with attach(model, [AttentionPull(2), EmbeddingPush()]) as ear:
+        model(input_ids=ids, attention_mask=mask)
+        ear.loss()
+        terms = ear.components()
+    model.set_attn_implementation("eager")
+    out = model(input_ids=ids, attention_mask=additive(mask), output_attentions=True, output_hidden_states=True)
+    attn, embedded = out.attentions[1], out.hidden_states[0].mean(1)
+    torch.testing.assert_close(terms["attention_pull.2"], (attn[:2] - attn[2:]).square().mean())
+    torch.testing.assert_close(terms["embedding_push"], -(embedded[:2] - embedded[2:]).square().mean())

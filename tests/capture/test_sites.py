@@ -24,7 +24,7 @@ from ear_ops.capture.records import AttentionCall, TensorCall
 def recorded(length, allowed, received, dtypes=(torch.float32, torch.float32)):
     """A record of one call of two rows, whose mask is ``allowed`` [L, L] for both; ``received``: the model's mask."""
     record = Record()
-    record.masks[""] = {"attention_mask": received}
+    record.masks[""] = {"attention_mask": TensorCall(received)}
     query, key = (torch.randn(2, 4, length, 8, dtype=dtype) for dtype in dtypes)
     mask = None if allowed is None else allowed.expand(2, 1, length, length)
     record.add("attention", AttentionCall("sdpa", nn.Identity(), query, key, key, mask, is_causal=False))
@@ -77,7 +77,7 @@ def test_queries_of_their_own_are_all_real():
     for length in (1, 2, 5, 7):
         pooled.cross_attention = True if length == 5 else None  # of one length by coincidence
         record = Record()
-        record.masks[""] = {"attention_mask": torch.tensor([[1, 1, 1, 0, 0]] * 4)}
+        record.masks[""] = {"attention_mask": TensorCall(torch.tensor([[1, 1, 1, 0, 0]] * 4))}
         record.add("projection:query", TensorCall(query(torch.randn(4, length, 8))))
         record.add("projection:key", TensorCall(key(torch.randn(4, 5, 8))))
         inputs = pooled.read(record, "x")
@@ -92,7 +92,7 @@ def test_projections_of_different_tensors_of_one_length_ask_what_they_are(cross_
     place = ProjectionSite("query", "key", query, key, 2, 2, model="", cross_attention=cross_attention)
     tokens, memory = torch.randn(4, 5, 8), torch.randn(4, 5, 8)
     record = Record()
-    record.masks[""] = {"attention_mask": torch.tensor([[1, 1, 1, 0, 0]] * 4)}
+    record.masks[""] = {"attention_mask": TensorCall(torch.tensor([[1, 1, 1, 0, 0]] * 4))}
     record.add("projection:query", TensorCall(query(tokens), tokens))
     record.add("projection:key", TensorCall(key(memory), memory))
     if cross_attention is None:
