@@ -50,9 +50,7 @@ class Operation:
     make: Callable[[Preset, torch.dtype], Inputs]
     eager: Loss
     fused: Loss
-    work: Callable[
-        [Preset, int, bool], Work
-    ]  # arguments: the preset, the bytes of an element, and whether there is a backward
+    work: Callable[[Preset, int, bool], Work]  # takes the preset, the bytes of an element, whether with backward
     part: Callable[[Inputs], Inputs]  # a part of the inputs, small enough for float64
     eager_bytes: Callable[[Preset], float]  # about how many bytes plain PyTorch holds
 
