@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 _HINT = (
     ", so the loss would use what was written there. In a model write x = x + y in place of x += y; between two "
     "forwards, or a forward and its loss(), overwrite no buffer that the first one used: give each view a cache "
