@@ -32,15 +32,15 @@ inline auto allowed(const LaneGroup<A>& c, int view, int64_t j, int64_t lane) {
   return attend;
 }
 
-// score - shift; -inf where the key is masked, whatever its score is.
+// score - shift; -inf where the key is masked, whatever its score is. Every pass rounds the score in the same way. So no
+// score exceeds the maximum that is subtracted: at 5e9 the rounding error alone is large enough to overflow exp.
 template <typename A, bool kMasked>
 inline typename Vec<A>::type shifted_score(const LaneGroup<A>& c, int view, int64_t j, int64_t lane,
                                            typename Vec<A>::type shift) {
-  const auto raw = vload<A>(c.scores[view] + j * c.ld + lane);
+  auto score = rounded(vload<A>(c.scores[view] + j * c.ld + lane) * c.scale);
   if constexpr (!kMasked) {
-    return raw * c.scale - shift;
+    return score - shift;
   } else {
-    auto score = raw * c.scale;
     if (c.bias[view]) score += vload<A>(c.bias[view] + j * c.ld + lane);
     return allowed(c, view, j, lane) ? score - shift : vset<A>(-INFINITY);
   }

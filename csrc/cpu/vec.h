@@ -58,6 +58,20 @@ static inline typename Vec<A>::type vset(A x) {
   return x - typename Vec<A>::type{};
 }
 
+// `product` as it is when rounded. Without this the compiler may fuse a product with the sum that it goes into, and the
+// same product would then differ from one place to another. Clang fuses within one expression alone.
+template <typename V>
+static inline V rounded(V product) {
+#if defined(__clang__)
+  return product;
+#elif __GNUC__ >= 12
+  return __builtin_assoc_barrier(product);
+#else
+  asm("" : "+m"(product));
+  return product;
+#endif
+}
+
 // May lose a NaN in a or b; the exponential that follows brings it back.
 template <typename A>
 static inline typename Vec<A>::type vmax(typename Vec<A>::type a, typename Vec<A>::type b) {

@@ -184,6 +184,25 @@ def test_bias_of_padded_keys_is_not_read(value: float, device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(clean[1], dirty[1], strict=True))
 
 
+@pytest.mark.parametrize("magnitude", [1e2, 1e4, 1e5, 1e6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_of_any_finite_size(magnitude: float, masked: bool, device: str) -> None:
+    """At 5e9 and more the rounding error of a score alone overflows exp, unless every pass rounds it alike."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 2, 20, 32, generator=generator) * magnitude for _ in range(4)]
+    inputs = [tensor.to(device).requires_grad_() for tensor in inputs]
+    options = {"is_causal": True} if masked else {}
+    loss = ear_ops.qk_attention_mse(*inputs, **options, backend=device)
+    torch.testing.assert_close(loss, ear_ops.qk_attention_mse(*inputs, **options, backend="reference"))
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, inputs))
+
+
+def test_one_key_has_probability_one_at_any_scale(device: str) -> None:
+    query = torch.full((1, 1, 1, 1), 4e4, dtype=torch.bfloat16, device=device)
+    key = torch.full((1, 1, 1, 1), 1.1e6, dtype=torch.bfloat16, device=device)
+    assert ear_ops.qk_attention_mse(query, key, query * 2, key, backend=device).item() == 0.0
+
+
 def test_nan_stays_where_structure_lets_it(device: str) -> None:
     """A NaN key spoils the queries that may attend to it, and through them only the keys they may attend to."""
     case = qk_case(20, None, 8, pairs=1, heads=1, options={"window": 3}, reduction="sum").to(torch.float32)
