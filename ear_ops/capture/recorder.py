@@ -104,6 +104,11 @@ class Recorder:
                 f"after the model's forward its part {interrupted!r} was called by itself with grad, so loss() cannot "
                 f"tell which of the two forwards to use; call loss() before that, or the part under torch.no_grad()"
             )
+        if any(record is not None and not record.complete for record in (both, original, augmented)):
+            raise RuntimeError(
+                "no complete forward was recorded: the last one was interrupted, or has not ended; call the model "
+                "again before loss(), and loss() after the forward"
+            )
         if both is not None:
             return (both,)
         if original is not None and augmented is not None:
@@ -112,8 +117,9 @@ class Recorder:
             seen, missing = VIEWS if augmented is None else reversed(VIEWS)
             raise RuntimeError(f'only the {seen} view was recorded; run the other one under ear.view("{missing}")')
         raise RuntimeError(
-            "no forward was recorded. Call the model with grad enabled before each loss(), loss() once per forward; "
-            "a model that was compiled before attach() may have to be traced again: torch.compiler.reset()"
+            "no forward was recorded. Call the model with grad enabled before each loss(), loss() once per forward "
+            "(torch.export only traces one); a model that was compiled before attach() may have to be traced again: "
+            "torch.compiler.reset()"
         )
 
     def begin(self, path: str) -> None:
@@ -122,6 +128,7 @@ class Recorder:
         A part of the model that is called by itself does not take the place of the whole model.
         """
         recorded = self.without_grad or self.view is not None or torch.is_grad_enabled()
+        recorded = recorded and not torch.compiler.is_exporting()  # its tensors hold nothing
         if path and self.begun == "" and (self.both or self.original or self.augmented):
             if not recorded:
                 return
@@ -144,6 +151,8 @@ class Recorder:
         """The forward has ended; a failed one leaves no record."""
         if failed:
             self.both = self.original = self.augmented = None
+        elif self.record is not None:
+            self.record.complete = True
         self.open = None
         self.record = None
 

@@ -141,6 +141,7 @@ class Record:
 
     Attributes:
         grad_enabled: the grad mode in which the forward began.
+        complete: the forward has ended; KeyboardInterrupt ends it without a hook.
         masks: the masks that each model inside received by name, by the model's path.
         batch: the first tensor that the root module received, by which the batch is recognised, and its version.
         calls: what each tap saw, in order, by the tap's key.
@@ -149,6 +150,7 @@ class Record:
 
     def __init__(self) -> None:
         self.grad_enabled = torch.is_grad_enabled()
+        self.complete = False
         self.masks: dict[str, dict[str, TensorCall]] = {}
         self.batch: TensorCall | None = None
         self.calls: dict[str, list[Any]] = {}

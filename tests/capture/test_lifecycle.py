@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -538,3 +539,40 @@ def test_a_mask_of_the_attention_function_that_is_filled_again_is_refused(tools)
         given[position].zero_()
         with pytest.raises(RuntimeError, match=f"x: the {name} that was taken here was changed in place"):
             record.call("layer", "x")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_export_records_no_forward(tools, strict):
+    model, batch = tools.build_model("bert").eval(), tools.build_batch()
+    with attach(model, TERMS) as ear:
+        torch.export.export(model, (batch["input_ids"], batch["attention_mask"]), strict=strict)
+        with pytest.raises(RuntimeError, match="no forward was recorded"):
+            ear.loss()
+        model(**batch)
+        assert ear.loss().requires_grad
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_a_forward_that_is_interrupted_behind_the_tapped_layers_gives_no_loss(tools, views):
+    model, batch = tools.build_model("bert"), tools.build_batch()
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    def forward(ear, view):
+        with ear.view(view) if views else contextlib.nullcontext():
+            model(**batch)
+
+    with attach(model, TERMS) as ear:
+        handle = model.classifier.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            forward(ear, "original")
+        handle.remove()
+        if views:
+            forward(ear, "augmented")
+        with pytest.raises(RuntimeError, match="no complete forward was recorded"):
+            ear.loss()
+        for view in ("original", "augmented"):
+            forward(ear, view)
+        ear.loss()
