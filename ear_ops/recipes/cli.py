@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ear_ops.errors import EarOpsError
+from ear_ops.recipes.tables import markdown_table, terminal_table
 from ear_ops.recipes.training import processes
 from ear_ops.recipes.training.config import SETTING_TYPES, TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
@@ -100,7 +101,7 @@ def _settings_as_options(names: Sequence[str] | None = None) -> Callable[..., Ca
                 options.append(
                     inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
                 )
-        function.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # what typer reads
+        vars(function)["__signature__"] = inspect.Signature(options)  # typer reads it
         function.__annotations__ = {option.name: option.annotation for option in options}
         return function
 
@@ -111,14 +112,15 @@ def _settings_as_options(names: Sequence[str] | None = None) -> Callable[..., Ca
 @_settings_as_options()
 def train(**settings: Any) -> None:
     """Train on English and print the accuracy in every language; an interrupted run goes on where it stopped."""
-    from ear_ops.recipes.training.results import results_text, text_table
+    from ear_ops.recipes.training.results import results_text
 
     config = TrainConfig(**settings)
     shown = {"output_dir": config.output_dir, **config.to_dict()}
-    processes.say(text_table(["setting", "value"], [[k, str(v)] for k, v in shown.items() if v is not None]))
+    processes.say(terminal_table(["setting", "value"], [[k, str(v)] for k, v in shown.items() if v is not None]))
 
     results = _run_module().train(config)
-    processes.say(f"\n{results_text(results)}\nTables, configuration and model are in {config.output_dir}.")
+    processes.say(f"\n{results_text(results, terminal_table)}")
+    processes.say(f"Tables, configuration and model are in {config.output_dir}.")
 
 
 @app.command()
@@ -130,7 +132,7 @@ def evaluate(
     """Score a finished run once more, also on another split."""
     from ear_ops.recipes.training.results import results_text
 
-    processes.say(results_text(_run_module().evaluate(folder, eval_split, data_dir)).rstrip("\n"))
+    processes.say(results_text(_run_module().evaluate(folder, eval_split, data_dir), terminal_table).rstrip("\n"))
 
 
 @app.command()
@@ -144,10 +146,10 @@ def compare(
 ) -> None:
     """Print finished runs side by side: a row for each run, a column for each language."""
     from ear_ops.recipes.training.folder import read_json
-    from ear_ops.recipes.training.results import comparison, markdown_table, text_table
+    from ear_ops.recipes.training.results import comparison
 
     runs = [read_json(Path(folder) / "results.json") for folder in folders]
-    table = markdown_table if markdown else text_table
+    table = markdown_table if markdown else terminal_table
     print(comparison(runs, table))
     if baseline is not None:
         from ear_ops.recipes.study.report import differences_table
@@ -172,7 +174,7 @@ def sweep(
     from ear_ops.recipes.study.sweep import sweep as run_study
 
     if dry_run:
-        print(outline(study, folder, groups or ()))
+        print(outline(study, folder, groups or (), terminal_table))
         return
 
     progress = run_study(study, folder, groups=groups or ())

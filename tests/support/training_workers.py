@@ -86,6 +86,7 @@ def first_step(settings: dict[str, Any]) -> float:
 def roles() -> dict[str, Any]:
     """What each process gets and does."""
     import torch
+    from accelerate import PartialState
 
     from ear_ops.recipes.training import processes
 
@@ -106,5 +107,7 @@ def roles() -> dict[str, Any]:
         "on main": processes.on_main(lambda: os.environ["RANK"]),
         "raised": raised,
         "gathered": processes.gather({f"key {processes.rank()}": processes.rank()}),
+        "accelerate agrees": (PartialState().process_index, PartialState().num_processes)
+        == (processes.rank(), processes.count()),
         "sum": processes.add_up(torch.tensor([1.0, float(processes.rank())])).tolist(),
     }

@@ -16,11 +16,11 @@ from ear_ops.recipes.analysis.figures import scatter_panels
 from ear_ops.recipes.analysis.states import alignment_by_layer, sentence_states, word_vectors
 from ear_ops.recipes.study.definition import load_study
 from ear_ops.recipes.study.sweep import STUDY_FILE, StudyError, plan_of
+from ear_ops.recipes.tables import markdown_table
 from ear_ops.recipes.training import checkpoints
 from ear_ops.recipes.training.classifiers import initial_model, trained_model
 from ear_ops.recipes.training.errors import ConfigError
 from ear_ops.recipes.training.folder import load_config, versions
-from ear_ops.recipes.training.results import markdown_table
 
 PICTURED_SENTENCES = 25  # of each language
 PICTURED_LANGUAGES = 6

@@ -30,7 +30,7 @@ from typing import Any
 
 import yaml
 
-from ear_ops.recipes.study.tables import TABLES
+from ear_ops.recipes.study.paper_tables import TABLES
 from ear_ops.recipes.training.config import SETTING_TYPES, TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
 from ear_ops.recipes.training.method_uses import METHOD_SETTINGS, METHOD_USES

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ear_ops.recipes.study.statistics import DRAWS, Difference, Estimate
-from ear_ops.recipes.training.results import markdown_table
+from ear_ops.recipes.tables import markdown_table
 
 _AVERAGES = {"average": "avg", "average_other": "avg w/o source", "average_translated": "avg w/o NS"}
 

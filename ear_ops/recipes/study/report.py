@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 from ear_ops.data import DataError, get_task, load_split
 from ear_ops.data.mini import mini_data_dir
 from ear_ops.recipes.study.definition import Group, Member, Plan, Run, Settings, load_study
+from ear_ops.recipes.study.paper_tables import TABLES, paper_rows, same_row
 from ear_ops.recipes.study.rendering import figure_6, markdown, points
 from ear_ops.recipes.study.statistics import Estimate, Items, accuracy_differences, estimate, interval_over_seeds
 from ear_ops.recipes.study.sweep import STUDY_FILE, StudyError, plan_of, results_of
-from ear_ops.recipes.study.tables import TABLES, paper_rows, same_row
+from ear_ops.recipes.tables import Table
 from ear_ops.recipes.training.checkpoints import write_atomically, write_json
 from ear_ops.recipes.training.config import MINI
 from ear_ops.recipes.training.errors import NotComparableError
 from ear_ops.recipes.training.folder import RunFolderError, read_json
-from ear_ops.recipes.training.results import Table, source_of
+from ear_ops.recipes.training.results import source_of
 
 
 @dataclass

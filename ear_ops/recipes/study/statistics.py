@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -12,8 +13,6 @@ from numpy.typing import NDArray
 from ear_ops.recipes.training.errors import NotComparableError
 
 DRAWS = 2000
-# The 97.5% quantile of Student's t with 1, 2, ... degrees of freedom; with more the last, which is a little too wide.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 class Items(NamedTuple):
@@ -61,8 +60,37 @@ def interval_over_seeds(differences: Sequence[float]) -> Difference | None:
     value = estimate(differences)
     if value.deviation is None:
         return None
-    half = _T[min(len(differences) - 2, len(_T) - 1)] * value.deviation / len(differences) ** 0.5
+    half = students_t(len(differences) - 1) * value.deviation / math.sqrt(len(differences))
     return Difference(value.mean, value.mean - half, value.mean + half)
+
+
+def students_t(degrees: int, confidence: float = 0.95) -> float:
+    """The value that |t| stays below with this probability, for Student's t with `degrees` degrees of freedom.
+
+    The probability of an angle arctan(t / sqrt(degrees)) is a finite sum (Abramowitz and Stegun, 1964, 26.7.3 and
+    26.7.4). It rises with the angle, so bisection finds the angle. scipy is not needed for a report.
+    """
+    if degrees < 1:
+        raise ValueError(f"degrees: expected at least 1, got {degrees}")
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        if _probability_within(middle, degrees) < confidence:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _probability_within(angle: float, degrees: int) -> float:
+    """The probability that |t| is below sqrt(degrees) * tan(angle)."""
+    cosine, sine = math.cos(angle), math.sin(angle)
+    odd = degrees % 2
+    term, total = cosine if odd else 1.0, 0.0
+    for power in range(odd, degrees - 1, 2):
+        total += term
+        term *= cosine * cosine * (power + 1) / (power + 2)
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
 def paired_bootstrap(

@@ -21,6 +21,7 @@ from ear_ops.data import DataError
 from ear_ops.errors import EarOpsError
 from ear_ops.models import OfflineModelError
 from ear_ops.recipes.study.definition import Group, Plan, Run, Study, load_study
+from ear_ops.recipes.tables import Table, text_table
 from ear_ops.recipes.training import checkpoints, run
 from ear_ops.recipes.training.errors import ConfigError
 from ear_ops.recipes.training.folder import (
@@ -31,7 +32,6 @@ from ear_ops.recipes.training.folder import (
     locked,
     read_json,
 )
-from ear_ops.recipes.training.results import text_table
 from ear_ops.recipes.training.sources import missing_inputs
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def sweep(
             return progress
 
 
-def outline(study_file: str | Path, folder: str | Path, groups: Sequence[str] = ()) -> str:
+def outline(study_file: str | Path, folder: str | Path, groups: Sequence[str] = (), table: Table = text_table) -> str:
     """What `sweep` would run: a row for each group, how many of its runs are finished, and what it waits for.
 
     Raises:
@@ -169,8 +169,8 @@ def outline(study_file: str | Path, folder: str | Path, groups: Sequence[str] = 
         runs = _of_groups(plan, own)
         finished = sum(results_of(folder, run) is not None for run in runs)
         rows.append([names, str(len(runs)), str(finished), waiting.get(names, "")])
-    table = text_table(["group", "runs", "finished", "waits for the choice of"], rows)
-    return "\n".join([table, *_notices(plan, asked, folder)])
+    header = ["group", "runs", "finished", "waits for the choice of"]
+    return "\n".join([table(header, rows), *_notices(plan, asked, folder)])
 
 
 def _of_groups(plan: Plan, groups: Sequence[Group]) -> list[Run]:

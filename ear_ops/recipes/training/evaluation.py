@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 from ear_ops.data.collator import PairCollator
 from ear_ops.data.pairs import PairExample, is_untranslated
@@ -85,7 +85,7 @@ def predict(
     # Batches of like length pad little; the predictions go back to where the pairs were.
     order = sorted(range(len(items)), key=lambda i: len(examples[i].text1) + len(examples[i].text2))
     predictions = [0] * len(items)
-    for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None, leave=False):
+    for start in _shown(range(0, len(order), batch_size), progress):
         rows = order[start : start + batch_size]
         batch = {name: tensor.to(model.device) for name, tensor in collate([items[i] for i in rows]).items()}
         del batch["labels"]
@@ -94,3 +94,13 @@ def predict(
         for i, label in zip(rows, logits.argmax(-1).tolist(), strict=True):
             predictions[i] = label
     return predictions
+
+
+def _shown(steps: Sequence[int], name: str | None) -> Iterable[int]:
+    """The steps, with a progress bar if there is a name and stderr is a terminal."""
+    if name is None or not sys.stderr.isatty():
+        return steps
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(steps, name, console=Console(stderr=True), transient=True)

@@ -1,5 +1,8 @@
-"""Several processes of one run, as `torchrun` and `accelerate launch` start them: who writes, and that a mistake stops
-all of them. They share the folder of the run, and each holds the whole model (DDP)."""
+"""Several processes of one run, as `torchrun` and `accelerate launch` start them.
+
+They share the folder of the run, and each holds the whole model (DDP). The first process writes. A mistake in it stops
+all of them.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(hours=2)  # how long a process may wait for another one, which reads data or scores a language
+# How long a process may wait for another one, which reads data or scores a language.
+_PATIENCE = timedelta(hours=2)
 
-# As torchrun, Intel MPI, Open MPI and MVAPICH say it; `accelerate launch --cpu` starts its processes by mpirun.
+# accelerate reads these variables too: those of torchrun, Intel MPI, Open MPI and MVAPICH.
+# `accelerate launch --cpu` starts its processes by mpirun.
 _COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
-_SHARDED = {  # what `accelerate launch` sets where the processes are to share the model, too
+# The variables by which `accelerate launch` asks that the processes share the model.
+_SHARDED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -30,21 +36,23 @@ _SHARDED = {  # what `accelerate launch` sets where the processes are to share t
 
 
 def count() -> int:
+    """How many processes there are. The environment says it, since the command line asks before accelerate is there."""
     return _number(_COUNT, 1)
 
 
 def rank() -> int:
+    """The number of this process, from 0."""
     return _number(_RANK, 0)
 
 
 def start(bf16: bool) -> None:
-    """Let the processes find each other; with one there is nothing to do.
+    """Let the processes find each other. With one process there is nothing to do.
 
     Args:
         bf16: whether the configuration of the run asks for bfloat16 autocast.
 
     Raises:
-        ConfigError: the launcher asks for what would train otherwise than the configuration says.
+        ConfigError: the launcher asks for a training that differs from the configuration.
     """
     _check_launcher(bf16)
     if count() > 1:
@@ -55,9 +63,11 @@ def start(bf16: bool) -> None:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Call `function` in the first process; all processes wait, and get what it returns or raises."""
+    """Call `function` in the first process. All processes wait, and get what it returns or raises."""
     if count() == 1:
         return function()
+    from accelerate.utils import broadcast_object_list
+
     result: Any = None
     error: Exception | None = None
     if rank() == 0:
@@ -65,39 +75,33 @@ def on_main(function: Callable[[], T]) -> T:
             result = function()
         except Exception as raised:
             error = raised
-    from torch.distributed import broadcast_object_list
-
-    outcome = [result, error]
-    broadcast_object_list(outcome, src=0)
-    result, error = outcome
+    result, error = broadcast_object_list([result, error])
     if error is not None:
         raise error
     return result
 
 
 def gather(values: dict[str, T]) -> dict[str, T]:
-    """The dictionaries of all processes in one."""
+    """One dictionary with the entries of all processes."""
     if count() == 1:
         return values
-    from torch.distributed import all_gather_object
+    from accelerate.utils import gather_object
 
-    parts: list[dict[str, T]] = [{} for _ in range(count())]
-    all_gather_object(parts, values)
-    return {name: value for part in parts for name, value in part.items()}
+    return {name: value for part in gather_object([values]) for name, value in part.items()}
 
 
 def add_up(values: Tensor) -> Tensor:
-    """The sum over all processes of tensors of one shape, without gradient."""
-    if count() > 1:
-        from torch.distributed import all_reduce
+    """The sum of a tensor over all processes, without gradient. It has the same shape in all of them."""
+    if count() == 1:
+        return values
+    from accelerate.utils import reduce
 
-        values = values.detach().clone()
-        all_reduce(values)
-    return values
+    total: Tensor = reduce(values.detach(), "sum")
+    return total
 
 
 def say(text: str) -> None:
-    """Print, once."""
+    """Print in the first process."""
     if rank() == 0:
         print(text, flush=True)
 
@@ -107,7 +111,7 @@ def _number(names: tuple[str, ...], default: int) -> int:
 
 
 def _check_launcher(bf16: bool) -> None:
-    """The Trainer would follow what the launcher says, and the saved configuration would not tell."""
+    """Refuse settings of the launcher that the Trainer would follow and the saved configuration would not show."""
     for variable, name in _SHARDED.items():
         if os.environ.get(variable, "").lower() in ("true", "1"):
             raise ConfigError(
@@ -118,12 +122,12 @@ def _check_launcher(bf16: bool) -> None:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     if precision not in ("no", "bf16" if bf16 else "no"):
         raise ConfigError(
-            f"the launcher asks for mixed precision {precision!r} (ACCELERATE_MIXED_PRECISION), which is for the "
-            f"configuration of the run to say: leave it out there and pass --bf16"
+            f"the launcher asks for mixed precision {precision!r} (ACCELERATE_MIXED_PRECISION), which is a setting of "
+            f"the run: leave it out of the launcher's options and pass --bf16"
         )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND") or "no"
     if backend.lower() != "no":
         raise ConfigError(
-            f"the launcher asks for torch.compile ({backend!r} in ACCELERATE_DYNAMO_BACKEND), which is for the "
-            f"configuration of the run to say: leave it out there and pass --compile"
+            f"the launcher asks for torch.compile ({backend!r} in ACCELERATE_DYNAMO_BACKEND), which is a setting of "
+            f"the run: leave it out of the launcher's options and pass --compile"
         )

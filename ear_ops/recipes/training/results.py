@@ -5,25 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ear_ops.recipes.tables import Table, markdown_table, text_table
 from ear_ops.recipes.training.errors import NotComparableError
 from ear_ops.recipes.training.evaluation import LanguageScore, Score
-
-Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned with spaces, the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [_aligned(header, widths), "  ".join("-" * width for width in widths)]
-    return "\n".join(lines + [_aligned(row, widths) for row in rows])
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 
 def summarise(scores: Sequence[LanguageScore], source_language: str = "en") -> dict[str, Any]:
@@ -46,10 +33,15 @@ def _averages(languages: dict[str, dict[str, Any]], source: str) -> dict[str, fl
     return {**averages, "average_translated": _mean(translated)} if translated else averages
 
 
-def results_text(results: dict[str, Any]) -> str:
-    """Title, table per language, notices, in plain text."""
+def results_text(results: dict[str, Any], table: Table = text_table) -> str:
+    """Title, notices, a row for each language, and remarks, in plain text.
+
+    Args:
+        results: of the run.
+        table: how tables are drawn.
+    """
     warnings = [f"WARNING: {notice}" for notice in results["notices"]]
-    lines = [_title(results), *warnings, "", _language_table(results, text_table), *_remarks(results, text_table)]
+    lines = [_title(results), *warnings, "", _language_table(results, table), *_remarks(results, table)]
     return "\n".join(lines) + "\n"
 
 
@@ -172,11 +164,6 @@ def _run_names(runs: Sequence[dict[str, Any]]) -> list[str]:
 def source_of(run: dict[str, Any]) -> str:
     """The language that a run was trained on."""
     return run["config"].get("source_language", "en")  # which older runs do not name
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first = cells[0].ljust(widths[0])
-    return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]).rstrip()
 
 
 def _score_to_dict(score: Score) -> dict[str, Any]:

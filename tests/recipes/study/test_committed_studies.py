@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ear_ops.recipes.study.definition import Run, Study, load_study
-from ear_ops.recipes.study.tables import TABLES, paper_rows, same_row
+from ear_ops.recipes.study.paper_tables import TABLES, paper_rows, same_row
 from ear_ops.recipes.training.methods import METHODS
 
 FOLDER = Path(__file__).parents[3] / "benchmarks" / "studies"

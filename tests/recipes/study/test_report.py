@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from ear_ops.recipes.study.definition import load_study
+from ear_ops.recipes.study.paper_tables import TABLES, paper_rows, same_row
 from ear_ops.recipes.study.report import differences_table, report
 from ear_ops.recipes.study.sweep import plan_of
-from ear_ops.recipes.study.tables import TABLES, paper_rows, same_row
+from ear_ops.recipes.tables import markdown_table
 from ear_ops.recipes.training.checkpoints import write_json
-from ear_ops.recipes.training.results import markdown_table
 
 LANGUAGES = ("en", "de", "sw")
 LABELS = [i % 3 for i in range(15)]  # of every file of the tiny task

@@ -12,6 +12,7 @@ from ear_ops.recipes.study.statistics import (
     estimate,
     interval_over_seeds,
     paired_bootstrap,
+    students_t,
 )
 from ear_ops.recipes.training.errors import NotComparableError
 
@@ -29,7 +30,7 @@ def test_mean_and_sample_deviation() -> None:
         estimate([])
 
 
-@pytest.mark.parametrize("seeds", range(2, 12))
+@pytest.mark.parametrize("seeds", [*range(2, 12), 30])
 def test_the_interval_over_seeds_is_that_of_students_t(seeds: int) -> None:
     stats = pytest.importorskip("scipy.stats")
     values = [0.01 * each**2 - 0.1 for each in range(seeds)]
@@ -37,12 +38,21 @@ def test_the_interval_over_seeds_is_that_of_students_t(seeds: int) -> None:
     assert interval_over_seeds(values) == pytest.approx((mean(values), low, high), abs=1e-4)
 
 
-def test_the_interval_over_very_many_seeds_is_a_little_too_wide_and_never_too_narrow() -> None:
+@pytest.mark.parametrize(
+    ("degrees", "quantile"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (10, 2.228), (29, 2.045), (1000, 1.962)]
+)
+def test_students_t_has_the_printed_quantiles(degrees: int, quantile: float) -> None:
+    assert students_t(degrees) == pytest.approx(quantile, abs=5e-4)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+def test_students_t_is_that_of_scipy(confidence: float) -> None:
     stats = pytest.importorskip("scipy.stats")
-    values = [0.01 * each for each in range(30)]
-    low, high = stats.t.interval(0.95, 29, loc=mean(values), scale=stats.sem(values))
-    found = interval_over_seeds(values)
-    assert found is not None and 1.0 < (found.high - found.low) / (high - low) < 1.1
+    for degrees in (*range(1, 40), 100, 10_000):
+        expected = stats.t.ppf((1 + confidence) / 2, degrees)
+        assert students_t(degrees, confidence) == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="degrees: expected at least 1, got 0"):
+        students_t(0)
 
 
 def test_one_seed_has_no_interval_over_seeds() -> None:

@@ -4,14 +4,13 @@ from typing import Any
 
 import pytest
 
+from ear_ops.recipes.tables import markdown_table
 from ear_ops.recipes.training.evaluation import LanguageScore, Score
 from ear_ops.recipes.training.results import (
     comparison,
-    markdown_table,
     results_markdown,
     results_text,
     summarise,
-    text_table,
 )
 
 
@@ -42,16 +41,6 @@ def test_averages_weigh_languages_alike() -> None:
     assert summary["languages"]["ko"]["low"] == pytest.approx(0.4313, abs=1e-4)
     assert "average_translated" not in summary
     assert summarise([LanguageScore("en", Score(9, 10), None)])["average_other"] is None
-
-
-def test_text_table_aligns_columns() -> None:
-    assert text_table(["name", "n"], [["a", "10"], ["longer", "2"]]) == (
-        "name     n\n------  --\na       10\nlonger   2"
-    )
-
-
-def test_markdown_table_aligns_numbers_to_the_right() -> None:
-    assert markdown_table(["name", "n"], [["a", "10"]]) == "| name | n |\n| --- | ---: |\n| a | 10 |"
 
 
 def test_each_language_has_accuracy_interval_and_count() -> None:
