@@ -26,7 +26,7 @@ from ear_ops.capture.teacher import (
     check_teacher,
     outside_inference_mode,
 )
-from ear_ops.regularizers.base import Regularizer
+from ear_ops.regularizers.base import Regularizer, check_constructed, check_term, site_of
 from ear_ops.regularizers.word_alignment import WordIds
 
 
@@ -88,6 +88,7 @@ class Attachment:
             words = {"word_ids": word_ids} if regularizer.uses_word_ids else {}
             with torch.autocast(readings[0][0].device.type, enabled=False):
                 term = regularizer.term(readings[0], readings[1] if len(readings) == 2 else None, **words)
+            check_term(regularizer, term)
             self._warn_if_constant(regularizer.name, term)
             components[regularizer.name] = term.detach()
             total = weight * term if total is None else total + (weight * term).to(total.device)
@@ -198,6 +199,7 @@ def attach(
     for regularizer in requested:
         if not isinstance(regularizer, Regularizer):
             raise TypeError(f"regularizers: expected regularisers such as AttentionPull(layer=6), got {regularizer!r}")
+        check_constructed(regularizer)
     layout = Layout(root)
     expanded = tuple(single for regularizer in requested for single in regularizer.expand(layout))
     names = [regularizer.name for regularizer in expanded]
@@ -207,7 +209,7 @@ def attach(
             f"regularizers: expected another name for each, got {', '.join(repeated)} more than once; pass name= where "
             f"two of one kind look at one place"
         )
-    recorder = Recorder(root, [regularizer.site(layout) for regularizer in expanded])
+    recorder = Recorder(root, [site_of(regularizer, layout) for regularizer in expanded])
     if teacher is None:
         if layer_map is not None:
             raise TypeError("layer_map: expected None without a teacher; it says which of the teacher's layers to take")
@@ -215,7 +217,7 @@ def attach(
         return Attachment(recorder, expanded)
     teacher_root = check_teacher(teacher, root, layer_map)
     teacher_layout = TeacherLayout(teacher_root, layout, layer_map)
-    teacher_sites = [regularizer.site(teacher_layout) for regularizer in expanded]
+    teacher_sites = [site_of(regularizer, teacher_layout) for regularizer in expanded]
     teacher_recorder = Recorder(teacher_root, teacher_sites, without_grad=True)
     with contextlib.ExitStack() as undo:
         for installed in (recorder, teacher_recorder):
