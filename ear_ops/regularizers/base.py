@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -119,4 +120,8 @@ def scaled(weight: Weight, factor: float) -> Weight:
     """``factor`` times ``weight``, a number or a function of the step."""
     if factor == 1.0:
         return weight
-    return (lambda step: factor * weight(step)) if callable(weight) else factor * weight
+    return functools.partial(_scaled_at, weight, factor) if callable(weight) else factor * weight
+
+
+def _scaled_at(weight: Callable[[int], float], factor: float, step: int) -> float:
+    return factor * weight(step)  # a function of the module, since a closure cannot be pickled
