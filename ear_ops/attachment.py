@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,14 @@ from ear_ops.capture.teacher import (
     check_teacher,
     outside_inference_mode,
 )
-from ear_ops.regularizers.base import Regularizer
+from ear_ops.regularizers.base import Regularizer, check_constructed, check_term, site_of
 from ear_ops.regularizers.word_alignment import WordIds
 
 
 class Attachment:
     """Regularisers on a model; made by :func:`attach`. A context manager that detaches.
+
+    A copy of it, or what a pickle of it gives, is detached: it has the regularisers alone.
 
     Args:
         recorder: installed on the model.
@@ -47,6 +50,8 @@ class Attachment:
         self._teacher = teacher
         self._components: dict[str, Tensor] = {}
         self._warned: set[str] = set()
+        self._model_name = type(recorder.root).__name__
+        self._copied = False
 
     def loss(self, step: int | None = None, *, word_ids: WordIds | None = None) -> Tensor:
         """The sum of weight times term over the regularisers.
@@ -66,6 +71,7 @@ class Attachment:
                 or has seen another batch.
             ValueError: the batch is odd, or masks or shapes do not fit.
         """
+        self._check_not_copied()
         weights = [regularizer.weight_at(step) for regularizer in self.regularizers]
         for regularizer in self.regularizers:
             if regularizer.uses_word_ids and word_ids is None:
@@ -88,6 +94,7 @@ class Attachment:
             words = {"word_ids": word_ids} if regularizer.uses_word_ids else {}
             with torch.autocast(readings[0][0].device.type, enabled=False):
                 term = regularizer.term(readings[0], readings[1] if len(readings) == 2 else None, **words)
+            check_term(regularizer, term)
             self._warn_if_constant(regularizer.name, term)
             components[regularizer.name] = term.detach()
             total = weight * term if total is None else total + (weight * term).to(total.device)
@@ -104,6 +111,7 @@ class Attachment:
 
         A view is recorded without grad too; it is a constant target then.
         """
+        self._check_not_copied()
         if self._teacher is not None:
             raise RuntimeError(f"view: {name!r} was asked for, but the teacher's forward is the other view")
         return self._recorder.recording_view(name)
@@ -120,9 +128,25 @@ class Attachment:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle has the regularisers and neither model nor tensors."""
+        return {"regularizers": self.regularizers, "model": self._model_name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(Recorder(nn.Module(), ()), state["regularizers"])  # type: ignore[misc]
+        self._model_name = state["model"]
+        self._copied = True
+
     def __repr__(self) -> str:
         state = "" if self._recorder.attached else ", detached"
-        return f"Attachment({type(self._recorder.root).__name__}, {list(self.regularizers)}{state})"
+        return f"Attachment({self._model_name}, {list(self.regularizers)}{state})"
+
+    def _check_not_copied(self) -> None:
+        if self._copied:
+            raise RuntimeError(
+                "this attachment was copied or unpickled, so it is detached: it belongs to no model and records "
+                "nothing; attach again, ear = ear_ops.attach(model, ear.regularizers)"
+            )
 
     def _take(self) -> list[tuple[Record, tuple[Site, ...]]]:
         """The recorded forwards, one with both views or one for each view, and the sites of each."""
@@ -198,6 +222,7 @@ def attach(
     for regularizer in requested:
         if not isinstance(regularizer, Regularizer):
             raise TypeError(f"regularizers: expected regularisers such as AttentionPull(layer=6), got {regularizer!r}")
+        check_constructed(regularizer)
     layout = Layout(root)
     expanded = tuple(single for regularizer in requested for single in regularizer.expand(layout))
     names = [regularizer.name for regularizer in expanded]
@@ -207,7 +232,7 @@ def attach(
             f"regularizers: expected another name for each, got {', '.join(repeated)} more than once; pass name= where "
             f"two of one kind look at one place"
         )
-    recorder = Recorder(root, [regularizer.site(layout) for regularizer in expanded])
+    recorder = Recorder(root, [site_of(regularizer, layout) for regularizer in expanded])
     if teacher is None:
         if layer_map is not None:
             raise TypeError("layer_map: expected None without a teacher; it says which of the teacher's layers to take")
@@ -215,7 +240,7 @@ def attach(
         return Attachment(recorder, expanded)
     teacher_root = check_teacher(teacher, root, layer_map)
     teacher_layout = TeacherLayout(teacher_root, layout, layer_map)
-    teacher_sites = [regularizer.site(teacher_layout) for regularizer in expanded]
+    teacher_sites = [site_of(regularizer, teacher_layout) for regularizer in expanded]
     teacher_recorder = Recorder(teacher_root, teacher_sites, without_grad=True)
     with contextlib.ExitStack() as undo:
         for installed in (recorder, teacher_recorder):

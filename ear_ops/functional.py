@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ear_ops.ops.attention_mse import ATTENTION_MSE, maps_problem
 from ear_ops.ops.pooled_distance import POOLED_DISTANCE, pooled_problem
@@ -184,7 +186,7 @@ def robust_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = 
     Raises:
         ValueError: shapes do not fit. Or class indices ``[2B]`` say that x and x^a are of different classes, so the
             batch does not hold two views. Only indices on the CPU are checked, since looking at a GPU would wait for
-            it; under ``torch.compile`` none are.
+            it; under ``torch.compile``, transforms of ``torch.func`` and with fake tensors none are.
     """
     if logits.dim() not in (2, 3) or logits.shape[0] % 2:
         raise ValueError(f"logits: expected [2B, K] or [2B, L, K] with both views, x first, got {list(logits.shape)}")
@@ -216,7 +218,7 @@ def repeat_labels(labels: Tensor) -> Tensor:
 
 def check_labels_of_views(name: str, labels: Tensor, ignore_index: int) -> None:
     """Raises ValueError where class indices ``[2B]`` on the CPU are not those of pairs, x first."""
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or _has_no_values(labels):
         return
     first, second = labels.chunk(2)
     wrong = (first != second) & (first != ignore_index) & (second != ignore_index)
@@ -227,6 +229,15 @@ def check_labels_of_views(name: str, labels: Tensor, ignore_index: int) -> None:
             f"{int(second[row])} in row {row + len(first)} of {len(labels)}: does the batch hold both views, rows "
             "0..B-1 of x and rows B..2B-1 of its augmentation? Classes that are meant to differ go in as probabilities"
         )
+
+
+def _has_no_values(tensor: Tensor) -> bool:
+    """Whether numbers cannot be read of ``tensor``: under a transform of torch.func, with fake tensors, in a trace."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or detect_fake_mode((tensor,)) is not None
+        or get_proxy_mode() is not None
+    )
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

@@ -143,3 +143,24 @@ def test_class_probabilities_of_tokens(shared: bool) -> None:
     both = torch.cat([labels, labels]) if shared else labels
     expected = -2 * (both * logits.log_softmax(-1)).sum(-1).mean()
     torch.testing.assert_close(robust_cross_entropy(logits, labels), expected)
+
+
+@pytest.mark.parametrize("rows", [4, 8], ids=["shared", "of each view"])
+def test_labels_whose_values_cannot_be_read(rows: int) -> None:
+    """Under vmap, with fake tensors and in a trace the labels are not compared; the loss is the same."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 8, 5, generator=generator)
+    labels = torch.randint(0, 5, (3, 4), generator=generator).repeat(1, rows // 4)
+    expected = torch.stack([robust_cross_entropy(*each) for each in zip(logits, labels, strict=True)])
+    torch.testing.assert_close(torch.vmap(robust_cross_entropy)(logits, labels), expected)
+    gradient = torch.func.grad(robust_cross_entropy)(logits[0], labels[0])
+    assert gradient.shape == logits[0].shape and gradient.any()
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda *given: robust_cross_entropy(*given))(
+        logits[0], labels[0]
+    )
+    torch.testing.assert_close(traced(logits[1], labels[1]), expected[1])
+    mode = torch._subclasses.FakeTensorMode()
+    given = [mode.from_tensor(tensor[0]) for tensor in (logits, labels)]
+    with mode:
+        fake = robust_cross_entropy(*given)
+    assert fake.shape == ()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from ear_ops.attachment import Attachment, attach
+from ear_ops.capture.layout import unwrap
 from ear_ops.capture.teacher import LayerMap
 from ear_ops.diagnostics.running_means import RunningMeans
 from ear_ops.functional import check_labels_of_views, repeat_labels
@@ -50,7 +51,7 @@ class RegularizedTrainerMixin(_Trainer):
 
     Args:
         regularizers, teacher, layer_map: see :func:`ear_ops.attach`. The teacher is put into eval mode and on the
-            device of the model.
+            device of the model. One that is quantised or was loaded with a ``device_map`` stays where it is.
         others: those of ``transformers.Trainer``.
 
     Raises:
@@ -76,7 +77,9 @@ class RegularizedTrainerMixin(_Trainer):
         # steps itself, and must not take the **kwargs of a model for a sign that the model does so.
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False
-        self.teacher = None if teacher is None else teacher.eval().to(self.args.device)
+        self.teacher = None if teacher is None else teacher.eval()
+        if teacher is not None and not _stays_where_it_is(teacher):
+            teacher.to(self.args.device)
         regularizers = list(regularizers)
         self.attached: Attachment | None = None
         if regularizers:
@@ -99,7 +102,7 @@ class RegularizedTrainerMixin(_Trainer):
         word_ids = inputs.pop("word_ids", None)
         if self.teacher is not None:
             with torch.no_grad():
-                self.teacher(**{name: value for name, value in inputs.items() if name not in self.label_names})
+                self.teacher(**self._inputs_of_teacher(self.teacher, inputs))
         else:
             inputs = self._with_labels_of_both_views(inputs)
         task_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
@@ -153,6 +156,14 @@ class RegularizedTrainerMixin(_Trainer):
                 'accelerator_config={"dispatch_batches": False} (None dispatches iterable data sets)'
             )
 
+    def _inputs_of_teacher(self, teacher: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """``inputs`` without labels, on the device of a teacher that was not moved to that of the model."""
+        inputs = {name: value for name, value in inputs.items() if name not in self.label_names}
+        device = next((parameter.device for parameter in teacher.parameters()), None)
+        if device is None or device.type == "meta" or not _stays_where_it_is(teacher):  # meta: offloaded by accelerate
+            return inputs
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
     def _with_labels_of_both_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """``inputs`` with labels for all 2B rows."""
         rows = next(len(value) for name, value in inputs.items() if name not in self.label_names)
@@ -171,3 +182,15 @@ class RegularizedTrainerMixin(_Trainer):
                 )
             inputs[name] = repeat_labels(labels)
         return inputs
+
+
+def _stays_where_it_is(teacher: nn.Module) -> bool:
+    """Whether transformers and accelerate have placed the model, so that ``.to(device)`` is refused.
+
+    That is a quantised model, or one that a ``device_map`` spreads over devices.
+    """
+    model: Any = unwrap(teacher)
+    return any(
+        getattr(model, name, None)
+        for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_device_map")
+    )

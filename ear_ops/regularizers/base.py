@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,14 +48,20 @@ class Regularizer:
 
     def site(self, layout: Layout) -> Site:
         """The place to look at; raises where the model does not have it, and changes nothing."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__}: expected a method site(self, layout) that returns a place, such as "
+            f"layout.attention(6), found none; define it"
+        )
 
     def term(self, reading: Any, reading_aug: Any | None) -> Tensor:
         """The unweighted scalar of what the site read.
 
         ``reading`` holds both views, ``[2B, ...]`` with x first, where ``reading_aug`` is None; else each holds one.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__}: expected a method term(self, reading, reading_aug) that returns a scalar tensor, "
+            f"found none; define it"
+        )
 
     def weight_at(self, step: int | None) -> float:
         """The weight at an optimiser step. Raises TypeError where the weight needs a step, or is no finite number."""
@@ -71,8 +78,50 @@ class Regularizer:
         return f"{type(self).__name__}({self.name!r}, weight={self.weight!r}, reduction={self.reduction!r})"
 
 
+def check_constructed(regularizer: Regularizer) -> None:
+    """Raises TypeError where a subclass did not call ``super().__init__``."""
+    missing = [name for name in ("name", "weight", "reduction") if not hasattr(regularizer, name)]
+    if missing:
+        raise TypeError(
+            f"{type(regularizer).__name__}: expected the attributes name, weight and reduction, {', '.join(missing)} "
+            f"not set; call super().__init__(name, weight, reduction) in its __init__"
+        )
+
+
+def site_of(regularizer: Regularizer, layout: Layout) -> Site:
+    """``regularizer.site(layout)``; raises TypeError where that is no site."""
+    site: Any = regularizer.site(layout)
+    if not all(hasattr(site, name) for name in ("model", "install", "read")):
+        raise TypeError(
+            f"{type(regularizer).__name__}: expected site(layout) to return a place, such as layout.attention(6), "
+            f"layout.hidden_states(6) or layout.embeddings(), got {site!r}; is a return missing?"
+        )
+    return site
+
+
+def check_term(regularizer: Regularizer, term: Any) -> None:
+    """Raises TypeError or ValueError where a term is no scalar tensor."""
+    expected = f"{type(regularizer).__name__}: expected term() to return a scalar tensor (shape []) of floats"
+    if not isinstance(term, Tensor):
+        raise TypeError(
+            f"{expected}, got {term!r} ({type(term).__name__}); return the tensor that was computed from the reading, "
+            f"without .item() or float()"
+        )
+    if term.dim():
+        raise ValueError(
+            f"{expected}, got the shape {list(term.shape)}; return a mean or a sum over what is counted, such as "
+            f"term.mean()"
+        )
+    if not term.is_floating_point():
+        raise TypeError(f"{expected}, got {term.dtype}, which has no gradient; compute it in floats")
+
+
 def scaled(weight: Weight, factor: float) -> Weight:
     """``factor`` times ``weight``, a number or a function of the step."""
     if factor == 1.0:
         return weight
-    return (lambda step: factor * weight(step)) if callable(weight) else factor * weight
+    return functools.partial(_scaled_at, weight, factor) if callable(weight) else factor * weight
+
+
+def _scaled_at(weight: Callable[[int], float], factor: float, step: int) -> float:
+    return factor * weight(step)  # a function of the module, since a closure cannot be pickled

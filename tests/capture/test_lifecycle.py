@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from ear_ops import AttentionPull, EmbeddingPush, SentencePull, attach
+from ear_ops import AttentionPull, EmbeddingPush, LinearWarmupSchedule, SentencePull, attach
 from ear_ops.capture.records import AttentionCall, Record
 
 TERMS = (EmbeddingPush(0.5), AttentionPull(3, 3.0), SentencePull(2, 0.25))
@@ -331,6 +331,29 @@ def test_copies_are_plain_models(tools, how):
             assert torch.equal(second.loss(), expected)
         model(**batch)
         assert torch.equal(ear.loss(), expected)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_module_that_holds_its_attachment_is_copied_with_a_detached_one(tools, how):
+    model = tools.build_model("bert")
+    batch = tools.build_batch()
+    pulls = AttentionPull({2: 0.5, 3: 1.0}, LinearWarmupSchedule(0.1, steps=10))
+    with attach(model, [*TERMS[::2], pulls]) as ear:
+        model.ear = ear
+        logits = model(**batch).logits
+        copied = how(model)
+        expected = ear.loss(step=5)
+        assert repr(copied.ear) == repr(ear).replace(")])", ")], detached)") and "BertFor" in repr(copied.ear)
+        assert torch.equal(copied(**batch).logits, logits) and copied.ear.components() == {}
+        for use in (lambda: copied.ear.loss(step=5), lambda: copied.ear.view("original")):
+            with pytest.raises(RuntimeError, match=r"copied or unpickled, so it is detached.*ear\.regularizers\)"):
+                use()
+        copied.ear.detach()
+        with attach(copied, copied.ear.regularizers) as second:
+            copied(**batch)
+            assert torch.equal(second.loss(step=5), expected)
+        model(**batch)
+        assert torch.equal(ear.loss(step=5), expected), "the original goes on"
 
 
 def test_pickle_does_not_know_ear_ops(tools):

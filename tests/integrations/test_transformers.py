@@ -221,6 +221,56 @@ def test_the_trainer_runs_the_teacher(tmp_path: Path) -> None:
     trainer(tmp_path, options={"teacher": model(seed=1), "data_collator": one_view}, remove_unused_columns=True)
 
 
+@pytest.mark.parametrize(
+    "placed",
+    [
+        {"is_loaded_in_8bit": True},
+        {"is_loaded_in_4bit": True},
+        {"hf_device_map": {"": "cpu"}},
+        {"quantization_method": "gptq"},
+    ],
+    ids=lambda placed: next(iter(placed)),
+)
+def test_a_teacher_that_was_placed_when_it_was_loaded_stays_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placed: dict[str, Any]
+) -> None:
+    """A quantised model, or one with a device_map, refuses ``.to``."""
+    teacher = model(seed=1)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("`.to` is not supported for such a model")
+
+    for name, value in {**placed, "to": refuse}.items():
+        monkeypatch.setattr(teacher, name, value, raising=False)
+    own = trainer(tmp_path, options={"teacher": teacher, "data_collator": one_view})
+    own.train()
+    assert not teacher.training and own.state.global_step == 1
+    own.detach()
+
+
+def test_a_teacher_that_stays_gets_the_batch_on_its_own_device(tmp_path: Path) -> None:
+    own = trainer(tmp_path, options={"teacher": model(seed=1), "data_collator": one_view})
+    batch = one_view([Pairs()[i] for i in range(4)])
+    elsewhere = model(seed=1).to("meta")
+    assert own._inputs_of_teacher(elsewhere, batch)["input_ids"] is batch["input_ids"], "it is moved, not the batch"
+    elsewhere.hf_device_map = {"": "disk"}
+    assert own._inputs_of_teacher(elsewhere, batch)["input_ids"] is batch["input_ids"], (
+        "the hooks of accelerate move it"
+    )
+    elsewhere = torch.nn.Linear(1, 1)
+    elsewhere.hf_device_map = {"": "cpu"}
+    on_meta = {name: value.to("meta") for name, value in batch.items()}
+
+    def moved(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return torch.empty(value.shape, dtype=value.dtype, device=device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", moved)  # numbers on the meta device have no copy
+        found = own._inputs_of_teacher(elsewhere, on_meta)
+    assert found.keys() == {"input_ids", "attention_mask"}
+    assert all(value.device.type == "cpu" for value in found.values())
+
+
 def test_the_log_has_the_mean_of_every_term_since_its_last_line(tmp_path: Path) -> None:
     steps: list[dict[str, float]] = []
     own = trainer(tmp_path, per_device_train_batch_size=2, max_steps=4, logging_steps=2)
