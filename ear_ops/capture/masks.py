@@ -130,6 +130,30 @@ def attention_structure(
     return Structure(dense=True)
 
 
+def check_mask_arrived(call: AttentionCall, key_mask: Tensor | None, structure: Structure, what: str) -> None:
+    """Raises ValueError where padding is attended to because ``call``, of a user's own function, got no mask.
+
+    transformers builds no mask for a name that has no mask function. Under a causal structure, tokens do not attend to
+    padding behind them in any case.
+    """
+    if key_mask is None or call.attention_mask is not None or _is_known(call.implementation):
+        return
+    matters = ~key_mask[:, :-1] & key_mask[:, 1:] if structure.is_causal else ~key_mask
+    if bool(matters.any()):
+        raise ValueError(
+            f"{what}: the batch has padding, but no mask reached the attention function {call.implementation!r}, so "
+            f"the model attends to padding and the loss would not; transformers gives a function a mask where one is "
+            f"registered under its name: AttentionMaskInterface.register({call.implementation!r}, sdpa_mask), both "
+            f"from transformers.masking_utils"
+        )
+
+
+def _is_known(implementation: str) -> bool:
+    """Whether transformers registers ``implementation`` itself."""
+    names, families = ("sdpa", "eager", "flex_attention"), ("flash_attention_", "paged|")
+    return implementation in names or implementation.startswith(families)
+
+
 def _is_packed(call: AttentionCall) -> bool:
     """Whether FlashAttention is told by positions alone, of a single row, where its sequences begin."""
     positions = call.position_ids

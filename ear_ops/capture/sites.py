@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ear_ops.capture.masks import attention_structure, dense_bias, padding_mask, tensor_mask
+from ear_ops.capture.masks import attention_structure, check_mask_arrived, dense_bias, padding_mask, tensor_mask
 from ear_ops.capture.readings import AttentionInputs, AttentionMaps, HiddenStates
 from ear_ops.capture.records import AttentionCall, Record, SoftmaxCall, TensorCall
 from ear_ops.capture.taps.hooks import ModelHook, add_tap, remove_tap
@@ -114,6 +114,7 @@ class AttentionSite:
         key_mask, query_mask = self._masks(record, call.attention_mask, query.shape[0], lengths, what)
         if known not in record.structures:
             record.structures[known] = attention_structure(call, key_mask, query_mask, what)
+            check_mask_arrived(call, key_mask, record.structures[known], what)
         structure = record.structures[known]
         bias = dense_bias(call, structure)
         scale, softcap = call.scaling, call.softcap
