@@ -53,7 +53,13 @@ class Attachment:
         self._model_name = type(recorder.root).__name__
         self._copied = False
 
-    def loss(self, step: int | None = None, *, word_ids: WordIds | None = None) -> Tensor:
+    def loss(
+        self,
+        step: int | None = None,
+        *,
+        word_ids: WordIds | None = None,
+        attention_mask: Tensor | tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """The sum of weight times term over the regularisers.
 
         The terms are of the last forward, of the last forwards of both views, or of the last forwards of model and
@@ -62,6 +68,9 @@ class Attachment:
         Args:
             step: optimiser step, for weights that are functions of it.
             word_ids: the word of each token, for ``alignment="word"``; see :data:`ear_ops.regularizers.WordIds`.
+            attention_mask: in place of the ``attention_mask`` that the model received, 1 for real tokens: ``[2B, L]``
+                of both views, x first; a pair of ``[B, L]`` and ``[B, L']``; or, with a teacher, the ``[B, L]`` of its
+                batch.
 
         Returns:
             A scalar, float32 (float64 for a float64 model).
@@ -80,6 +89,8 @@ class Attachment:
             records = self._take()
         except RuntimeError as error:
             raise RuntimeError(f"{', '.join(r.name for r in self.regularizers)}: {error}") from None
+        if attention_mask is not None:
+            self._give_mask([record for record, _ in records], attention_mask)
         total: Tensor | None = None
         components: dict[str, Tensor] = {}
         for index, (regularizer, weight) in enumerate(zip(self.regularizers, weights, strict=True)):
@@ -165,6 +176,28 @@ class Attachment:
         (teacher_record,) = self._teacher.take()
         check_same_batch(records[0][0], teacher_record, self._recorder.root, self._teacher.root)
         return [*records, (teacher_record, self._teacher.sites)]
+
+    def _give_mask(self, records: list[Record], attention_mask: Tensor | tuple[Tensor, Tensor]) -> None:
+        """Put ``attention_mask`` in place of what the models of ``records`` received."""
+        views = [attention_mask] if isinstance(attention_mask, Tensor) else list(attention_mask)
+        if len(views) > 2 or not all(isinstance(view, Tensor) and view.dim() == 2 for view in views):
+            got = [list(view.shape) if isinstance(view, Tensor) else type(view).__name__ for view in views]
+            raise ValueError(
+                f"attention_mask: expected a tensor [2B, L] of both views, or a pair of [B, L], 1 for real tokens and "
+                f"0 for padding; got {got}"
+            )
+        if len(views) == 2 and len(records) == 1:
+            if views[0].shape[1] != views[1].shape[1]:
+                raise ValueError(
+                    f"attention_mask: expected one length for both views of one forward, got {views[0].shape[1]} and "
+                    f"{views[1].shape[1]}"
+                )
+            views = [torch.cat(views)]
+        elif len(views) == 1 and len(records) == 2:
+            views = [views[0], views[0]] if self._teacher is not None else list(views[0].chunk(2))
+        for record, view in zip(records, views, strict=True):
+            batch = None if record.batch is None else record.batch.tensor
+            record.given_mask = view.to(batch.device) if isinstance(batch, Tensor) else view
 
     def _check_rows(self, name: str, rows: list[int]) -> None:
         if len(rows) == 1 and rows[0] % 2:

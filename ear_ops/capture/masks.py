@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ear_ops.capture.records import AttentionCall
+from ear_ops.capture.records import AttentionCall, Record, may_be_padding
 from ear_ops.ops.probabilities import structure_mask
 
 _FORBIDDEN = -9999.0  # additive masks forbid with -inf, the lowest number of a dtype, -1e9 or -1e4
@@ -61,6 +61,8 @@ def padding_mask(received: Any, attention_mask: Any, rows: int, length: int, wha
                 )
             return (mask != 0).expand(rows, length)
     for mask in sources:
+        if mask.dim() == 4 and mask.shape[-1] == length and mask.shape[-2] == 1 < length:
+            return _allowed(mask).flatten(1, 2).any(1).expand(rows, length)  # one row for all queries
         if mask.dim() == 4 and mask.shape[-1] == mask.shape[-2] == length:
             return _real_keys(_allowed(mask), what).expand(rows, length)
     if received is None and attention_mask is None:
@@ -71,6 +73,52 @@ def padding_mask(received: Any, attention_mask: Any, rows: int, length: int, wha
         f"{what}: cannot tell padding from an attention_mask {shape}; expected None, [{rows}, {length}] or "
         f"[{rows}, 1, {length}, {length}]"
     )
+
+
+def find_padding(record: Record, model: str, block: str | None, rows: int, length: int, what: str) -> Tensor | None:
+    """``[rows, length]`` bool mask of the real tokens of hidden states, or None where nothing is masked.
+
+    A model that was called and takes an ``attention_mask`` by name is believed. Where it was passed by (its ``forward``
+    or its parts were called), or is no model of transformers, the mask is looked for by its name: in what the block
+    received, then in what the root received.
+
+    Args:
+        record: of the forward.
+        model: path of the model that should have received the mask.
+        block: under which name ``record.masks`` has what the block received, or None.
+        rows, length: the size of the hidden states.
+        what: names the place in errors.
+
+    Raises:
+        ValueError: a mask was received whose name does not say whether 1 means real or padding.
+    """
+    received = record.mask(model, what)
+    if received is not None or model in record.masked_models:
+        return padding_mask(received, None, rows, length, what)
+    # What the root received is of other tokens where a model inside it was called without any mask (an image tower).
+    paths = [path for path in (block, model, *([] if model in record.masks else [""])) if path is not None]
+    for path in paths:
+        received = record.mask(path, what)
+        if received is not None:
+            return padding_mask(received, None, rows, length, what)
+        for name in record.masks.get(path, {}):
+            padding = record.mask(path, what, name)
+            if name.endswith("key_padding_mask") and isinstance(padding, Tensor):  # as in torch.nn: True is padding
+                is_padding = padding < 0 if padding.is_floating_point() else padding != 0
+                return padding_mask(~is_padding, None, rows, length, what)
+    for path in paths:
+        for name in record.masks.get(path, {}):
+            mask = record.mask(path, what, name)
+            if not may_be_padding(name) or not isinstance(mask, Tensor):
+                continue
+            if mask.numel() and bool((mask == mask.flatten()[0]).all()):
+                continue  # all tokens are real, whatever the number for that
+            raise ValueError(
+                f"{what}: the model received {name} {list(mask.shape)}, whose name does not say whether 1 means a real "
+                f"token or padding, and no attention_mask; call the model's argument attention_mask (1 is real) or "
+                f"key_padding_mask (True is padding), or pass ear.loss(attention_mask=...), {[rows, length]}"
+            )
+    return None
 
 
 def attention_structure(
@@ -130,6 +178,30 @@ def attention_structure(
     return Structure(dense=True)
 
 
+def check_mask_arrived(call: AttentionCall, key_mask: Tensor | None, structure: Structure, what: str) -> None:
+    """Raises ValueError where padding is attended to because ``call``, of a user's own function, got no mask.
+
+    transformers builds no mask for a name that has no mask function. Under a causal structure, tokens do not attend to
+    padding behind them in any case.
+    """
+    if key_mask is None or call.attention_mask is not None or _is_known(call.implementation):
+        return
+    matters = ~key_mask[:, :-1] & key_mask[:, 1:] if structure.is_causal else ~key_mask
+    if bool(matters.any()):
+        raise ValueError(
+            f"{what}: the batch has padding, but no mask reached the attention function {call.implementation!r}, so "
+            f"the model attends to padding and the loss would not; transformers gives a function a mask where one is "
+            f"registered under its name: AttentionMaskInterface.register({call.implementation!r}, sdpa_mask), both "
+            f"from transformers.masking_utils"
+        )
+
+
+def _is_known(implementation: str) -> bool:
+    """Whether transformers registers ``implementation`` itself."""
+    names, families = ("sdpa", "eager", "flex_attention"), ("flash_attention_", "paged|")
+    return implementation in names or implementation.startswith(families)
+
+
 def _is_packed(call: AttentionCall) -> bool:
     """Whether FlashAttention is told by positions alone, of a single row, where its sequences begin."""
     positions = call.position_ids
@@ -183,7 +255,7 @@ def _real_keys(allowed: Tensor, what: str) -> Tensor:
             f"{what}: the 4-D attention_mask does not say which tokens are padding (row {row} of the batch): some "
             f"attend to every key, or to themselves alone, and no other token attends to them. They may be padding "
             f"that was opened so that no row is empty, or real tokens. Pass a 2-D attention_mask to the model, 1 for "
-            f"real tokens and 0 for padding"
+            f"real tokens and 0 for padding, or to ear.loss(attention_mask=...)"
         )
     return real | (full.all(1) | (disputed & by_right))[:, None]
 

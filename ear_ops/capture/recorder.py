@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ear_ops.capture.records import Record, TensorCall
+from ear_ops.capture.records import Record, TensorCall, may_be_padding
 from ear_ops.capture.sites import AttentionSite, Site
 from ear_ops.capture.taps import interface
 from ear_ops.capture.taps.hooks import ModelHook
@@ -168,6 +168,7 @@ class _Enter(ModelHook):
         self.recorder, self.path = recorder, path
         names = list(inspect.signature(module.forward).parameters)
         self.positions = {name: names.index(name) if name in names else None for name in MASKS}
+        self.positions.update({name: names.index(name) for name in names if may_be_padding(name)})
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], received: Any) -> None:
         recorder = self.recorder
@@ -183,12 +184,14 @@ class _Enter(ModelHook):
         if recorder.record is not None:
             if recorder.record.batch is None:
                 recorder.record.batch = TensorCall(_batch_tensor(args, received))
-            recorder.record.masks[self.path] = {
-                name: TensorCall(
-                    args[position] if position is not None and position < len(args) else received.get(name)
-                )
+            given = {
+                name: args[position] if position is not None and position < len(args) else received.get(name)
                 for name, position in self.positions.items()
             }
+            given.update({name: value for name, value in received.items() if may_be_padding(name)})
+            recorder.record.masks[self.path] = {name: TensorCall(value) for name, value in given.items()}
+            if self.positions["attention_mask"] is not None:
+                recorder.record.masked_models.add(self.path)
 
 
 class _Leave(ModelHook):

@@ -143,6 +143,8 @@ class Record:
         grad_enabled: the grad mode in which the forward began.
         complete: the forward has ended; KeyboardInterrupt ends it without a hook.
         masks: the masks that each model inside received by name, by the model's path.
+        masked_models: paths of the models that take an ``attention_mask`` by name and were called.
+        given_mask: takes the place of the ``attention_mask`` that models received, where it is not None.
         batch: the first tensor that the root module received, by which the batch is recognised, and its version.
         calls: what each tap saw, in order, by the tap's key.
         structures: what the attention masks of this forward say, kept for the next layer by :mod:`.sites`.
@@ -152,6 +154,8 @@ class Record:
         self.grad_enabled = torch.is_grad_enabled()
         self.complete = False
         self.masks: dict[str, dict[str, TensorCall]] = {}
+        self.masked_models: set[str] = set()
+        self.given_mask: Tensor | None = None
         self.batch: TensorCall | None = None
         self.calls: dict[str, list[Any]] = {}
         self.structures: dict[Any, Any] = {}
@@ -167,6 +171,8 @@ class Record:
         Raises:
             RuntimeError: the mask was changed in place since.
         """
+        if name == "attention_mask" and self.given_mask is not None:
+            return self.given_mask
         received = self.masks.get(model, {}).get(name)
         if received is None:
             return None
@@ -218,6 +224,11 @@ class Record:
             if version is not None and _version(tensor) != version:
                 raise RuntimeError(f"{what}: the {name} that was taken here was changed in place afterwards{_HINT}")
         return calls[index]
+
+
+def may_be_padding(name: str) -> bool:
+    """Whether an argument called ``name`` may say which tokens are padding, or which are not."""
+    return name in ("mask", "masks", "input_mask", "token_mask", "pad_mask") or name.endswith("padding_mask")
 
 
 def _version(tensor: Any) -> int | None:

@@ -7,15 +7,23 @@ one forward into a reading, which a loss takes.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ear_ops.capture.masks import attention_structure, dense_bias, padding_mask, tensor_mask
+from ear_ops.capture.masks import (
+    attention_structure,
+    check_mask_arrived,
+    dense_bias,
+    find_padding,
+    padding_mask,
+    tensor_mask,
+)
 from ear_ops.capture.readings import AttentionInputs, AttentionMaps, HiddenStates
-from ear_ops.capture.records import AttentionCall, Record, SoftmaxCall, TensorCall
+from ear_ops.capture.records import AttentionCall, Record, SoftmaxCall, TensorCall, may_be_padding
 from ear_ops.capture.taps.hooks import ModelHook, add_tap, remove_tap
 from ear_ops.capture.taps.inside import Watch, other_softmax
 
@@ -114,6 +122,7 @@ class AttentionSite:
         key_mask, query_mask = self._masks(record, call.attention_mask, query.shape[0], lengths, what)
         if known not in record.structures:
             record.structures[known] = attention_structure(call, key_mask, query_mask, what)
+            check_mask_arrived(call, key_mask, record.structures[known], what)
         structure = record.structures[known]
         bias = dense_bias(call, structure)
         scale, softcap = call.scaling, call.softcap
@@ -126,7 +135,10 @@ class AttentionSite:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Key mask ``[rows, S]`` and query mask ``[rows, L]``, or twice None; ``lengths``: L and S."""
         received = record.mask(self.model, what, self.key_mask)
-        key_mask = padding_mask(received, attention_mask, rows, lengths[1], what)
+        if received is None and attention_mask is None and self.key_mask == "attention_mask":
+            key_mask = find_padding(record, self.model, None, rows, lengths[1], what)
+        else:
+            key_mask = padding_mask(received, attention_mask, rows, lengths[1], what)
         if self.query_mask == self.key_mask:
             return key_mask, _query_mask(key_mask, *lengths)
         query_mask = padding_mask(record.mask(self.model, what, self.query_mask), None, rows, lengths[0], what)
@@ -168,7 +180,7 @@ class ProjectionSite:
         key = self._heads(record, self.key, self.num_key_value_heads, what)
         query, key = _one_dtype(query, key)
         rows, lengths = query.shape[0], (query.shape[2], key.shape[2])
-        key_mask = padding_mask(record.mask(self.model, what), None, rows, lengths[1], what)
+        key_mask = find_padding(record, self.model, None, rows, lengths[1], what)
         query_mask = key_mask
         if key_mask is not None and self._is_cross_attention(record, lengths, what):
             query_mask = key_mask.new_ones(rows, lengths[0])  # queries of other tokens, such as learnt ones, are real
@@ -206,17 +218,27 @@ class HiddenSite:
     def _tap_key(self) -> str:
         return f"{self.side}:{self.place.path}"
 
+    @property
+    def _mask_key(self) -> str:
+        return f"masks:{self.place.path}"
+
     def install(self, listener: Listener) -> list[Undo]:
-        if self.side == "input":
-            before = _InputTap(listener, self._tap_key)
-            return [block.register_forward_pre_hook(before, with_kwargs=True).remove for block in self.place.modules]
-        return [block.register_forward_hook(_OutputTap(listener, self._tap_key)).remove for block in self.place.modules]
+        undo: list[Undo] = []
+        for block in self.place.modules:
+            masks = _MaskTap(listener, self._mask_key, block)
+            undo.append(block.register_forward_pre_hook(masks, with_kwargs=True).remove)
+            if self.side == "input":
+                before = _InputTap(listener, self._tap_key)
+                undo.append(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+            else:
+                undo.append(block.register_forward_hook(_OutputTap(listener, self._tap_key)).remove)
+        return undo
 
     def read(self, record: Record, what: str) -> HiddenStates:
         tensor = record.call(self._tap_key, what, self.place.call, self.place.calls).tensor
         states = _expect_tensor(tensor, "[B, L, C]", f"{what}: the {self.side} of {self.place.path}")
         rows, length = states.shape[:2]
-        return HiddenStates(states, padding_mask(record.mask(self.model, what), None, rows, length, what))
+        return HiddenStates(states, find_padding(record, self.model, self._mask_key, rows, length, what))
 
 
 class _AttentionTap:
@@ -241,6 +263,25 @@ class _InputTap(ModelHook):
         record = self.listener.record
         if record is not None:
             record.add(self.key, TensorCall(args[0] if args else kwargs.get("hidden_states")))
+
+
+class _MaskTap(ModelHook):
+    """Forward pre-hook of a block: the masks that it received, for models that were passed by."""
+
+    def __init__(self, listener: Listener, key: str, block: nn.Module) -> None:
+        self.listener, self.key = listener, key
+        self.names = list(inspect.signature(block.forward).parameters)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        record = self.listener.record
+        if record is None or self.key in record.masks:
+            return
+        received = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        record.masks[self.key] = {
+            name: TensorCall(value)
+            for name, value in received.items()
+            if name == "attention_mask" or may_be_padding(name)
+        }
 
 
 class _OutputTap(ModelHook):

@@ -6,6 +6,11 @@ still sums to 1 (Clark et al. 2019, "What Does BERT Look At?", section 4.1).
 
 This is composed of torch operations. Unlike the losses on tokens, it materialises the maps ``[B, H, L, L]`` of both
 views, and it reads the number of words from the device.
+
+Where words are what stands between spaces, a Chinese or Thai sentence is one word. Its attention to itself is 1 in both
+views, so the loss would be near 0 whatever the model does. A pair is refused where this is so in both views: all but a
+quarter of the tokens (the special ones, each a word) are of at most two words, one for each sentence, and one of these
+has 8 pieces or more. A single word of English has fewer.
 """
 
 from __future__ import annotations
@@ -40,27 +45,48 @@ def word_attention_mse(
     if reading_aug is None:
         joined = word_ids if isinstance(word_ids, Tensor) else torch.cat(word_ids)
         words = int(joined.max()) + 1
-        maps, present = _word_attention(reading, joined, words, what)
-        maps_aug = present_aug = None
+        maps, pieces = _word_attention(reading, joined, words, what)
+        maps_aug = pieces_aug = None
+        views = _is_unspaced(pieces).chunk(2)
     else:
         ids, ids_aug = word_ids.chunk(2) if isinstance(word_ids, Tensor) else word_ids
         words = int(torch.stack([ids.max(), ids_aug.max()]).max()) + 1
-        maps, present = _word_attention(reading, ids, words, what)
-        maps_aug, present_aug = _word_attention(reading_aug, ids_aug, words, what)
+        maps, pieces = _word_attention(reading, ids, words, what)
+        maps_aug, pieces_aug = _word_attention(reading_aug, ids_aug, words, what)
+        views = _is_unspaced(pieces), _is_unspaced(pieces_aug)
+    unspaced = views[0] & views[1].to(views[0].device)
+    if bool(unspaced.any()):
+        raise ValueError(
+            f"{what}: expected word_ids with several words in a text, got only one or two of many pieces in both views "
+            f"of {int(unspaced.sum())} of {len(unspaced)} pairs (the first is pair {int(unspaced.nonzero()[0])}). A "
+            f"text without spaces, as in Chinese, Japanese or Thai, is one word, and comparing it with itself teaches "
+            f'nothing; use alignment="token", or make word_ids with a word segmenter'
+        )
     return functional.attention_mse(
         maps,
         maps_aug,
-        attention_mask=present,
-        attention_mask_aug=present_aug,
+        attention_mask=pieces > 0,
+        attention_mask_aug=None if pieces_aug is None else pieces_aug > 0,
         head_weights=head_weights,
         reduction=reduction,
     )
 
 
+_MANY_PIECES = 8
+_MOST = 0.75
+
+
+def _is_unspaced(pieces: Tensor) -> Tensor:
+    """``[B]`` bool: the sequences whose words are one or two texts without spaces; ``pieces``: ``[B, W]``."""
+    split = pieces * (pieces > 1)
+    most = split.sum(1) >= _MOST * pieces.sum(1)
+    return most & ((split > 0).sum(1) <= 2) & (split >= _MANY_PIECES).any(1)
+
+
 def _word_attention(
     reading: AttentionInputs | AttentionMaps, word_ids: Tensor, words: int, what: str
 ) -> tuple[Tensor, Tensor]:
-    """The maps ``[B, H, W, W]`` of W = ``words`` words, and ``[B, W]`` bool: which words a sequence has.
+    """The maps ``[B, H, W, W]`` of W = ``words`` words, and ``[B, W]``: how many pieces each has in a sequence.
 
     Rows and columns of words that a sequence lacks are zero. ``word_ids``: ``[B, L]``.
     """
@@ -78,4 +104,4 @@ def _word_attention(
     sums = member.to(probabilities.dtype)
     pieces = sums.sum(-1, keepdim=True)  # [B, W, 1]
     means = sums / pieces.clamp(min=1)
-    return means[:, None] @ probabilities @ sums[:, None].transpose(-1, -2), pieces[:, :, 0] > 0
+    return means[:, None] @ probabilities @ sums[:, None].transpose(-1, -2), pieces[:, :, 0]

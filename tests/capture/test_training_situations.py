@@ -13,6 +13,7 @@ import threading
 import pytest
 import torch
 import transformers
+from transformers.modeling_utils import AttentionInterface
 
 from ear_ops import AttentionPull, EmbeddingPush, SentencePull, attach
 
@@ -202,3 +203,36 @@ def test_autocast_loses_no_more_than_eager_attention_does(tools, batch, expected
         actual = tools.gradients(model, total)
     oracle = eager_gradients(tools, tools.build_model("bert", "eager"), batch, autocast=True)
     assert 0 < error(actual) < 1.5 * error(oracle)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_own_attention_function_that_gets_no_mask_is_refused_where_it_attends_to_padding(tools, monkeypatch, side):
+    """Without a mask function under its name transformers builds no mask; a causal one needs none for right padding."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
+    monkeypatch.setattr(AttentionMaskInterface, "_global_mapping", dict(AttentionMaskInterface._global_mapping))
+    AttentionInterface.register("mine", sdpa_attention_forward)
+    batch = tools.build_batch(side=side)
+    expected = {}
+    for kind, refused in (("llama", side == "left"), ("bert", True)):
+        model = tools.build_model(kind)
+        with attach(model, [AttentionPull(2)]) as ear:
+            model(**batch)
+            expected[kind] = ear.loss()
+            model.set_attn_implementation("mine")
+            model(**batch)
+            if refused:
+                with pytest.raises(ValueError, match=r"attention_pull\.2: .* no mask reached .* 'mine'"):
+                    ear.loss()
+            else:
+                torch.testing.assert_close(ear.loss(), expected[kind])
+            model(input_ids=batch["input_ids"].clamp(min=3))  # without padding
+            ear.loss()
+    AttentionMaskInterface.register("mine", sdpa_mask)
+    for kind, loss in expected.items():
+        model = tools.build_model(kind, "mine")
+        with attach(model, [AttentionPull(2)]) as ear:
+            model(**batch)
+            torch.testing.assert_close(ear.loss(), loss)

@@ -188,3 +188,45 @@ def test_what_padding_holds_does_not_matter(of_maps: bool) -> None:
         results.append([loss, *torch.autograd.grad(loss, given)])
     for zero, nan in zip(*results, strict=True):
         assert torch.equal(zero, nan) and zero.isfinite().all()
+
+
+def _pair_ids(first: int, second: int) -> list[int]:
+    """The ids of <s> text </s></s> text </s>, each text one word of so many pieces."""
+    return [100, *[0] * first, 101, 102, *[50] * second, 103]
+
+
+@pytest.mark.parametrize(
+    ("ids", "refused"),
+    [
+        ([0] * 8, True),
+        ([0] * 7, False),  # an English word may have several pieces
+        (_pair_ids(12, 5), True),
+        (_pair_ids(4, 3), False),
+        ([100, *[0] * 9, 1, 2, 3, 101], False),  # one long word among others
+        ([100, *[0] * 9, *[1] * 9, *[2] * 9, 101], False),  # bytes of three words
+    ],
+)
+@pytest.mark.parametrize("two_forwards", [False, True])
+def test_texts_without_spaces_are_refused(ids: list[int], refused: bool, two_forwards: bool) -> None:
+    words = torch.tensor([ids, list(range(len(ids)))] * 2)
+    words = torch.cat([words, torch.full((4, 2), -1)], 1)
+    model, hidden, mask = Attention(), torch.randn(4, words.shape[1], 8), (words >= 0).long()
+    with attach(model, [pull(alignment="word")]) as ear:
+
+        def forward() -> None:
+            if not two_forwards:
+                model(hidden, mask)
+                return
+            for view, rows in (("original", slice(0, 2)), ("augmented", slice(2, 4))):
+                with ear.view(view):
+                    model(hidden[rows], mask[rows])
+
+        forward()
+        if refused:
+            with pytest.raises(ValueError, match=r"attention_pull\.query: .* 1 of 2 pairs .*alignment=.token."):
+                ear.loss(word_ids=words)
+        else:
+            ear.loss(word_ids=words)
+        forward()
+        words[2] = torch.where(words[2] >= 0, torch.arange(words.shape[1]), -1)  # only one view is one word
+        ear.loss(word_ids=words)
