@@ -171,7 +171,7 @@ class Layout:
 
     def embeddings(self) -> HiddenSite:
         """What enters the first block: the embedding layer's output, LayerNorm and dropout included."""
-        block = self.block(1)
+        block = self.block(1, argument="model")  # whoever asks for embeddings has no layer to give
         return HiddenSite(block, "input", self._receiver(block.path))
 
     def hidden_states(self, layer: int) -> HiddenSite:
@@ -184,9 +184,12 @@ class Layout:
         """How many blocks there are."""
         return self._blocks()[2]
 
-    def block(self, layer: int, with_attention: bool = False) -> Place:
-        """Block ``layer``, counted from 1; ``with_attention``: in the list of blocks that has the attentions."""
-        path, blocks, count = self._blocks(with_attention)
+    def block(self, layer: int, with_attention: bool = False, argument: str = "layer") -> Place:
+        """Block ``layer``, counted from 1; ``with_attention``: in the list of blocks that has the attentions.
+
+        ``argument``: what errors name.
+        """
+        path, blocks, count = self._blocks(with_attention, argument)
         if not 1 <= layer <= count:
             raise ValueError(
                 f"layer: expected 1 to {count}, {type(self.root).__name__} has {count} layers ({path}) "
@@ -196,7 +199,7 @@ class Layout:
             return Place(path, tuple(blocks), layer - 1, count)
         return Place(_join(path, str(layer - 1)), (blocks[layer - 1],))
 
-    def _blocks(self, with_attention: bool = False) -> tuple[str, nn.ModuleList, int]:
+    def _blocks(self, with_attention: bool = False, argument: str = "layer") -> tuple[str, nn.ModuleList, int]:
         """Path, main ``ModuleList`` and number of layers.
 
         The main list is the outermost one with as many entries as the configuration has layers. Or it is the only list
@@ -221,15 +224,16 @@ class Layout:
             path, blocks = fitting[0]
             return _join(self._paths[stack], path), blocks, len(blocks) if expected is None else expected
         listed = ", ".join(f"{path} ({len(blocks)} entries)" for path, blocks in lists) or "none"
+        by_path = "give the path of an attention module as the layer" if with_attention else ""
         if fitting:
             raise ValueError(
-                f"layer: several module lists of {name} could be its layers: {listed}; attach to the submodel that has "
-                f"only one of them, or give the path of an attention module as the layer"
+                f"{argument}: several module lists of {name} could be its layers: {listed}; attach to the submodel "
+                f"that has only one of them{by_path and ', or '}{by_path}"
             )
         wanted = "" if expected is None else f" with {expected} entries, the layers of its configuration"
         raise ValueError(
-            f"layer: found no module list{wanted} in {name} (module lists: {listed}); give the path of an attention "
-            f"module as the layer"
+            f"{argument}: found no module list{wanted} in {name} (module lists: {listed}); "
+            f"{by_path or 'attach to a model whose blocks are in one nn.ModuleList'}"
         )
 
     def _stack(self) -> nn.Module:

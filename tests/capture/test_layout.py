@@ -156,3 +156,21 @@ def test_mask_of_the_model_inside_a_plain_wrapper(tools):
     with attach(wrapper, [AttentionPull(2), EmbeddingPush()]) as ear:
         wrapper(batch["input_ids"], batch["attention_mask"])
         assert torch.equal(ear.loss(), expected)
+
+
+@pytest.mark.parametrize(("regularizer", "argument"), [(EmbeddingPush(), "model"), (SentencePull(1), "layer")])
+def test_a_model_with_two_stacks_is_refused_by_what_a_pooled_regulariser_has(regularizer, argument):
+    """Neither takes the path of an attention, and the push has no layer at all."""
+    config = {**SMALL, "num_hidden_layers": 2}
+    vision = {**config, "image_size": 8, "patch_size": 4}
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=config, vision_config=vision, projection_dim=8))
+    stacks = r"text_model.encoder.layers \(2 entries\), vision_model.encoder.layers \(2 entries\)"
+    words = (
+        rf"^{argument}: several module lists of CLIPModel .*{stacks}; attach to the submodel that has only one of them$"
+    )
+    for refusing, refusal in (
+        (model, words),
+        (nn.Linear(2, 2), rf"^{argument}: found no module list .*one nn.ModuleList$"),
+    ):
+        with pytest.raises(ValueError, match=refusal):
+            attach(refusing, [regularizer])
