@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -86,7 +87,8 @@ class Layout:
             return [n + 1 for n, block in enumerate(blocks) if find_attention("", block)]
         if not any(character in pattern for character in "*?["):
             return [pattern]
-        matched = [path for path in self._modules if fnmatch.fnmatchcase(path, pattern)]
+        wrapper = next((w for w in self._wrappers() if fnmatch.filter(self._modules, w + pattern)), "")
+        matched = [path for path in self._modules if fnmatch.fnmatchcase(path, wrapper + pattern)]
         name = type(self.root).__name__
         if not matched:
             raise ValueError(f"layer: no module path of {name} matches {pattern!r}; {self._known()}")
@@ -96,9 +98,22 @@ class Layout:
                 f"layer: {pattern!r} matches {len(matched)} modules of {name} ({matched[0]}, ...), "
                 f"none of them an attention; {self._known()}"
             )
-        return [*attentions]
+        return [path.removeprefix(wrapper) for path in attentions]
+
+    def full_path(self, path: str) -> str:
+        """``path`` as the root has it: one inside a wrapper that keeps its model as ``.module`` is found there."""
+        return next((w + path for w in self._wrappers() if w + path in self._modules), path)
+
+    def _wrappers(self) -> Iterator[str]:
+        """What to put before a path: nothing, then ``"module."`` for each wrapper, such as the engine of DeepSpeed."""
+        prefix, wrapped = "", self.root
+        yield prefix
+        while (inside := wrapped._modules.get("module")) is not None:
+            prefix, wrapped = f"{prefix}module.", inside
+            yield prefix
 
     def _attention_at(self, path: str) -> AttentionSite:
+        path = self.full_path(path)
         if path not in self._modules:
             raise ValueError(f"layer: {type(self.root).__name__} has no module {path!r}; {self._known()}")
         attentions = find_attention(path, self._modules[path])
@@ -144,6 +159,7 @@ class Layout:
     ) -> ProjectionSite:
         """Two projection modules by their paths; their outputs are ``[B, L, num_heads * D]`` and ``[B, S, ...]``."""
         modules = self._modules
+        query, key = self.full_path(query), self.full_path(key)
         for argument, path in (("query", query), ("key", key)):
             if path not in modules:
                 last = path.rsplit(".", 1)[-1]

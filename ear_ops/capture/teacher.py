@@ -70,7 +70,9 @@ class TeacherLayout(Layout):
             blocks, _, number = self.student.block(1).path.rpartition(".")
         except ValueError:  # a student without a list of blocks
             return path
-        inside = re.fullmatch(rf"{re.escape(blocks)}\.(\d+)(\..+)?", path) if number == "0" else None
+        inside = (
+            re.fullmatch(rf"{re.escape(blocks)}\.(\d+)(\..+)?", self.student.full_path(path)) if number == "0" else None
+        )
         if inside is None:
             return path
         return self.block(self._teacher_layer(int(inside[1]) + 1)).path + (inside[2] or "")

@@ -172,3 +172,45 @@ def test_a_model_with_two_stacks_is_refused_by_what_a_pooled_regulariser_has(reg
     refused(
         nn.Linear(2, 2), regularizer, ValueError, rf"^{argument}: found no module list in Linear .*one nn.ModuleList$"
     )
+
+
+class Engine(nn.Module):
+    """Keeps its model as ``.module``, as the engine of DeepSpeed does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **batch):
+        return self.module(**batch)
+
+
+@pytest.mark.parametrize("wrapped", [Engine, lambda model: Engine(Engine(model))], ids=["once", "twice"])
+@pytest.mark.parametrize(
+    "pull",
+    [
+        lambda: AttentionPull("bert.encoder.layer.1.attention.self"),
+        lambda: AttentionPull("bert.encoder.layer.*.attention.self"),
+        lambda: AttentionPull(**BY_PATH, num_heads=4),
+        lambda: AttentionPull(2),
+    ],
+    ids=["path", "pattern", "projections", "number"],
+)
+def test_paths_are_those_of_the_model_inside_a_wrapper(tools, wrapped, pull):
+    model = tools.build_model("bert")
+    batch = tools.build_batch()
+    found = []
+    for root in (model, wrapped(model)):
+        with attach(root, [pull()]) as ear:
+            root(**batch)
+            ear.loss()
+            found.append(ear.components())
+        teacher = tools.build_model("bert", seed=1).eval()
+        with attach(root, [pull()], teacher=teacher) as ear:
+            with torch.no_grad():
+                teacher(**batch)
+            root(**batch)
+            ear.loss()
+            found.append(ear.components())
+    assert found[:2] == found[2:] and found[0].keys() == found[1].keys()
+    refused(wrapped(model), AttentionPull("encoder.nowhere"), ValueError, "has no module 'encoder.nowhere'")
