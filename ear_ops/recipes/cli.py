@@ -1,6 +1,7 @@
-"""`ear-ops`: train, evaluate, compare, sweep, report, analyse, augment, bench.
+"""The command `ear-ops`: train, evaluate, compare, sweep, report, analyse, augment, bench.
 
-The options of `train` are the fields of `TrainConfig`.
+The options of `train` are the fields of `TrainConfig`. The commands import transformers and accelerate, which takes
+seconds, only when they run, so `--help` and mistakes show at once.
 """
 
 from __future__ import annotations
@@ -23,13 +24,11 @@ try:
 except ModuleNotFoundError:
     raise ModuleNotFoundError("the ear-ops command needs typer: pip install 'ear-ops[train]'", name="typer") from None
 
-# The heavy imports (transformers, accelerate) are inside the commands, so that `--help` and errors come at once.
-
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # else "[default: ...]" in a help text is taken for markup
+    rich_markup_mode=None,  # with it, "[default: ...]" in a help text would be markup
     help="Train and score zero-shot cross-lingual classifiers with attention and embedding regularizers.",
 )
 
@@ -38,6 +37,7 @@ _EXTRAS = {
     **dict.fromkeys(("accelerate", "datasets", "rich", "typer"), "train"),
     **dict.fromkeys(("matplotlib", "sklearn"), "analysis"),
 }
+_DataDir = Annotated[str | None, typer.Option(help="Folder of the data now.  [default: the folder that was read]")]
 _DATA_SETTINGS = (
     "task",
     "source_language",
@@ -56,8 +56,8 @@ def _check_processes(context: typer.Context) -> None:
     if processes.count() > 1 and context.invoked_subcommand not in ("train", "evaluate"):
         raise ConfigError(
             f"`ear-ops {context.invoked_subcommand}` runs in one process, and a launcher started {processes.count()}: "
-            f"start it without torchrun or accelerate launch. Only `train` and `evaluate` share their work; several "
-            f"sweeps, each started by itself, may share a folder"
+            f"start it without torchrun or accelerate launch. Only `train` and `evaluate` share their work between "
+            f"processes. Several sweeps that are started one by one may share a folder"
         )
 
 
@@ -87,11 +87,11 @@ def _missing_extra(error: ImportError) -> str | None:
 
 
 def _settings_as_options(names: Sequence[str] | None = None) -> Callable[..., Callable[..., None]]:
-    """Turn the `**settings` of a command into options, one for each field of `TrainConfig` (or those in `names`)."""
+    """Replace the `**settings` of a command by an option for each field of `TrainConfig`, or for those in `names`."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(function, eval_str=True).parameters.values()
-        options = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
+        parameters = inspect.signature(function, eval_str=True).parameters.values()
+        options = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
         for setting in fields(TrainConfig):
             if names is None or setting.name in names:
                 kind = SETTING_TYPES[setting.name]
@@ -111,7 +111,7 @@ def _settings_as_options(names: Sequence[str] | None = None) -> Callable[..., Ca
 @app.command()
 @_settings_as_options()
 def train(**settings: Any) -> None:
-    """Train on English and print the accuracy in every language; an interrupted run goes on where it stopped."""
+    """Train on one language and print the accuracy in every language. An interrupted run goes on where it stopped."""
     from ear_ops.recipes.training.results import results_text
 
     config = TrainConfig(**settings)
@@ -127,9 +127,11 @@ def train(**settings: Any) -> None:
 def evaluate(
     folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     eval_split: Annotated[str | None, typer.Option(help="dev or test.  [default: as configured]")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Where the data are now.  [default: where they were]")] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(help="Folder with the data now.  [default: the folder that was read]")
+    ] = None,
 ) -> None:
-    """Score a finished run once more, also on another split."""
+    """Score a finished run again, or on another split."""
     from ear_ops.recipes.training.results import results_text
 
     processes.say(results_text(_run_module().evaluate(folder, eval_split, data_dir), terminal_table).rstrip("\n"))
@@ -138,13 +140,15 @@ def evaluate(
 @app.command()
 def compare(
     folders: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
-    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     baseline: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Also print the paired differences from this run.")
+        str | None, typer.Option(metavar="RUN", help="Print the paired differences from this run too.")
     ] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Where the data are now.  [default: where they were]")] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(help="Folder with the data now.  [default: the folder that was read]")
+    ] = None,
 ) -> None:
-    """Print finished runs side by side: a row for each run, a column for each language."""
+    """Print a table of finished runs, with a row for each run and a column for each language."""
     from ear_ops.recipes.training.folder import read_json
     from ear_ops.recipes.training.results import comparison
 
@@ -159,15 +163,17 @@ def compare(
 
 @app.command()
 def sweep(
-    study: Annotated[str, typer.Argument(metavar="STUDY.yaml", help="What to run; see docs/studies.md.")],
+    study: Annotated[str, typer.Argument(metavar="STUDY.yaml", help="The runs of the study; see docs/studies.md.")],
     output_dir: Annotated[str, typer.Option(help="Folder of the study.  [default: runs/NAME OF THE FILE]")] = "",
     groups: Annotated[
         list[str] | None,
-        typer.Option("--group", metavar="NAME", help="Only this group, and what chooses settings for it; repeatable."),
+        typer.Option(
+            "--group", metavar="NAME", help="Run only this group and those that choose settings for it; repeatable."
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what there is to run, and run nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and run nothing.")] = False,
 ) -> None:
-    """Run a study: every run once, going on where it stopped; several processes may share the folder."""
+    """Train every run of a study that is not finished. Several processes may share the folder."""
     folder = output_dir or f"runs/{Path(study).stem}"
     _run_module()
     from ear_ops.recipes.study.sweep import outline
@@ -180,17 +186,21 @@ def sweep(
     progress = run_study(study, folder, groups=groups or ())
     if progress.failed:
         names = "; ".join(f"{name}: {reason}" for name, reason in progress.failed.items())
-        sys.exit(f"error: {len(progress.failed)} runs failed ({names}). The others are kept; the same command goes on")
+        sys.exit(
+            f"error: {len(progress.failed)} runs failed ({names}). Finished runs are kept; the same command goes on"
+        )
     part = f"{', '.join(groups)} in {study}" if groups else study
     print(f"All runs of {part} are finished: `ear-ops report {folder}` makes the tables.")
 
 
 @app.command()
 def report(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of a study, finished or not.")],
-    data_dir: Annotated[str | None, typer.Option(help="Where the data are now.  [default: where they were]")] = None,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of a study.")],
+    data_dir: Annotated[
+        str | None, typer.Option(help="Folder with the data now.  [default: the folder that was read]")
+    ] = None,
 ) -> None:
-    """Turn the runs of a study into the paper's tables, beside the paper's numbers."""
+    """Write the paper's tables with the results of a study beside the paper's numbers."""
     from ear_ops.recipes.study.report import report as write_report
 
     content = write_report(folder, data_dir)
@@ -202,10 +212,10 @@ def report(
 def augment(
     *,
     output: Annotated[str, typer.Option(help="File to write: .tsv or .tsv.gz.")],
-    num_variants: Annotated[int | None, typer.Option(help="Variants a pair.  [default: 3; pawsx: 10]")] = None,
+    num_variants: Annotated[int | None, typer.Option(help="Variants of each pair.  [default: 3; pawsx: 10]")] = None,
     **settings: Any,
 ) -> None:
-    """Write variants of the training pairs as TSV: to look at, or for `train --variants-file`."""
+    """Write variants of the training pairs as TSV, for `train --variants-file`."""
     from ear_ops.recipes.training.sources import write_variants_file
 
     print(write_variants_file(TrainConfig(**settings, method="finetune").data, output, num_variants))
@@ -214,12 +224,12 @@ def augment(
 @app.command()
 def analyse(
     folders: Annotated[list[str], typer.Argument(metavar="FOLDER...", help="Studies, or finished runs with models.")],
-    parallel: Annotated[str, typer.Option(help="Folder with XX-en.tsv: sentence, tab, English.")],
-    output_dir: Annotated[str, typer.Option(help="Where tables and figures go.")] = "analysis",
-    synonyms: Annotated[str | None, typer.Option(help="Dictionary whose words figure 4 shows.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Sentences a language.  [default: all]")] = None,
+    parallel: Annotated[str, typer.Option(help="Folder with XX-en.tsv (sentence, tab, English).")],
+    output_dir: Annotated[str, typer.Option(help="Folder for tables and figures.")] = "analysis",
+    synonyms: Annotated[str | None, typer.Option(help="Dictionary with the words of figure 4.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Sentences of each language.  [default: all]")] = None,
 ) -> None:
-    """Measure how languages are aligned in each layer, before and after training, and draw figures 3 to 5."""
+    """Measure the alignment of languages in each layer, before and after training, and draw figures 3 to 5."""
     _run_module()
     from ear_ops.recipes.analysis.alignment_report import analyse as run_analysis
 
@@ -251,7 +261,10 @@ def bench(
 
 
 def _run_module() -> Any:
-    """The heavy half, without the progress bars that transformers draws for every file that it loads or saves."""
+    """The module that trains, imported with everything that it needs.
+
+    transformers then draws no progress bar for the files that it loads and saves.
+    """
     from transformers.utils import logging
 
     from ear_ops.memory import keep_freed_memory

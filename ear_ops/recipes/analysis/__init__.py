@@ -1,1 +1,1 @@
-"""Where sentences of different languages lie: alignment measures by layer, and pictures of them."""
+"""How a model aligns sentences of different languages: measures by layer, and figures."""

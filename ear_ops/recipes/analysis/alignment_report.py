@@ -1,4 +1,4 @@
-"""Finished runs from inside: alignment of languages by layer, before and after training, and figures 3 to 5."""
+"""The alignment of languages by layer, before and after the training of a run, and the paper's figures 3 to 5."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ear_ops.recipes.training.folder import load_config, versions
 
 PICTURED_SENTENCES = 25  # of each language
 PICTURED_LANGUAGES = 6
-PICTURED_WORDS = 12  # each with its synonyms
+PICTURED_WORDS = 12  # without their synonyms, which are pictured too
 
 
 def analyse(
@@ -37,25 +37,24 @@ def analyse(
 ) -> dict[str, Any]:
     """Measure the model of each run before and after its training, and draw figures 3, 4 and 5 for each.
 
-    Both are asked with the whole vocabulary, also where the run has pruned it: the parallel sentences are not the texts
-    that it was pruned to, and the pieces that were dropped would have come out of training as they went in.
+    A vocabulary that the run pruned is restored first, since the parallel sentences use other pieces.
 
     Args:
-        folders: of finished runs that still have their models, or of studies: of these, the finished runs of the groups
-            with `keep_model: true`.
-        parallel_dir: with `XX-en.tsv`, see `load_parallel`.
+        folders: of finished runs that still have their models, or of studies. Of a study, the finished runs of groups
+            with `keep_model: true` are measured.
+        parallel_dir: holds `XX-en.tsv`, see `load_parallel`.
         output_dir: gets `analysis.json`, `analysis.md` and `figure-N-RUN.png`.
-        synonyms: the dictionary whose words figure 4 shows; without it figure 4 is not drawn.
-        limit: sentences a language, at least 4; all by default.
+        synonyms: the dictionary with the words of figure 4; without it, figure 4 is not drawn.
+        limit: sentences of a language, at least 4; by default all.
 
     Returns:
-        What `analysis.json` holds: by run, `before` and `after` as `alignment_by_layer` gives them; and `not_run`, the
-        runs of the studies whose models are still to come.
+        What `analysis.json` holds: for each run `before` and `after`, as `alignment_by_layer` returns them; and in
+        `not_run` the runs of the studies that have no model yet.
 
     Raises:
-        StudyError: a run has no model any more, a study has none yet, or two runs have one name.
+        StudyError: a run has lost its model, a study has no model yet, or two runs have the same name.
         ConfigError, RunFolderError: a study cannot be read, a run of it is damaged, or `limit` is below 4.
-        DataError: no parallel sentences, or fewer than 4 of a language.
+        DataError: there are no parallel sentences, or fewer than 4 of a language.
         ModuleNotFoundError: scikit-learn or matplotlib is missing.
     """
     _need_extra()
@@ -72,7 +71,7 @@ def analyse(
     english = {sentence for pairs in parallel.values() for _, sentence in pairs}
     groups = _synonym_groups(synonyms, english) if synonyms is not None else []
     content: dict[str, Any] = {"versions": versions(), "not_run": not_run, "runs": {}}
-    before: dict[str, Any] = {}  # by pretrained model: runs of one differ by their heads, which are not measured
+    before: dict[str, Any] = {}  # by pretrained model, since runs that start from one model differ in their heads alone
     for name, folder in runs.items():
         config = load_config(folder)
         models = {"before": initial_model(config.classifier), "after": trained_model(config.classifier, folder)}
@@ -86,14 +85,14 @@ def analyse(
             "before": before[config.model],
             "after": alignment_by_layer(*models["after"], parallel),
         }
-        checkpoints.write_json(output_dir / "analysis.json", content)  # of every run as soon as it is measured
+        checkpoints.write_json(output_dir / "analysis.json", content)  # after every run, so that none is lost
         checkpoints.write_atomically(output_dir / "analysis.md", analysis_markdown(content))
         _draw(output_dir, name, models, parallel, groups)
     return content
 
 
 def _runs_of(folders: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
-    """The runs to analyse, and the names of those that studies have still to come."""
+    """The folders of the runs to analyse, and the names of the runs that have no model yet."""
     runs: list[Path] = []
     not_run: list[str] = []
     for folder in map(Path, folders):
@@ -101,7 +100,7 @@ def _runs_of(folders: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
             load_config(folder)
             if not checkpoints.is_complete(folder / "model"):
                 raise StudyError(
-                    f"{folder} holds no complete model: in a study, `keep_model: true` keeps it; of a run that is "
+                    f"{folder} holds no complete model: in a study, `keep_model: true` keeps it; if the run has "
                     "finished without it, delete the folder and sweep again"
                 )
             runs.append(folder)
@@ -116,21 +115,21 @@ def _runs_of(folders: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
             raise StudyError(
                 f"{folder}: no run of this study has its model yet: groups with `keep_model: true` keep them; sweep on"
             )
-        runs += [folder / name for name, there in kept.items() if there]
-        not_run += [name for name, there in kept.items() if not there]
+        runs += [folder / name for name, has_model in kept.items() if has_model]
+        not_run += [name for name, has_model in kept.items() if not has_model]
     return runs, not_run
 
 
 def analysis_markdown(content: dict[str, Any]) -> str:
-    """A table a run: a row for each layer, means over languages before and after training."""
+    """A table for each run, with a row for each layer: means over languages, before and after training."""
     lines = [
         "# Alignment of languages by layer",
         "",
-        "Layer 0 is the embedding layer; a sentence is the mean over its tokens. Retrieval: share of sentences whose "
-        "English translation is the nearest by cosine, in %. Alignment: linear centred kernel alignment with English, "
-        "debiased. "
-        "Separation: mean silhouette with the languages as clusters (lower: the languages lie within each other). "
-        "Retrieval and alignment are means over languages; each language is in `analysis.json`.",
+        "Layer 0 is the embedding layer. The vector of a sentence is the mean over its tokens. Retrieval: the share of "
+        "sentences whose English translation is the nearest by cosine, in %. Alignment: linear centred kernel "
+        "alignment with English, debiased. Separation: the mean silhouette with the languages as clusters; a lower "
+        "value means that the languages lie within each other. Retrieval and alignment are means over languages; "
+        "`analysis.json` has the values of each language.",
     ]
     for name, run in content["runs"].items():
         header = ["layer", *(f"{measure}, {when}" for measure in _MEASURES for when in ("before", "after"))]
@@ -166,7 +165,7 @@ def _draw(
     parallel: dict[str, list[tuple[str, str]]],
     synonyms: list[tuple[str, str]],
 ) -> None:
-    """Figure 3: word embeddings of the words of parallel sentences; 4: of synonyms; 5: sentences in the last layer."""
+    """Draw figure 3 (words of parallel sentences), 4 (words and synonyms) and 5 (sentences in the last layer)."""
     pictured = {
         language: pairs[:PICTURED_SENTENCES] for language, pairs in islice(parallel.items(), PICTURED_LANGUAGES)
     }
@@ -180,10 +179,10 @@ def _draw(
         (4, "Words and their synonyms, embedding layer", synonyms),
         (5, "Parallel sentences, last layer", sentences),
     ):
-        if number != 5:  # a zero-width space is a word to Python, and no piece
-            labelled = [each for each in labelled if whole(each[1], add_special_tokens=False)["input_ids"]]
+        if number != 5:  # a word may have no piece, such as a zero-width space
+            labelled = [entry for entry in labelled if whole(entry[1], add_special_tokens=False)["input_ids"]]
         texts = [text for _, text in labelled]
-        if len(texts) < 4:  # of no use as a t-SNE
+        if len(texts) < 4:  # too few for t-SNE
             continue
         panels = {
             when: sentence_states(model, tokenizer, texts)[-1] if number == 5 else word_vectors(model, tokenizer, texts)
@@ -194,18 +193,21 @@ def _draw(
 
 
 def _synonym_groups(path: str | Path, sentences: Iterable[str]) -> list[tuple[str, str]]:
-    """(word, the word or a synonym): of the words that the sentences use those with most synonyms, the most frequent
-    first; none stands in two groups."""
+    """Pairs of a word and a member of its group, which holds the word and its synonyms.
+
+    The words are those of the sentences that have most synonyms, the more frequent ones first. No member is in two
+    groups.
+    """
     counts = Counter(word for sentence in sentences for word in sentence.lower().split())
     dictionary = load_synonyms(path)
-    groups: dict[str, str] = {}  # word or synonym: the word that it stands with
+    groups: dict[str, str] = {}  # the word of the group, by member
     for word in sorted(counts.keys() & dictionary.keys(), key=lambda w: (-len(dictionary[w]), -counts[w], w)):
         members = [word, *dictionary[word]]
         if groups.keys().isdisjoint(members):
             groups.update(dict.fromkeys(members, word))
         if len(set(groups.values())) == PICTURED_WORDS:
             break
-    return [(word, each) for each, word in groups.items()]
+    return [(word, member) for member, word in groups.items()]
 
 
 def _need_extra() -> None:

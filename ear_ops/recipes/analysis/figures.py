@@ -1,4 +1,4 @@
-"""t-SNE pictures of vectors before and after training (figures 3 to 5 of Ding et al., COLING 2022)."""
+"""Pictures of vectors before and after training, by t-SNE (figures 3 to 5 of Ding et al., COLING 2022)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from torch import Tensor
 
 
 def tsne(vectors: Tensor, seed: int = 0) -> NDArray[np.floating]:
-    """Two-dimensional t-SNE (van der Maaten and Hinton, 2008) of [N, C], N >= 4: [N, 2]. One seed, one result."""
+    """The t-SNE (van der Maaten and Hinton, 2008) of at least 4 vectors in two dimensions, the same for the same seed.
+
+    Args:
+        vectors: [N, C].
+        seed: of the embedding.
+
+    Returns:
+        [N, 2].
+    """
     from sklearn.manifold import TSNE
 
     if len(vectors) < 4:
@@ -24,12 +32,13 @@ def tsne(vectors: Tensor, seed: int = 0) -> NDArray[np.floating]:
 
 
 def scatter_panels(path: Path, title: str, panels: Mapping[str, Tensor], groups: Sequence[str]) -> None:
-    """Write a picture with one t-SNE a panel, points coloured by group.
+    """Write a picture with a t-SNE in each panel. Each group of points has its colour.
 
     Args:
-        path: of the picture; its suffix says the format.
-        panels: vectors [N, C] by the panel's title, such as `before` and `after`.
-        groups: [N], the same for all panels: what the colours tell apart.
+        path: of the picture; its suffix decides the format.
+        title: of the picture.
+        panels: vectors [N, C] by the title of the panel, such as `before` and `after`.
+        groups: of the points, the same in all panels, [N].
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -43,10 +52,10 @@ def scatter_panels(path: Path, title: str, panels: Mapping[str, Tensor], groups:
     for axes, (name, vectors) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         points = tsne(vectors)
         for group, colour in zip(names, colours, strict=False):
-            chosen = [i for i, each in enumerate(groups) if each == group]
+            chosen = [i for i, point_group in enumerate(groups) if point_group == group]
             axes.scatter(points[chosen, 0], points[chosen, 1], s=12, color=colour, label=group)
         axes.set_title(name)
-        axes.set_xticks([])  # distances and axes of a t-SNE have no unit
+        axes.set_xticks([])  # the axes of a t-SNE have no unit
         axes.set_yticks([])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""Vectors out of a model: of sentences in every layer, and of words in the embedding layer."""
+"""The vectors that a model gives sentences in every layer, and words in the embedding layer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from ear_ops.recipes.analysis.measures import centred_kernel_alignment, language
 def sentence_states(
     model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 64, max_length: int = 128
 ) -> Tensor:
-    """Mean over tokens of the hidden states of each text, [layers + 1, N, C], float32; layer 0 is the embedding layer.
+    """The mean over tokens of the hidden states of each text, [layers + 1, N, C], float32. Layer 0 is the embeddings.
 
     Args:
-        model: any model of transformers that gives `hidden_states`; it is put into evaluation mode.
+        model: any model of transformers that returns `hidden_states`; it is put into evaluation mode.
+        tokenizer: of the model.
+        texts: N of them.
+        batch_size: texts of a forward.
+        max_length: pieces of a text; longer texts are cut.
     """
     model.eval()
-    by_length = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # neighbours need little padding
+    by_length = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # texts of like length need little padding
     pooled = []
     for start in range(0, len(texts), batch_size):
         inputs = tokenizer(
@@ -39,7 +43,7 @@ def sentence_states(
 
 @torch.inference_mode()
 def word_vectors(model: Any, tokenizer: Any, words: Sequence[str]) -> Tensor:
-    """Word embedding of each word, the mean over its pieces where it has several, [N, C], float32."""
+    """The word embedding of each word, [N, C], float32. A word of several pieces has their mean."""
     table = model.get_input_embeddings().weight
     rows = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
     if empty := [word for word, ids in zip(words, rows, strict=True) if not ids]:
@@ -55,28 +59,32 @@ def alignment_by_layer(
     clustered: int = 100,
     batch_size: int = 64,
 ) -> dict[str, Any]:
-    """Measures of every layer, from the embedding layer (0) on.
+    """The measures of every layer, beginning with the embedding layer.
 
     Args:
-        parallel: (sentence, English) by language, as `load_parallel` gives them.
-        clustered: sentences a language that the separation is computed on; its cost grows with their square.
+        model: any model of transformers that returns `hidden_states`.
+        tokenizer: of the model.
+        parallel: pairs of a sentence and its English translation by language, as `load_parallel` returns them.
+        clustered: the sentences of each language that the separation is computed on. Its cost grows with their square.
+        batch_size: texts of a forward.
 
     Returns:
-        `retrieval` and `alignment` (with English): [layers + 1] by language; `separation` of the languages, English
-        among them: [layers + 1]; `sentences`: how many, by language.
+        `retrieval` and `alignment` with English, by language: [layers + 1]. `separation` of all languages, also
+        English: [layers + 1]. `sentences`: their number by language.
     """
     result: dict[str, Any] = {"retrieval": {}, "alignment": {}, "sentences": {}}
     clouds: list[Tensor] = []  # each [layers + 1, n, C]
     names: list[str] = []
     for language, pairs in parallel.items():
-        own, english = (
+        states, english = (
             sentence_states(model, tokenizer, [pair[side] for pair in pairs], batch_size=batch_size) for side in (0, 1)
         )
+        layers = list(zip(states, english, strict=True))
         result["sentences"][language] = len(pairs)
-        result["retrieval"][language] = [retrieval_accuracy(*layers) for layers in zip(own, english, strict=True)]
-        result["alignment"][language] = [centred_kernel_alignment(*layers) for layers in zip(own, english, strict=True)]
-        for name, states in ((language, own), *([("en", english)] if not clouds else [])):
-            clouds.append(states[:, :clustered])
+        result["retrieval"][language] = [retrieval_accuracy(*pair) for pair in layers]
+        result["alignment"][language] = [centred_kernel_alignment(*pair) for pair in layers]
+        for name, cloud in ((language, states), *([("en", english)] if not clouds else [])):
+            clouds.append(cloud[:, :clustered])
             names += [name] * clouds[-1].shape[1]
     result["separation"] = [language_separation(layer, names) for layer in torch.cat(clouds, dim=1)]
     return result

@@ -1,19 +1,20 @@
-"""A study: which runs there are. One YAML file describes it, in groups, the most important first.
+"""A study: a grid of runs that one YAML file describes, in groups, with the most important group first.
 
     base:                                   # settings of `ear-ops train` that all runs share
-      data_dir: ${XTREME_DATA}/xnli         # environment variables are put in
+      data_dir: ${XTREME_DATA}/xnli         # the value of the environment variable is put in
       max_train_examples: 9600
     groups:
       - name: learning-rate
         settings: {method: finetune}
         grid: {learning_rate: [2.0e-5, 5.0e-5]}
-        select: [learning_rate]             # the best on dev of the source language holds for all later groups
+        select: [learning_rate]             # all later groups take the value that is best on the source's dev set
       - name: methods
-        table: "1"                          # of the paper, to be set beside
+        table: "1"                          # the table of the paper to print beside the results
         grid: {method: [finetune, rs-da, ear], seed: [1, 2, 3]}
 
-`cases` in a group is a list of settings that vary together, taken times the grid. `for: {method: adv}` beside `select`
-restricts what was chosen to runs with these settings. `keep_model: true` keeps the models, for `ear-ops analyse`.
+`cases` in a group is a list of settings that vary together; each case is combined with the whole grid. With
+`for: {method: adv}` beside `select`, only runs with these settings take the chosen value. With `keep_model: true`, the
+runs keep their models, for `ear-ops analyse`.
 """
 
 from __future__ import annotations
@@ -37,20 +38,25 @@ from ear_ops.recipes.training.method_uses import METHOD_SETTINGS, METHOD_USES
 
 Settings = dict[str, Any]
 
-_WEIGHTING = {"alpha", "beta", "layer", "reduction"}  # what a preset says, besides the padding
+_WEIGHTING = {"alpha", "beta", "layer", "reduction"}  # the settings of a preset, without the padding
 _DEFAULTS = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a study. Two that would compute the same are equal: they have the same name, and are run once."""
+    """One run of a study. Runs that would compute the same have the same name, are equal, and are trained once.
 
-    settings: Settings = field(hash=False, compare=False)  # complete: of `TrainConfig`, without the folder
+    Attributes:
+        settings: all settings of `TrainConfig` but the output folder.
+        name: also that of the folder in the folder of the study.
+    """
+
+    settings: Settings = field(hash=False, compare=False)
     name: str
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Run:
-        """Settings that its method does not look at are set aside: `finetune` is the same run for every beta.
+        """The run with these settings. Settings that its method ignores do not count: `finetune` has no beta.
 
         Raises:
             ConfigError: a setting is unknown or cannot be used.
@@ -64,10 +70,10 @@ class Run:
         for name in METHOD_SETTINGS - used:
             complete[name] = _DEFAULTS[name]
         complete = TrainConfig.from_dict(complete, output_dir="-").to_dict()
-        # Values that are the default are left out, so that a new setting does not give old runs new names.
-        telling = {name: value for name, value in complete.items() if value != _DEFAULTS[name]}
-        telling = {name: value for name, value in telling.items() if name in used or name not in METHOD_SETTINGS}
-        digest = hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:10]
+        # Default values are left out of the name, so a new setting does not rename old runs.
+        named = {name: value for name, value in complete.items() if value != _DEFAULTS[name]}
+        named = {name: value for name, value in named.items() if name in used or name not in METHOD_SETTINGS}
+        digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:10]
         return cls(complete, f"{config.task}-{config.method}-seed{config.seed}-{digest}")
 
     def config(self, folder: Path) -> TrainConfig:
@@ -90,7 +96,7 @@ class Group:
 
     @property
     def axes(self) -> list[str]:
-        """What varies, besides the seed."""
+        """The settings that vary in the group, without the seed."""
         varied = dict.fromkeys([name for case in self.cases for name in case] + list(self.grid))
         return [name for name in varied if name != "seed"]
 
@@ -102,21 +108,30 @@ class Group:
 
 @dataclass(frozen=True)
 class Member:
-    """A run in its group, with what the group says about it. One run may be in several groups."""
+    """A run in a group. One run may be in several groups.
+
+    Attributes:
+        group: of the study.
+        group_settings: the settings that the group gives this run.
+        run: with all its settings.
+    """
 
     group: Group
-    own: Settings  # the group's own settings of this run
+    group_settings: Settings
     run: Run
 
     def row(self) -> Settings:
-        """What tells its row apart. As the group says it: there, `finetune` too may have the beta of its row."""
+        """The settings that name the row of this run in the table of the group.
+
+        The values are those of the group. So `finetune` may stand in a row of beta, although it ignores beta.
+        """
         axes = [TABLES[self.group.table].axis] if self.group.table else self.group.axes
-        return {axis: self.own.get(axis, self.run.settings[axis]) for axis in axes}
+        return {axis: self.group_settings.get(axis, self.run.settings[axis]) for axis in axes}
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a group with `select` chose: the mean dev accuracy of every candidate, and the best."""
+    """The choice of a group with `select`: each candidate with its mean dev accuracy, and the best one."""
 
     group: Group
     candidates: list[tuple[Settings, float]]
@@ -125,13 +140,13 @@ class Selection:
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a study as far as they are known.
+    """The runs of a study that are known so far. The runs of some groups depend on choices of earlier groups.
 
     Attributes:
-        members: of all groups that are known.
-        selections: made so far.
-        waiting: groups that are not known yet, each with the name of a group whose choice it waits for.
-        maybe_kept: method and seed of each run of these whose model is kept.
+        members: of all groups whose runs are known.
+        selections: the choices made so far.
+        waiting: the other groups, each with the name of a group whose choice it waits for.
+        maybe_kept: method and seed of the runs in waiting groups that keep their models.
     """
 
     members: list[Member]
@@ -141,7 +156,7 @@ class Plan:
 
     @property
     def runs(self) -> list[Run]:
-        """Each once, in the order of the file."""
+        """Every run once, in the order of the file."""
         return list(dict.fromkeys(member.run for member in self.members))
 
     @property
@@ -149,25 +164,33 @@ class Plan:
         return {member.run.name for member in self.members if member.group.keep_model}
 
     def may_keep(self, run: Run) -> bool:
-        """Whether a group that is not known yet keeps models of this method and seed, so maybe this run's."""
+        """Whether a waiting group keeps models of this method and seed, and so may need the model of this run."""
         return (run.settings["method"], run.settings["seed"]) in self.maybe_kept
 
 
 @dataclass(frozen=True)
 class Study:
+    """The content of a study's file.
+
+    Attributes:
+        base: settings that all runs share.
+        groups: in the order of the file.
+        text: the YAML, with the values of environment variables put in.
+    """
+
     base: Settings
     groups: tuple[Group, ...]
-    text: str  # the YAML, environment variables put in
+    text: str
 
     def plan(self, dev_accuracy: Callable[[Run], float | None]) -> Plan:
-        """Expand the groups, but for those that wait for a choice that cannot be made yet.
+        """Expand the groups into runs. A group waits while a choice that it depends on cannot be made.
 
         Args:
-            dev_accuracy: of a finished run, on the source language; None of one that is not.
+            dev_accuracy: gives the accuracy of a finished run on dev of the source language, and None for others.
 
         Raises:
-            ConfigError: a combination of settings cannot be used, two runs of a group would make one cell, or a
-                baseline is no row of its group.
+            ConfigError: a combination of settings cannot be used, two runs of a group would share a cell of its table,
+                or a baseline is no row of its group.
         """
         members: list[Member] = []
         selections: list[Selection] = []
@@ -175,19 +198,21 @@ class Study:
         maybe_kept: set[tuple[str, int]] = set()
         open_choices: list[Group] = []
         for group in self.groups:
-            chooser = next((each for each in open_choices if self._chooses_for(each, group)), None)
+            chooser = next((candidate for candidate in open_choices if self._chooses_for(candidate, group)), None)
             selection = None
             if chooser is not None:
                 waiting.append((group, chooser.name))
                 if group.keep_model:
-                    settings = [self._resolved(group, own).settings for own in group.combinations()]
-                    maybe_kept |= {(each["method"], each["seed"]) for each in settings}
+                    supposed = [self._resolved(group, settings).settings for settings in group.combinations()]
+                    maybe_kept |= {(settings["method"], settings["seed"]) for settings in supposed}
             else:
-                own = [Member(group, each, self._run(group, each, selections)) for each in group.combinations()]
-                _check_cells(group, own)
-                _check_baseline(group, own)
-                members += own
-                selection = _select(group, own, dev_accuracy) if group.select else None
+                group_members = [
+                    Member(group, settings, self._run(group, settings, selections)) for settings in group.combinations()
+                ]
+                _check_cells(group, group_members)
+                _check_baseline(group, group_members)
+                members += group_members
+                selection = _select(group, group_members, dev_accuracy) if group.select else None
             if selection is not None:
                 selections.append(selection)
             elif group.select:
@@ -195,10 +220,10 @@ class Study:
         return Plan(members, selections, waiting, maybe_kept)
 
     def only(self, names: Sequence[str]) -> Study:
-        """The study with these groups alone, and those above them that choose a setting for them.
+        """The study with only these groups, and the groups above that choose a setting for them.
 
         Raises:
-            ConfigError: there is no group of such a name.
+            ConfigError: the study has no group of such a name.
         """
         if unknown := [name for name in names if name not in {group.name for group in self.groups}]:
             known = ", ".join(group.name for group in self.groups)
@@ -210,21 +235,29 @@ class Study:
         return replace(self, groups=tuple(kept))
 
     def _chooses_for(self, group: Group, other: Group) -> bool:
-        return any(set(group.select) - own.keys() and self._is_for(group, other, own) for own in other.combinations())
+        """Whether a run of `other` takes a value that `group` chooses."""
+        return any(
+            set(group.select) - run_settings.keys() and self._is_for(group, other, run_settings)
+            for run_settings in other.combinations()
+        )
 
-    def _is_for(self, chooser: Group, group: Group, own: Settings) -> bool:
-        """Whether what `chooser` chooses holds for the run of `group` with these settings of its own."""
-        settings = self._resolved(group, own).settings if chooser.only_for else {}
+    def _is_for(self, chooser: Group, group: Group, group_settings: Settings) -> bool:
+        """Whether the choice of `chooser` holds for the run of `group` with these settings."""
+        settings = self._resolved(group, group_settings).settings if chooser.only_for else {}
         return all(settings[name] == _typed(name, value) for name, value in chooser.only_for.items())
 
-    def _run(self, group: Group, own: Settings, selections: list[Selection]) -> Run:
-        chosen = [each.chosen for each in selections if self._is_for(each.group, group, own)]
-        return self._resolved(group, {name: value for each in chosen for name, value in each.items()} | own)
+    def _run(self, group: Group, group_settings: Settings, selections: list[Selection]) -> Run:
+        """The run of `group` with these settings, and with the choices that hold for it."""
+        chosen: Settings = {}
+        for selection in selections:
+            if self._is_for(selection.group, group, group_settings):
+                chosen |= selection.chosen
+        return self._resolved(group, chosen | group_settings)
 
     def _resolved(self, group: Group, settings: Settings) -> Run:
         try:
             return Run.of({**self.base, **settings})
-        except (ConfigError, TypeError) as error:
+        except ConfigError as error:
             raise ConfigError(f"group {group.name!r}, {settings}: {error}") from None
 
 
@@ -232,7 +265,7 @@ def load_study(path: str | Path) -> Study:
     """Read and check a study.
 
     Raises:
-        ConfigError: the file is missing, not YAML, or says something unknown; the message names the place.
+        ConfigError: the file is missing, not YAML, or has an unknown key or value; the message names the place.
     """
     path = Path(path)
     try:
@@ -266,7 +299,7 @@ def load_study(path: str | Path) -> Study:
 
 
 def _typed(name: str, value: Any) -> Any:
-    """YAML reads 1 as an integer and 2e-5 as a text where a setting is a float."""
+    """The value as a float where the setting is one. YAML reads 1 as an integer, and 2e-5 as a text."""
     if SETTING_TYPES.get(name) not in (float, float | None) or value is None or isinstance(value, bool):
         return value
     try:
@@ -322,7 +355,9 @@ def _group(entry: Any, where: str) -> Group:
         raise ConfigError(f"{where}: for: it restricts what `select` chooses, and there is no `select`")
     if missing := [name for name in group.select if name not in group.axes]:
         raise ConfigError(f"{where}: select: {', '.join(missing)} does not vary in this group, so there is no choice")
-    if missing := [name for name in group.select if any(name not in each for each in group.combinations())]:
+    if missing := [
+        name for name in group.select if any(name not in combination for combination in group.combinations())
+    ]:
         raise ConfigError(f"{where}: select: {', '.join(missing)} is missing in one of the cases: give it in each")
     return group
 
@@ -336,41 +371,43 @@ def _settings(value: Any, where: str) -> Settings:
     return value
 
 
-def _check_keys(given: Mapping[str, Any], known: Any, where: str) -> None:
-    for name in given:
+def _check_keys(content: Mapping[str, Any], known: Any, where: str) -> None:
+    for name in content:
         if name not in known:
             raise ConfigError(f"{where}: unknown {name!r}; known: {', '.join(sorted(known))}")
 
 
 def _check_cells(group: Group, members: list[Member]) -> None:
-    """Raise where two runs would stand in one row with one seed."""
+    """Raise ConfigError where two runs would stand in one row with one seed."""
     seen: dict[str, Member] = {}
     for member in members:
         cell = json.dumps([member.row(), member.run.settings["seed"]])
         if cell in seen and seen[cell].run != member.run:
             raise ConfigError(
-                f"group {group.name!r}: {seen[cell].own} and {member.own} would stand in one row, {member.row()}, of "
-                f"table {group.table}: put them into different groups"
+                f"group {group.name!r}: {seen[cell].group_settings} and {member.group_settings} would stand in one "
+                f"row, {member.row()}, of table {group.table}: put them into different groups"
             )
         seen[cell] = member
 
 
 def _check_baseline(group: Group, members: list[Member]) -> None:
+    """Raise ConfigError where the baseline is no row of the group."""
     rows = [member.row() for member in members]
     if not any(group.baseline.items() <= row.items() for row in rows):
         raise ConfigError(
-            f"group {group.name!r}: baseline: expected what tells one of its rows apart, "
+            f"group {group.name!r}: baseline: expected the settings of one of its rows, "
             f"{', '.join(dict.fromkeys(map(str, rows)))}, got {group.baseline}"
         )
 
 
 def _select(group: Group, members: list[Member], dev_accuracy: Callable[[Run], float | None]) -> Selection | None:
+    """The choice of the group, or None while one of its runs is not finished."""
     sums: dict[str, list[float]] = {}
     for member in members:
         accuracy = dev_accuracy(member.run)
         if accuracy is None:
             return None
-        key = json.dumps({name: member.own[name] for name in group.select})
+        key = json.dumps({name: member.group_settings[name] for name in group.select})
         sums.setdefault(key, []).append(accuracy)
     candidates = [(json.loads(key), sum(values) / len(values)) for key, values in sums.items()]
     return Selection(group, candidates, max(candidates, key=lambda candidate: candidate[1])[0])

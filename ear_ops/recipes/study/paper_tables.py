@@ -1,4 +1,4 @@
-"""The paper's tables: which setting makes a row, and the paper's own numbers (Ding et al., COLING 2022)."""
+"""The tables of the paper (Ding et al., COLING 2022): the setting that makes their rows, and their numbers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class PaperTable:
     """One table of the paper.
 
     Args:
-        title: what it shows.
-        axis: the setting whose value makes a row.
-        column: of the file, what names a row there.
-        baseline: the value of `axis` that the others are compared with.
-        model: what the file leaves unsaid: the model of its rows.
-        names: values of `axis` that the file calls something else.
+        title: of the table.
+        axis: the setting that has another value in each row.
+        column: the column of the file that names the rows.
+        baseline: the value of `axis` that the other rows are compared with.
+        model: the model of the rows, where the file has no such column.
+        names: the file's names of those values of `axis` that it names otherwise.
     """
 
     title: str
@@ -49,13 +49,21 @@ TABLES: dict[str, PaperTable] = {
 
 @dataclass(frozen=True)
 class PaperRow:
+    """One row of a table in the paper.
+
+    Attributes:
+        model: that was trained.
+        name: of the row in the file.
+        accuracies: in percent, by language and as `avg`, as far as the paper prints them.
+    """
+
     model: str
-    name: str  # as the file has it
-    accuracies: dict[str, float]  # in percent, by language and `avg`, as far as printed
+    name: str
+    accuracies: dict[str, float]
 
 
 def paper_rows(table: str) -> list[PaperRow]:
-    """The rows of a table in the paper's order, on the test sets."""
+    """The rows of a table, in the order of the paper. The paper has scored the test sets."""
     spec = TABLES[table]
     with open(_FOLDER / f"table-{table}.csv", encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
@@ -71,7 +79,7 @@ def paper_rows(table: str) -> list[PaperRow]:
 
 
 def same_row(table: str, value: Any, name: str) -> bool:
-    """Whether a value of the table's axis is the row called `name` in the file: 1.0 is `1`, `ear` may be `EPT+APT`."""
+    """Whether a value of the table's axis belongs to the row `name` of the file, such as 1.0 to the row `1`."""
     value = TABLES[table].names.get(value, value)
     try:
         return float(value) == float(name)

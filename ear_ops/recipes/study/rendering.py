@@ -1,4 +1,4 @@
-"""A report as Markdown, and its one figure. `content` is what `report.json` holds."""
+"""A report as Markdown, and its figure. `content` below is the content of `report.json`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _AVERAGES = {"average": "avg", "average_other": "avg w/o source", "average_trans
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """The whole report, a section for each group of the study."""
+    """The whole report, with a section for each group of the study."""
     lines = ["# Report", ""]
     lines += [f"{content['finished']} of {content['planned']} runs are finished."]
     if content["waiting"]:
         lines += [f"Groups that wait for a choice are not counted: `{'`, `'.join(content['waiting'])}`."]
     lines += [
         "",
-        "Accuracy in %, mean ± sample standard deviation over seeds. The paper's rows are its own numbers, on the test "
-        "sets, with other models: they stand here for the pattern, not for the level. * marks runs whose cross-entropy "
-        "stayed at chance. Dev of the language trained on (the source) has chosen each checkpoint, and the settings "
-        "below: what is scored on it is a little too good.",
+        "Accuracy in %, mean ± sample standard deviation over seeds. The paper's rows are its printed numbers, on the "
+        "test sets and with other models: compare the pattern, not the level. * marks runs whose cross-entropy stayed "
+        "at chance. The dev set of the language trained on (the source) has chosen each checkpoint and the settings "
+        "below, so an accuracy on that set is a little too high.",
     ]
     for selection in content["selections"]:
         lines += _selection(selection)
@@ -38,9 +38,10 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def figure_6(content: dict[str, Any], path: Path) -> str | None:
-    """Draw accuracy over the scale of the dictionary, ours and the paper's; returns why not, or None.
+    """Draw the accuracy over the scale of the dictionary, of the study and of the paper. It needs matplotlib.
 
-    Needs matplotlib.
+    Returns:
+        None, or the reason why the figure was not drawn.
     """
     rows = [row for section in content["sections"] if section["table"] == "6" for row in section["rows"]]
     points = [(row["settings"]["dictionary_scale"], row["average"]) for row in rows if "average" in row]
@@ -63,7 +64,7 @@ def figure_6(content: dict[str, Any], path: Path) -> str | None:
         capsize=3,
     )
     ours.set_title("here")
-    printed = [(float(each["name"]), each["accuracies"]["avg"]) for row in rows for each in row["paper"]]
+    printed = [(float(paper_row["name"]), paper_row["accuracies"]["avg"]) for row in rows for paper_row in row["paper"]]
     paper.plot(*zip(*sorted(printed), strict=True), marker="o", color="gray")
     paper.set_title("paper, mBERT")
     for axes in (ours, paper):
@@ -76,7 +77,10 @@ def figure_6(content: dict[str, Any], path: Path) -> str | None:
 def _selection(selection: dict[str, Any]) -> list[str]:
     chosen = _settings_text(selection["chosen"])
     scope = f" for {_settings_text(selection['for'])}" if selection["for"] else ""
-    rows = [[_settings_text(each["settings"]), f"{100 * each['dev_accuracy']:.2f}"] for each in selection["candidates"]]
+    rows = [
+        [_settings_text(candidate["settings"]), f"{100 * candidate['dev_accuracy']:.2f}"]
+        for candidate in selection["candidates"]
+    ]
     table = markdown_table(["candidate", "dev accuracy of the source language"], rows)
     return ["", f"## Chosen by `{selection['group']}`{scope}: {chosen}", "", table]
 
@@ -94,8 +98,8 @@ def _section(section: dict[str, Any], content: dict[str, Any]) -> list[str]:
     rows = []
     for row in section["rows"]:
         rows.append(_own_row(row, languages, averages))
-        rows += [_paper_row(each, languages, averages) for each in row["paper"]]
-    rows += [_paper_row(each, languages, averages) for each in section["paper_only"]]
+        rows += [_paper_row(paper_row, languages, averages) for paper_row in row["paper"]]
+    rows += [_paper_row(paper_row, languages, averages) for paper_row in section["paper_only"]]
     lines.append(markdown_table(header, rows))
     lines += _missing(section) + _differences(section) + _terms(section)
     if section["table"] == "6":
@@ -104,7 +108,7 @@ def _section(section: dict[str, Any], content: dict[str, Any]) -> list[str]:
 
 
 def _paper_rows(section: dict[str, Any]) -> list[dict[str, Any]]:
-    return [each for row in section["rows"] for each in row["paper"]] + section["paper_only"]
+    return [paper_row for row in section["rows"] for paper_row in row["paper"]] + section["paper_only"]
 
 
 def _own_row(row: dict[str, Any], languages: list[str], averages: list[str]) -> list[str]:
@@ -146,15 +150,15 @@ def _differences(section: dict[str, Any]) -> list[str]:
             rows.append([_settings_text(row["settings"]), first, *cells, by_seed, over_seeds])
     if not rows:
         return missing
-    header = ["row", "first language", "there", *averages.values(), "avg by seed", "avg, over seeds"]
+    header = ["row", "first language", "difference", *averages.values(), "avg by seed", "avg, over seeds"]
     return [
         *missing,
         "",
         f"Difference from {_settings_text(section['baseline'])} in points, with the 95% interval of a paired bootstrap "
-        f"over items ({DRAWS:,} draws; items with one first sentence are drawn together, in all languages; runs "
-        "are paired by seed and averaged over seeds). How much a run changes with its seed is not in these intervals "
-        "but in that of the last column, Student's t over the seeds, which is wide where they are few and missing "
-        "where there is one: a difference that it does not tell from 0 is not shown, whatever the others say. All "
+        f"over items ({DRAWS:,} draws). Items with the same first sentence are drawn together, in all languages. Runs "
+        "are paired by seed and averaged over seeds. These intervals leave out how much a run changes with its seed. "
+        "The last column has it: Student's t over the seeds. It is wide for few seeds, and missing for one seed. A "
+        "difference whose last interval holds 0 is not shown to be one, whatever the other intervals say. All "
         "languages are in `report.json`.",
         "",
         markdown_table(header, rows),
@@ -162,10 +166,13 @@ def _differences(section: dict[str, Any]) -> list[str]:
 
 
 def _terms(section: dict[str, Any]) -> list[str]:
-    """Loss terms, weights that follow from ratios, and gradient norms over that of the cross-entropy, if measured."""
+    """A table of loss terms, of weights that follow from ratios, and of gradient ratios, as far as they are known."""
     rows, names = [], []
     for row in section["rows"]:
-        values = {**row.get("terms", {}), **{f"{name}, chosen": each for name, each in row.get("weights", {}).items()}}
+        values = {
+            **row.get("terms", {}),
+            **{f"{name}, chosen": weight for name, weight in row.get("weights", {}).items()},
+        }
         for when, ratios in row.get("gradient_ratios", {}).items():
             values.update({f"{name}, {when}": value for name, value in ratios.items()})
         rows.append((row, values))

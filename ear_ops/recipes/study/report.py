@@ -1,4 +1,4 @@
-"""From the runs of a study to the paper's tables: what `report.json` holds, from which `report.md` is written."""
+"""The paper's tables from the runs of a study: the content of `report.json`, which `report.md` shows as text."""
 
 from __future__ import annotations
 
@@ -29,29 +29,36 @@ from ear_ops.recipes.training.results import source_of
 
 @dataclass
 class Row:
-    """The runs of one row: those of the study, and of these the finished ones by seed."""
+    """One row of a table.
 
-    settings: Settings  # what tells the row apart
+    Attributes:
+        settings: name the row.
+        planned: all runs of the row.
+        results: the finished runs and their results, by seed.
+    """
+
+    settings: Settings
     planned: list[Run]
     results: dict[int, tuple[Run, dict[str, Any]]]
 
 
 def scored_items(folder: Path, results: dict[str, Any], data_dir: str | None = None) -> Items:
-    """Whether each item of a finished run was right, by language.
+    """Whether the run predicted each item correctly, by language.
 
     Args:
-        folder: of the run, for its predictions.
-        data_dir: where the data are now; by default where they were.
+        folder: of the run, with its predictions.
+        results: of the run.
+        data_dir: where the data are now; by default the folder that the run read.
 
     Raises:
         DataError: the data are missing or malformed.
-        StudyError: the data are not those that the run was scored on.
+        StudyError: the run was scored on other data.
     """
     predictions = read_json(folder / "predictions.json")
-    found = data_dir or results["config"]["data_dir"]
-    if found is None:
+    data_dir = data_dir or results["config"]["data_dir"]
+    if data_dir is None:
         raise StudyError(f"{folder}: its data came from the Hub: pass --data-dir with the same data as files")
-    place = (str(mini_data_dir()) if found == MINI else found, results["task"], results["split"])
+    place = (str(mini_data_dir()) if data_dir == MINI else data_dir, results["task"], results["split"])
     correct = {}
     for language, predicted in predictions.items():
         labels, _ = _labels_and_groups(*place, language)
@@ -59,7 +66,7 @@ def scored_items(folder: Path, results: dict[str, Any], data_dir: str | None = N
         if len(labels) != len(predicted) or int((labels == np.array(predicted)).sum()) != counted["correct"]:
             raise StudyError(
                 f"{folder}: {counted['correct']} of {len(predicted)} predictions in {language} were right, which the "
-                f"{len(labels)} items in {found} do not say: these are not the data that the run was scored on"
+                f"{len(labels)} items in {data_dir} do not say: these are not the data that the run was scored on"
             )
         correct[language] = labels == np.array(predicted)
     source = source_of(results)
@@ -71,7 +78,7 @@ def scored_items(folder: Path, results: dict[str, Any], data_dir: str | None = N
 def _labels_and_groups(
     data_dir: str, task: str, split: str, language: str
 ) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    """The label of each item, and its group: of those with the same first sentence. [items], [items]"""
+    """The label and the group of each item. Items with the same first sentence are a group. [items], [items]"""
     examples = load_split(data_dir, get_task(task), split, language)
     numbers: dict[str, int] = {}
     groups = [numbers.setdefault(example.text1, len(numbers)) for example in examples]
@@ -79,10 +86,16 @@ def _labels_and_groups(
 
 
 def differences_table(folders: Sequence[Path], baseline: Path, data_dir: str | None, table: Table) -> str:
-    """Differences in accuracy between finished runs and one of them, by a paired bootstrap over items.
+    """A table of the differences in accuracy between finished runs and a baseline, by a paired bootstrap over items.
+
+    Args:
+        folders: of the runs.
+        baseline: the folder of the run to compare with.
+        data_dir: where the data are now; by default the folder that the runs read.
+        table: how the table is drawn.
 
     Raises:
-        RunFolderError, DataError, StudyError: a run is not finished, or its data are not there.
+        RunFolderError, DataError, StudyError: a run is not finished, or its data are missing.
         NotComparableError: the runs were not scored on the same items.
     """
     sides = {
@@ -93,9 +106,9 @@ def differences_table(folders: Sequence[Path], baseline: Path, data_dir: str | N
     rows = []
     for folder in folders:
         if folder != baseline:
-            found = accuracy_differences([sides[folder]], [sides[baseline]])
+            differences = accuracy_differences([sides[folder]], [sides[baseline]])
             names = [*languages, "average", "average_other"]
-            rows.append([str(folder), *(points(found[name]) if name in found else "" for name in names)])
+            rows.append([str(folder), *(points(differences[name]) if name in differences else "" for name in names)])
     return table(header, rows)
 
 
@@ -103,8 +116,8 @@ def report(folder: str | Path, data_dir: str | None = None) -> dict[str, Any]:
     """Write `report.json`, `report.md` and, with matplotlib, `figure-6.png` into the folder of a study.
 
     Args:
-        folder: of a study, finished or not: what was not run says so.
-        data_dir: where the data are now, for the paired differences; by default where they were.
+        folder: of a study. Where runs are not finished, the report says so.
+        data_dir: where the data are now, for the paired differences; by default the folder that the runs read.
 
     Returns:
         What `report.json` holds.
@@ -112,7 +125,7 @@ def report(folder: str | Path, data_dir: str | None = None) -> dict[str, Any]:
     Raises:
         StudyError: the folder holds no study.
         ConfigError: the study cannot be read.
-        RunFolderError: a finished run is damaged, or of other settings than the study's.
+        RunFolderError: a finished run is damaged, or has other settings than the study.
     """
     folder = Path(folder)
     if not (folder / STUDY_FILE).is_file():
@@ -124,7 +137,9 @@ def report(folder: str | Path, data_dir: str | None = None) -> dict[str, Any]:
             {
                 "group": selection.group.name,
                 "for": selection.group.only_for,
-                "candidates": [{"settings": each, "dev_accuracy": value} for each, value in selection.candidates],
+                "candidates": [
+                    {"settings": settings, "dev_accuracy": value} for settings, value in selection.candidates
+                ],
                 "chosen": selection.chosen,
             }
             for selection in plan.selections
@@ -142,7 +157,7 @@ def report(folder: str | Path, data_dir: str | None = None) -> dict[str, Any]:
 
 
 def _section(group: Group, plan: Plan, folder: Path, data_dir: str | None) -> dict[str, Any]:
-    """One group: its rows, the paper's beside them, and the differences from its baseline."""
+    """One group: its rows, the rows of the paper's table, and the differences from the baseline."""
     spec = TABLES[group.table] if group.table else None
     rows = _rows([member for member in plan.members if member.group == group], folder)
     wanted = group.baseline or ({spec.axis: spec.baseline} if spec else {})
@@ -152,12 +167,14 @@ def _section(group: Group, plan: Plan, folder: Path, data_dir: str | None) -> di
     for row in rows:
         entry = _entry(row)
         entry["paper"] = [
-            vars(each) for each in paper if spec and same_row(group.table or "", row.settings[spec.axis], each.name)
+            vars(paper_row)
+            for paper_row in paper
+            if spec and same_row(group.table or "", row.settings[spec.axis], paper_row.name)
         ]
         if baseline is not None and row is not baseline:
             entry["difference"] = _difference(row, baseline, folder, data_dir)
         entries.append(entry)
-    shown = {each["name"] for entry in entries for each in entry["paper"]}
+    shown = {paper_row["name"] for entry in entries for paper_row in entry["paper"]}
     return {
         "group": group.name,
         "table": group.table,
@@ -165,7 +182,7 @@ def _section(group: Group, plan: Plan, folder: Path, data_dir: str | None) -> di
         "axes": [spec.axis] if spec else group.axes,
         "baseline": baseline.settings if baseline else None,
         "rows": entries,
-        "paper_only": [vars(each) for each in paper if each.name not in shown],
+        "paper_only": [vars(paper_row) for paper_row in paper if paper_row.name not in shown],
     }
 
 
@@ -192,29 +209,31 @@ def _entry(row: Row) -> dict[str, Any]:
         "collapsed": sorted(seed for seed, (_, results) in row.results.items() if results["collapsed"]),
     }
     if finished:
-        languages = [name for name in finished[0]["languages"] if all(name in each["languages"] for each in finished)]
+        languages = [
+            name for name in finished[0]["languages"] if all(name in results["languages"] for results in finished)
+        ]
         entry["split"] = finished[0]["split"]
         entry["items"] = {name: finished[0]["languages"][name]["total"] for name in languages}
         entry["accuracies"] = {
-            name: estimate([each["languages"][name]["accuracy"] for each in finished]) for name in languages
+            name: estimate([results["languages"][name]["accuracy"] for results in finished]) for name in languages
         }
         entry.update(_averages(finished, languages))
-        shared = set.intersection(*(set(each["terms"]) for each in finished))
+        shared = set.intersection(*(set(results["terms"]) for results in finished))
         entry["terms"] = {
-            name: estimate([each["terms"][name] for each in finished])
+            name: estimate([results["terms"][name] for results in finished])
             for name in finished[0]["terms"]
             if name in shared
         }
-        weights = [each["weights"] for each in finished if each.get("weights")]
+        weights = [results["weights"] for results in finished if results.get("weights")]
         if len(weights) == len(finished):
-            entry["weights"] = {name: estimate([each[name] for each in weights]) for name in weights[0]}
-        ratios = [each["gradient_ratios"] for each in finished if each.get("gradient_ratios")]
+            entry["weights"] = {name: estimate([run_weights[name] for run_weights in weights]) for name in weights[0]}
+        ratios = [results["gradient_ratios"] for results in finished if results.get("gradient_ratios")]
         if len(ratios) == len(finished):
             entry["gradient_ratios"] = {
                 when: {
-                    name: estimate([each[when][name] for each in ratios])
+                    name: estimate([run_ratios[when][name] for run_ratios in ratios])
                     for name in ratios[0][when]
-                    if all(name in each[when] for each in ratios)
+                    if all(name in run_ratios[when] for run_ratios in ratios)
                 }
                 for when in ratios[0]
             }
@@ -222,25 +241,29 @@ def _entry(row: Row) -> dict[str, Any]:
 
 
 def _averages(finished: Sequence[dict[str, Any]], languages: Sequence[str]) -> dict[str, Estimate]:
-    """Over these languages, which all the runs have; `average_other` leaves out the one trained on, and
-    `average_translated` the rows without a translation."""
+    """The averages over these languages, which all runs have.
+
+    `average_other` leaves out the language trained on, `average_translated` the items without a translation.
+    """
     values: dict[str, list[float]] = {}
-    for each in finished:
-        scores = {name: each["languages"][name] for name in languages}
+    for results in finished:
+        scores = {name: results["languages"][name] for name in languages}
         parts = {
             "average": [score["accuracy"] for score in scores.values()],
-            "average_other": [score["accuracy"] for name, score in scores.items() if name != source_of(each)],
+            "average_other": [score["accuracy"] for name, score in scores.items() if name != source_of(results)],
             "average_translated": [s["translated"]["accuracy"] for s in scores.values() if "translated" in s],
         }
         for name, part in parts.items():
             if part:
                 values.setdefault(name, []).append(mean(part))
-    return {name: estimate(each) for name, each in values.items() if len(each) == len(finished)}
+    return {name: estimate(run_averages) for name, run_averages in values.items() if len(run_averages) == len(finished)}
 
 
 def _difference(row: Row, baseline: Row, folder: Path, data_dir: str | None) -> dict[str, Any] | None:
-    """By language and on average, over the seeds that both have; and the average of each seed alone, and over them.
-    Accuracies stand without their data: where those are not there, `missing` says why."""
+    """The differences by language, on average, for each seed, and over the seeds that both rows have.
+
+    Differences need the data of the runs. Where they cannot be read, `missing` holds the reason.
+    """
     seeds = sorted(row.results.keys() & baseline.results.keys())
     if not seeds:
         return None
@@ -259,17 +282,17 @@ def _difference(row: Row, baseline: Row, folder: Path, data_dir: str | None) -> 
     return {"seeds": by_seed, "over_seeds": interval_over_seeds(list(by_seed.values())), **differences}
 
 
-_OF_THE_CLOCK = ("_runtime", "_per_second", "total_flos")
+_MACHINE_SUFFIXES = ("_runtime", "_per_second", "total_flos")  # entries of the log that depend on the machine
 
 
 def _provenance(plan: Plan, folder: Path) -> dict[str, Any]:
-    """What the numbers come from: settings that all runs share, versions, dates."""
+    """How the numbers were made: settings that all runs share, versions, dates, and the log of each run."""
     finished = [(run, results) for run in plan.runs if (results := results_of(folder, run)) is not None]
     configurations = [results["config"] for _, results in finished]
     shared = {
         name: value
         for name, value in (configurations[0] if configurations else {}).items()
-        if all(each.get(name) == value for each in configurations)
+        if all(configuration.get(name) == value for configuration in configurations)
     }
     versions = list({str(results["versions"]): results["versions"] for _, results in finished}.values())
     runs = [
@@ -298,8 +321,8 @@ def _provenance(plan: Plan, folder: Path) -> dict[str, Any]:
 
 
 def _log(folder: Path) -> list[dict[str, Any]] | None:
-    """Losses, terms and dev accuracies by step, without what the machine adds; None of a run that has lost it."""
+    """Losses, terms and dev accuracies by step, or None where the log has been deleted."""
     path = folder / "training.json"
     if not path.exists():
         return None
-    return [{k: v for k, v in line.items() if not k.endswith(_OF_THE_CLOCK)} for line in read_json(path)["log"]]
+    return [{k: v for k, v in line.items() if not k.endswith(_MACHINE_SUFFIXES)} for line in read_json(path)["log"]]

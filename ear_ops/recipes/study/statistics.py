@@ -1,4 +1,4 @@
-"""Means over seeds, and paired differences over items with their intervals."""
+"""Means over seeds, and differences between runs over the same items, with their intervals."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ DRAWS = 2000
 
 
 class Items(NamedTuple):
-    """What a run was scored on.
+    """The items that a run was scored on.
 
     Attributes:
-        correct: whether each item was right, by language: [items], parallel line by line.
-        groups: the group of each item, from 0: [items]. Items with one first sentence, as the three of a premise in
-            XNLI, are no independent draws.
+        correct: by language, whether each item was predicted correctly, [items]. Item i is the same in all languages.
+        groups: the number of each item's group, from 0, [items]. Items with the same first sentence, such as the three
+            of a premise in XNLI, are not independent and form a group.
         source: the language trained on.
     """
 
@@ -31,7 +31,7 @@ class Items(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Mean over runs, with the sample standard deviation, which one run does not have."""
+    """The mean over runs, and the sample standard deviation, which is None for a single run."""
 
     mean: float
     deviation: float | None
@@ -46,16 +46,16 @@ class Difference(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Raises ValueError without values."""
+    """The mean and deviation of at least one value. Raises ValueError without values."""
     if not values:
         raise ValueError("values: expected at least one, got none")
     return Estimate(mean(values), stdev(values) if len(values) > 1 else None)
 
 
 def interval_over_seeds(differences: Sequence[float]) -> Difference | None:
-    """Mean of one difference a seed, with the 95% interval of Student's t. None of a single seed, which has no spread.
+    """The mean of the differences of all seeds, with the 95% interval of Student's t.
 
-    Raises ValueError without differences.
+    A single seed has no spread, so its result is None. Raises ValueError without differences.
     """
     value = estimate(differences)
     if value.deviation is None:
@@ -96,47 +96,51 @@ def _probability_within(angle: float, degrees: int) -> float:
 def paired_bootstrap(
     differences: NDArray[np.floating], groups: NDArray[np.integer], draws: int = DRAWS, seed: int = 0
 ) -> Difference:
-    """Percentile bootstrap of a mean over paired differences of items, drawn by groups (Davison and Hinkley, 1997,
-    section 3.8).
+    """The percentile bootstrap of a mean over paired differences of items (Davison and Hinkley, 1997, section 3.8).
 
     Args:
-        differences: [items], at least one.
-        groups: of each item, from 0, none of them empty: [items].
+        differences: at least one, [items].
+        groups: the number of each item's group, from 0, [items]. Every group has items, and is drawn as a whole.
+        draws: how many samples are drawn.
+        seed: of the draws.
     """
     rng = np.random.default_rng(seed)
     sums, sizes = np.bincount(groups, weights=differences), np.bincount(groups)
     count = len(sizes)
     drawn = (rng.integers(0, count, count) for _ in range(draws))
-    means = [sums[each].sum() / sizes[each].sum() for each in drawn]
+    means = [sums[sample].sum() / sizes[sample].sum() for sample in drawn]
     low, high = np.percentile(means, [2.5, 97.5])
     return Difference(float(differences.mean()), float(low), float(high))
 
 
 def accuracy_differences(runs: Sequence[Items], baselines: Sequence[Items]) -> dict[str, Difference]:
-    """Difference in accuracy, as a share, between runs and their baselines: by language, `average` over languages, and
-    `average_other` over those that none of the runs was trained on, if there are any.
+    """The differences in accuracy, as shares, between runs and their baselines.
 
-    An item is drawn in all languages at once, since it is one item and its translations, and with the other items of
-    its group. Several pairs of runs are averaged item by item first: how much a run changes with its seed is not in the
-    interval.
+    An item is drawn in all languages at once, together with the other items of its group. Several pairs of runs are
+    averaged item by item first, so the intervals leave out how much a run changes with its seed.
 
     Args:
-        runs, baselines: pairs, as the seeds match; the same languages everywhere, as many items in each.
+        runs: at least one.
+        baselines: one for each run, in the same order. All have the same languages and items.
+
+    Returns:
+        Differences by language; `average` over all languages; and `average_other` over the languages that no run was
+        trained on, if there are any.
 
     Raises:
         NotComparableError: the runs were not scored on the same items.
-        ValueError: not as many runs as baselines.
+        ValueError: there are not as many runs as baselines.
     """
     if not runs or len(runs) != len(baselines):
         raise ValueError(f"expected as many runs as baselines, at least one, got {len(runs)} and {len(baselines)}")
     languages, groups = list(runs[0].correct), runs[0].groups
-    for each in (*runs, *baselines):
-        if sorted(each.correct) != sorted(languages):
+    for run in (*runs, *baselines):
+        if sorted(run.correct) != sorted(languages):
             raise NotComparableError(
                 f"runs that were scored in the same languages can be compared, got {', '.join(languages)} and "
-                f"{', '.join(each.correct)}"
+                f"{', '.join(run.correct)}"
             )
-        if {len(right) for right in each.correct.values()} != {len(groups)}:
+        if {len(right) for right in run.correct.values()} != {len(groups)}:
             raise NotComparableError("the runs must be scored on as many items in every language, translated in order")
     paired = [
         np.stack([run.correct[name].astype(float) - baseline.correct[name] for name in languages])  # [languages, items]
@@ -145,7 +149,7 @@ def accuracy_differences(runs: Sequence[Items], baselines: Sequence[Items]) -> d
     differences = np.mean(paired, axis=0)
     result = {name: paired_bootstrap(rows, groups) for name, rows in zip(languages, differences, strict=True)}
     result["average"] = paired_bootstrap(differences.mean(axis=0), groups)
-    sources = {each.source for each in (*runs, *baselines)}
+    sources = {run.source for run in (*runs, *baselines)}
     others = [row for name, row in zip(languages, differences, strict=True) if name not in sources]
     if others:
         result["average_other"] = paired_bootstrap(np.mean(others, axis=0), groups)

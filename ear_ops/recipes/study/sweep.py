@@ -1,8 +1,8 @@
-"""Running a study: every run once, the first of the file first, by as many processes as there are, through any kill.
+"""Running a study: every run once, in the order of the file, by one or more processes.
 
-A folder belongs to a study: `study.yaml`, as it was read, and a folder for each run. A process claims a run by the lock
-of the run's folder, which the system lifts when the process ends, however it ends; then the run goes on from its newest
-complete checkpoint, in whatever process comes next. Nothing else is shared.
+The folder of a study holds `study.yaml` and a folder for each run. A process claims a run by locking the folder of the
+run. The system removes the lock when the process ends, also when it is killed. The next process then continues the run
+from its newest complete checkpoint. Processes share nothing else.
 """
 
 from __future__ import annotations
@@ -17,16 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ear_ops.data import DataError
 from ear_ops.errors import EarOpsError
-from ear_ops.models import OfflineModelError
 from ear_ops.recipes.study.definition import Group, Plan, Run, Study, load_study
 from ear_ops.recipes.tables import Table, text_table
 from ear_ops.recipes.training import checkpoints, run
-from ear_ops.recipes.training.errors import ConfigError
 from ear_ops.recipes.training.folder import (
     FolderInUseError,
-    RunFolderError,
     changed_files,
     check_config,
     locked,
@@ -39,27 +35,32 @@ logger = logging.getLogger(__name__)
 STUDY_FILE = "study.yaml"
 PREVIOUS_STUDY_FILE = "study.previous.yaml"
 
-_EXPLAINED = (DataError, ConfigError, RunFolderError, OfflineModelError, OSError)  # their messages say it all
-_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # the next run would fare no better
+_EXPLAINED = (EarOpsError, OSError)  # their messages need no traceback
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # the next run would fail by them too
 
 
 class StudyError(EarOpsError, RuntimeError):
-    """A study that could not be finished, or a folder that holds none. What is finished is kept."""
+    """A study could not be finished, or a folder holds no study. Finished runs are kept."""
 
 
 @dataclass
 class Progress:
-    """What one process did: the runs that it trained, and why others failed, by name."""
+    """The work of one process.
+
+    Attributes:
+        finished: names of the runs that it trained.
+        failed: for each run that failed, the reason.
+    """
 
     finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
 
 def results_of(folder: Path, run: Run) -> dict[str, Any] | None:
-    """The results of a finished run, None of one that is not.
+    """The results of a run, or None if it is not finished.
 
     Raises:
-        RunFolderError: they are of other settings, from a version with other defaults.
+        RunFolderError: the results are of other settings, from a version with other defaults.
     """
     path = folder / run.name / "results.json"
     if not path.exists():
@@ -69,8 +70,7 @@ def results_of(folder: Path, run: Run) -> dict[str, Any] | None:
 
 
 def plan_of(study: Study, folder: Path) -> Plan:
-    """The runs of the study, with the choices that the finished ones allow."""
-
+    """The runs of the study, with the choices that its finished runs allow."""
     return study.plan(lambda run: _dev_accuracy(folder, run))
 
 
@@ -87,30 +87,30 @@ def sweep(
     wait: float = 10.0,
     say: Callable[[str], None] = print,
 ) -> Progress:
-    """Run what is not finished, and return when all of it is, by this process or by others.
+    """Train every run that is not finished, and return when all runs are finished or have failed.
 
-    A run that fails is reported, and the others go on; the same call tries it again. A full disk stops the process.
-    Whatever happens, finished runs stay.
+    A failed run is reported, and the other runs go on. The same call tries it again. A full disk stops the process.
+    Finished runs are always kept.
 
     Args:
         study_file: see `ear_ops.recipes.study.definition`.
-        folder: of the study; made if it is not there.
-        groups: run these alone, and the groups that choose a setting for them; by default all.
+        folder: of the study; it is made if it does not exist.
+        groups: run only these groups, and the groups that choose a setting for them; by default all.
         wait: seconds between two looks at the runs that other processes work on.
         say: takes each line about the progress.
 
     Raises:
-        ConfigError: the study cannot be read, a run of it has settings that cannot be used, or it has no such group.
+        ConfigError: the study cannot be read, has no such group, or has a run with settings that cannot be used.
             Nothing has run then.
         StudyError: the disk is full or cannot be written.
     """
     study, folder = load_study(study_file), Path(folder)
-    # A mistake in the file should show before anything runs, whatever will be chosen.
+    # With this plan, a mistake in any group shows before the first run.
     supposed = study.plan(lambda run: 0.0)
     asked = study.only(groups).groups if groups else study.groups
     plan_of(study, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with suppress(FolderInUseError), locked(folder):  # whoever is in there writes the same
+    with suppress(FolderInUseError), locked(folder):  # another process that holds the lock writes the same file
         _write_study(study, folder, say)
     for notice in _notices(supposed, asked, folder):
         say(notice)
@@ -119,35 +119,35 @@ def sweep(
         plan = plan_of(study, folder)
         runs = _of_groups(plan, asked)
         before, busy = len(progress.finished), False
-        for number, each in enumerate(runs, start=1):
-            if each.name in progress.failed:
+        for number, planned in enumerate(runs, start=1):
+            if planned.name in progress.failed:
                 continue
             try:
-                if results_of(folder, each) is None:
-                    with locked(folder / each.name):
-                        pass  # what other processes are at is not announced here
-                    say(f"[{number}/{len(runs)}] {each.name}")
-                    results = run.train(each.config(folder))
-                    progress.finished.append(each.name)
-                    say(f"[{number}/{len(runs)}] {each.name}: {100 * results['average']:.1f} on average")
-                if each.name not in plan.kept_models and not plan.may_keep(each):
-                    _drop_model(folder / each.name)
+                if results_of(folder, planned) is None:
+                    with locked(folder / planned.name):
+                        pass  # a run that another process works on is not announced here
+                    say(f"[{number}/{len(runs)}] {planned.name}")
+                    results = run.train(planned.config(folder))
+                    progress.finished.append(planned.name)
+                    say(f"[{number}/{len(runs)}] {planned.name}: {100 * results['average']:.1f} on average")
+                if planned.name not in plan.kept_models and not plan.may_keep(planned):
+                    _drop_model(folder / planned.name)
             except FolderInUseError:
                 busy = True
             except Exception as error:
-                if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+                if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
                     raise StudyError(
-                        f"{each.name}: {error}. Finished runs are kept; the same command goes on"
+                        f"{planned.name}: {error}. Finished runs are kept; the same command goes on"
                     ) from error
                 reason = str(error)
-                if not isinstance(error, _EXPLAINED):  # memory of the device, a fault of ours: the others may do well
+                if not isinstance(error, _EXPLAINED):  # a full device or a fault of ours; the next run may succeed
                     reason = f"{type(error).__name__}: {error}"
-                    logger.exception("%s", each.name)
-                progress.failed[each.name] = reason
-                say(f"[{number}/{len(runs)}] {each.name} FAILED: {reason}")
+                    logger.exception("%s", planned.name)
+                progress.failed[planned.name] = reason
+                say(f"[{number}/{len(runs)}] {planned.name} FAILED: {reason}")
         if busy:
             if not waited:
-                say("What is left is in the hands of other processes: waiting for them.")
+                say("Other processes work on all runs that are left: waiting for them.")
             waited = True
             time.sleep(wait)
         elif len(progress.finished) == before and plan == plan_of(study, folder):
@@ -155,54 +155,59 @@ def sweep(
 
 
 def outline(study_file: str | Path, folder: str | Path, groups: Sequence[str] = (), table: Table = text_table) -> str:
-    """What `sweep` would run: a row for each group, how many of its runs are finished, and what it waits for.
+    """A table of what `sweep` would run: for each group its runs, the finished ones, and the choice that it waits for.
+
+    Args:
+        study_file, folder, groups: as for `sweep`.
+        table: how the table is drawn.
 
     Raises:
-        ConfigError, RunFolderError: as `sweep`.
+        ConfigError, RunFolderError: as for `sweep`.
     """
     study, folder = load_study(study_file), Path(folder)
     asked = study.only(groups).groups if groups else study.groups
     waiting = {group.name: chooser for group, chooser in plan_of(study, folder).waiting}
     plan = study.plan(lambda run: 0.0 if (known := _dev_accuracy(folder, run)) is None else known)
     rows = []
-    for names, own in [*((group.name, (group,)) for group in asked), ("all, each once", asked)]:
-        runs = _of_groups(plan, own)
+    for name, groups_of_row in [*((group.name, (group,)) for group in asked), ("all, each once", asked)]:
+        runs = _of_groups(plan, groups_of_row)
         finished = sum(results_of(folder, run) is not None for run in runs)
-        rows.append([names, str(len(runs)), str(finished), waiting.get(names, "")])
+        rows.append([name, str(len(runs)), str(finished), waiting.get(name, "")])
     header = ["group", "runs", "finished", "waits for the choice of"]
     return "\n".join([table(header, rows), *_notices(plan, asked, folder)])
 
 
 def _of_groups(plan: Plan, groups: Sequence[Group]) -> list[Run]:
+    """The known runs of these groups, every run once."""
     return list(dict.fromkeys(member.run for member in plan.members if member.group in groups))
 
 
 def _notices(plan: Plan, groups: Sequence[Group], folder: Path) -> list[str]:
-    """What the runs that are left need and is not there, and what has changed since the others read it."""
+    """A line for each missing input of the runs that are left, and for each changed input of finished runs."""
     runs = _of_groups(plan, groups)
-    finished = [each for each in runs if (folder / each.name / "results.json").exists()]
-    left = [each for each in runs if each not in finished]
-    needed = Counter(path for each in left for path in missing_inputs(each.config(folder)))
+    finished = [planned for planned in runs if (folder / planned.name / "results.json").exists()]
+    left = [planned for planned in runs if planned not in finished]
+    needed = Counter(path for planned in left for path in missing_inputs(planned.config(folder)))
     notices = [f"{path} is not there: {count} runs need it and will fail" for path, count in needed.items()]
-    for each in finished:
-        if changed := changed_files(folder / each.name, each.config(folder)):
+    for planned in finished:
+        if changed := changed_files(folder / planned.name, planned.config(folder)):
             notices.append(
-                f"{each.name} read other contents of {', '.join(changed)}: delete its folder to run it again"
+                f"{planned.name} read other contents of {', '.join(changed)}: delete its folder to run it again"
             )
     return notices
 
 
 def _write_study(study: Study, folder: Path, say: Callable[[str], None]) -> None:
-    """Keep the study with its runs, for the report; what it replaces stays under another name."""
+    """Write the study into its folder, for the report. A study that it replaces is kept under another name."""
     path = folder / STUDY_FILE
     if path.exists() and (before := path.read_text(encoding="utf-8")) != study.text:
         checkpoints.write_atomically(folder / PREVIOUS_STUDY_FILE, before)
-        say(f"{folder} held another study, which is now {PREVIOUS_STUDY_FILE} there; reports will be of this one.")
+        say(f"{folder} held another study, which is now {PREVIOUS_STUDY_FILE} there; reports will be of the new one.")
     checkpoints.write_atomically(path, study.text)
 
 
 def _drop_model(folder: Path) -> None:
-    """Delete the model of a finished run: the predictions and results stay."""
+    """Delete the model of a finished run. Its predictions and results are kept."""
     if (folder / "model").exists():
         with suppress(FolderInUseError), locked(folder):
             if (folder / "model").exists():

@@ -1,7 +1,7 @@
-"""Folders that are either complete or not there: a manifest, written last, says that every file has arrived.
+"""Folders that can be told complete: a manifest, written last, lists every file with its size.
 
-A process may die at any instruction (`kill -9`, power, a full disk). What it was writing then has no manifest and is
-thrown away by the next start; what has one can be trusted.
+A process may die at any instruction, by `kill -9`, a power cut or a full disk. The folder that it was writing then has
+no manifest, and the next start deletes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STEP = re.compile(r"checkpoint-(\d+)")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part, also after a crash."""
+    """Write a file so that a reader sees the old or the new content and never a part of it, also after a crash."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -32,15 +32,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, by `write_atomically`."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager
 def naming_a_full_disk(folder: Path) -> Iterator[None]:
-    """Torch and safetensors say of a full disk only that a file came out too short: inside, it is named.
+    """Replace the errors by which torch and safetensors report a full disk: they only say that a file is too short.
 
     Raises:
-        OSError: ENOSPC, in place of another error on a disk with less than a megabyte left.
+        OSError: ENOSPC, in place of any other error while the disk has less than a megabyte left.
     """
     try:
         yield
@@ -53,7 +54,7 @@ def naming_a_full_disk(folder: Path) -> Iterator[None]:
 
 
 def mark_complete(folder: Path) -> None:
-    """Declare all files of `folder` written: flush them to disk, then put the manifest beside them."""
+    """Flush all files of the folder to disk, then write the manifest, which makes the folder complete."""
     sizes = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         _sync(path)
@@ -62,7 +63,7 @@ def mark_complete(folder: Path) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the manifest is there and every file that it lists has the size it had."""
+    """Whether the folder has a manifest, and every file in it has the size that it lists."""
     try:
         sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -76,7 +77,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def remove_incomplete(folder: Path) -> list[Path]:
-    """Delete the `checkpoint-N` folders that a dead process left unfinished; returns them."""
+    """Delete the incomplete `checkpoint-N` folders, which a process left that died, and return their paths."""
     unfinished = [path for path in _checkpoints(folder) if not is_complete(path)]
     for path in unfinished:
         remove(path)
@@ -84,7 +85,7 @@ def remove_incomplete(folder: Path) -> list[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder. The manifest goes first: a deletion that is cut short leaves an incomplete folder."""
+    """Delete a folder. The manifest is deleted first, so an interrupted deletion leaves an incomplete folder."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
 

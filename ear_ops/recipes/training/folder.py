@@ -1,9 +1,10 @@
-"""The folder of a run: which configuration it belongs to, how far it got, and that one process works in it.
+"""The folder of a run. It belongs to one configuration, and one process at a time works in it.
 
-config.json                     the configuration, the versions it started with, and digests of the files it read
-checkpoints/checkpoint-N/       while training; each ends with its manifest
-model/                          the best checkpoint, when training is over
-training.json                   the log, the best step, what is to be said about the run
+config.json                     the configuration, the versions at the start, and digests of the files that were read
+checkpoints/checkpoint-N/       while training; the manifest of a checkpoint is written last
+weights.json                    the weights that follow from ratios, where the configuration has ratios
+model/                          the best checkpoint, when the training is over
+training.json                   the log, the best step, the notices
 results.json, results.md, predictions.json
 """
 
@@ -25,32 +26,32 @@ from ear_ops.recipes.training.checkpoints import write_json
 from ear_ops.recipes.training.config import TrainConfig
 from ear_ops.recipes.training.sources import digests
 
-_OWN_FILES = {".lock", "config.json", "config.json.tmp"}  # what a run that computed nothing may have left
+_INITIAL_FILES = {".lock", "config.json", "config.json.tmp"}  # all that a run leaves that computed nothing
 _PACKAGES = ("ear-ops", "torch", "transformers", "accelerate", "tokenizers")
 
 
 class RunFolderError(EarOpsError, RuntimeError):
-    """The output folder belongs to something else, is in use, or does not hold what was asked for."""
+    """The folder belongs to something else, is in use, or lacks what was asked for."""
 
 
 class FolderInUseError(RunFolderError):
-    """Another process works in the folder; it is free again when that process ends, however it ends."""
+    """Another process works in the folder. The folder is free again when that process ends or is killed."""
 
 
 def claim(folder: Path, config: TrainConfig) -> None:
-    """Make `folder` the folder of a run with this configuration, or find that it is already.
+    """Make `folder` the folder of a run with this configuration, unless it is that already.
 
-    A folder with a config.json alone is of a run that computed nothing, such as one whose data were not found: it is
-    taken over. Call it under the lock of the folder.
+    A folder with nothing but a config.json is taken over: its run computed nothing, for example because its data were
+    missing. Hold the lock of the folder while you call this.
 
     Raises:
-        RunFolderError: it holds a run of another configuration (the message lists the settings that differ), one that
-            read files which have changed since, or files that no run wrote. Nothing is overwritten.
+        RunFolderError: the folder holds a run of another configuration, a run whose input files have changed since, or
+            files that no run wrote. Nothing is overwritten.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    others = sorted(path.name for path in folder.iterdir() if path.name not in _OWN_FILES and not _is_empty(path))
+    others = sorted(path.name for path in folder.iterdir() if path.name not in _INITIAL_FILES and not _is_empty(path))
     if (folder / "config.json").exists():
-        load_config(folder)  # which something else may have written
+        load_config(folder)  # raises where another program wrote the file
         if others:
             check_config(folder, config)
             if changed := changed_files(folder, config):
@@ -68,8 +69,8 @@ def claim(folder: Path, config: TrainConfig) -> None:
 
 
 def changed_files(folder: Path, config: TrainConfig) -> list[str]:
-    """The files with other contents now than when the run of this folder began; those that are gone do not count."""
-    then = read_json(folder / "config.json").get("files", {})  # which runs of older versions do not have
+    """The input files whose contents have changed since the run of this folder began. Missing files do not count."""
+    then = read_json(folder / "config.json").get("files", {})  # older versions wrote no digests
     return [path for path, digest in digests(config.data).items() if then.get(path, digest) != digest]
 
 
@@ -78,8 +79,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def check_config(folder: Path, config: TrainConfig) -> None:
-    """Raises RunFolderError where the folder holds a run of another configuration; the message lists the settings that
-    differ."""
+    """Raise RunFolderError where the folder holds a run of another configuration. The message lists the differences."""
     saved, now = load_config(folder).to_dict(), config.to_dict()
     differing = [name for name in now if saved[name] != now[name]]
     if differing:
@@ -90,11 +90,11 @@ def check_config(folder: Path, config: TrainConfig) -> None:
 
 
 def load_config(folder: Path) -> TrainConfig:
-    """The configuration of a run; settings that are newer than the run have their defaults.
+    """The configuration of a run. Settings that are newer than the run have their defaults.
 
     Raises:
-        RunFolderError: the folder holds no run, or a config.json that no run wrote.
-        ConfigError: the run has a setting that this version does not know.
+        RunFolderError: the folder holds no run, or a config.json of another program.
+        ConfigError: this version does not know a setting of the run.
     """
     if not (folder / "config.json").is_file():
         raise RunFolderError(f"{folder} holds no run: there is no config.json in it")
@@ -106,15 +106,15 @@ def load_config(folder: Path) -> TrainConfig:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out of the folder; the system lifts the lock when the process ends, however it ends.
+    """Keep other processes out of the folder. The system removes the lock when the process ends or is killed.
 
     Raises:
-        FolderInUseError: another process is in there.
+        FolderInUseError: another process works in the folder.
         OSError: the file system has no locks.
     """
     try:
         import fcntl
-    except ImportError:  # no such locks on Windows: there the user has to take care
+    except ImportError:  # Windows has no such locks, so the user has to keep processes apart
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,25 +127,24 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on, of a checkout with its commit, and the numbers of threads and processes,
-    which decide the order of sums."""
+    """The versions that numbers depend on, and the device, threads and processes, which decide the order of sums."""
     import torch
 
-    found = {"python": platform.python_version()}
+    packages = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            packages[package] = version(package)
         except PackageNotFoundError:
             from ear_ops import __version__
 
-            found[package] = f"{__version__} (not installed)" if package == "ear-ops" else "not installed"
-    found["ear-ops"] += _commit()
+            packages[package] = f"{__version__} (not installed)" if package == "ear-ops" else "not installed"
+    packages["ear-ops"] += _commit()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    return {**found, "device": device, "processes": str(processes.count())}
+    return {**packages, "device": device, "processes": str(processes.count())}
 
 
 def _commit() -> str:
-    """` (5619ddb)`, ` (5619ddb-dirty)` with changes of its own; nothing where there is no checkout or git."""
+    """The commit of a checkout as ` (5619ddb)`, or ` (5619ddb-dirty)` with changes; empty without checkout or git."""
     checkout = Path(__file__).parents[3]
     if not (checkout / ".git").exists():
         return ""
@@ -157,7 +156,7 @@ def _commit() -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Raises RunFolderError naming the file when it is not there or not JSON."""
+    """The content of a file. Raises RunFolderError where the file is missing or no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

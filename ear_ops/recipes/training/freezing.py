@@ -1,4 +1,4 @@
-"""Word embeddings that are not trained: most parameters of a multilingual model then need no gradient and no state."""
+"""Frozen word embeddings: most parameters of a multilingual model then need no gradient and no optimiser state."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ear_ops.recipes.training.errors import ConfigError
 
 
 def freeze_word_embeddings(model: Any, regularizers: Sequence[Any], inputs: Mapping[str, Tensor]) -> None:
-    """Take the word embeddings out of the training, and make sure that every term still has something to act on.
+    """Take the word embeddings out of the training, and check that every term still has a gradient.
 
-    The push then reaches the other parameters of the embedding layer alone, as in BERT the position embeddings and the
-    layer norm.
+    The push then changes the other parameters of the embedding layer alone. In BERT, these are the position embeddings
+    and the layer norm.
 
     Args:
-        model: a classifier; left in evaluation mode.
-        regularizers: that will be attached.
+        model: a classifier; it stays in evaluation mode.
+        regularizers: of the training.
         inputs: of the model, two views [2B, L], to try the terms on. The random state does not change.
 
     Raises:
-        ConfigError: a term would have no gradient at all: nothing but word embeddings comes before it.
+        ConfigError: a term has no gradient, since nothing but word embeddings comes before it.
     """
     model.get_input_embeddings().requires_grad_(False)
     model.eval()

@@ -1,5 +1,8 @@
-"""What a training step minimises. A method says whether it needs the augmented view, which regularisers it attaches,
-and how the logits become a loss; everything else (data, order, optimiser, schedule) is the same for all methods."""
+"""The training methods: what a training step minimises.
+
+A method decides whether batches hold the augmented view, which regularisers are attached, and how the logits become a
+loss. The data, their order, the optimiser and its learning rates are the same for all methods.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,11 @@ from ear_ops.regularizers import AttentionPull, EmbeddingPush, SentencePull
 
 
 class Method(ABC):
-    """One way to fine-tune.
+    """A way to fine-tune.
 
     Attributes:
-        two_views, uses: the method's line of `METHOD_USES`.
+        two_views: whether batches hold the augmented view, as `METHOD_USES` says.
+        uses: the settings that change the result of this method, as `METHOD_USES` says.
     """
 
     two_views: ClassVar[bool]
@@ -41,19 +45,20 @@ class Method(ABC):
         self.settings = settings
 
     def regularizers(self) -> list[Any]:
-        """The regularisers to attach to the model, if any; their sum reaches `step` through `attached.loss()`."""
+        """The regularisers to attach to the model. `step` gets the sum of their terms from `attached.loss()`."""
         return []
 
     @abstractmethod
     def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
-        """Loss of one batch in training mode.
+        """The loss of one batch in training mode.
 
         Args:
+            model: in its wrappers, if it has any.
             inputs: the model's inputs, `input_ids` and `attention_mask` [B, L], or [2B, L] with two views.
-            labels: [B], of the originals.
+            labels: of the originals, [B].
             attached: what `ear_ops.attach` returned for `regularizers()`, or None without regularisers.
-            batch: number of the batch since training began. What a method draws depends on it, the seed and the place
-                of a row among those of all processes alone.
+            batch: the number of the batch since training began. The random numbers of a row depend on this number, the
+                seed, and the place of the row among those of all processes.
         """
 
     def _draws(self, batch: int) -> Draws:
@@ -71,8 +76,11 @@ class FineTune(Method):
 
 
 class RobustDataAugmentation(Method):
-    """RS-DA of Huang et al. (EMNLP 2021): x and x^a are separate examples of one step, so the loss is the mean
-    cross-entropy over 2B rows, half of what `ear` without its two regularisers (`ear-no-both`) minimises."""
+    """RS-DA of Huang et al. (EMNLP 2021): x and x^a are separate examples of one step.
+
+    The loss is the mean cross-entropy over 2B rows. This is half of the loss of `ear` without its two regularisers
+    (`ear-no-both`).
+    """
 
     two_views, uses = METHOD_USES["rs-da"]
 
@@ -85,8 +93,8 @@ class RobustDataAugmentation(Method):
 class RandomPerturbation(Method):
     """RS-RP of Huang et al. (EMNLP 2021): CE of x with its word embeddings moved to a random place in a ball.
 
-    Each token's vector is drawn uniformly from the Euclidean ball of radius `perturbation` times the mean
-    word-embedding norm. The originals alone are trained on, B rows a step.
+    The vector of each token is drawn uniformly from the Euclidean ball around it, whose radius is `perturbation` times
+    the mean word-embedding norm. A step has the B originals alone.
     """
 
     two_views, uses = METHOD_USES["rs-rp"]
@@ -102,14 +110,14 @@ class RandomPerturbation(Method):
 class AdversarialTraining(Method):
     """Adversarial training of Huang et al. (EMNLP 2021): CE of x at the worst place in a ball around its embeddings.
 
-    The place is found by `adversarial_steps` projected gradient steps (Madry et al., ICLR 2018) in the Euclidean ball
-    of each token, of radius `perturbation` times the mean word-embedding norm; each costs a forward and a backward.
+    `adversarial_steps` projected gradient steps (Madry et al., ICLR 2018) find the place in the Euclidean ball of each
+    token. The radius is `perturbation` times the mean word-embedding norm. Each step costs a forward and a backward.
     """
 
     two_views, uses = METHOD_USES["adv"]
 
     def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
-        inner = unwrap(model)  # the search needs no gradients of parameters, so nothing for processes to exchange
+        inner = unwrap(model)  # the search needs no gradients of parameters, so processes exchange nothing in it
         embeddings = word_embeddings(model, inputs)  # [B, L, C]
         radius = self.settings.perturbation * mean_norm(embeddings, inputs["attention_mask"])
 
@@ -125,8 +133,8 @@ class AdversarialTraining(Method):
 class RobustTargets(Method):
     """`ear` without push and pull, the ablation of Ding et al. (COLING 2022), table 3: CE(x) + CE(x^a), equation 4.
 
-    It differs from `rs-da` by a factor of 2 alone: a sum over the views here, a mean there. AdamW divides the factor
-    out again (but for its epsilon); clipping of the gradients sees it.
+    The loss is twice that of `rs-da`: a sum over the views instead of a mean. AdamW divides the factor out again, but for
+    its epsilon. The factor does change how gradients are clipped.
     """
 
     two_views, uses = METHOD_USES["ear-no-both"]
@@ -179,8 +187,8 @@ class WithoutPull(RobustTargets):
 class NoisePull(WithoutPush):
     """NT + APT of Ding et al. (COLING 2022), section 4.2 and table 4: noise on x^a in place of the push.
 
-    x^a stays the synonym text; to each of its word embeddings N(0, sigma^2) is added in every component, sigma being
-    `perturbation` times the mean word-embedding norm (the noise vector is then about sqrt(C) sigma long).
+    x^a is still the text with synonyms. Noise of N(0, sigma^2) is added to every component of its word embeddings.
+    sigma is `perturbation` times the mean word-embedding norm, so a noise vector is about sqrt(C) sigma long.
     """
 
     two_views, uses = METHOD_USES["nt+apt"]
@@ -196,7 +204,8 @@ class NoisePull(WithoutPush):
 class PushSentencePull(RobustTargets):
     """EPT + SRPT of Ding et al. (COLING 2022), section 4.3 and table 4: sentence pull in place of the attention pull.
 
-    CE(x) + CE(x^a) + alpha * push + beta * sentence pull, the latter on the mean-pooled output of block `layer`.
+    CE(x) + CE(x^a) + alpha * push + beta * sentence pull. The sentence pull acts on the mean-pooled output of block
+    `layer`.
     """
 
     two_views, uses = METHOD_USES["ept+srpt"]
@@ -228,7 +237,12 @@ def _measured(weight: float | None) -> float:
 
 
 def view_terms(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Mean cross-entropy of each view, for the log. logits [B, K] or [2B, K], labels [B]."""
+    """The mean cross-entropy of each view, for the log.
+
+    Args:
+        logits: [B, K], or [2B, K] of two views.
+        labels: [B].
+    """
     with torch.no_grad():
         views = logits.detach().float().split(labels.shape[0])
         names = ("cross_entropy", "cross_entropy_augmented")

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with a `Method` for a loss, an order that all methods share, and safe checkpoints."""
+"""The Hugging Face Trainer with the loss of a `Method`, an order that all methods share, and safe checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import accelerate  # noqa: F401  (the Trainer's own message would name another package)
+    import accelerate  # noqa: F401  (the message of the Trainer would name another package)
 except ModuleNotFoundError:
     raise ModuleNotFoundError("training needs accelerate: pip install 'ear-ops[train]'", name="accelerate") from None
 
@@ -22,17 +22,20 @@ from ear_ops.integrations.transformers import RegularizedTrainerMixin, StepLoss
 from ear_ops.recipes.training import checkpoints
 from ear_ops.recipes.training.methods import Method
 
-STEPS_SORTED_TOGETHER = 50  # few enough to leave the order random, many enough for steps of like length
+STEPS_SORTED_TOGETHER = 50  # with fewer, the pairs of a step differ in length; with more, the order is less random
 
 
 class EpochOrder(Sampler[int]):
-    """A permutation of the training pairs that depends on (seed, epoch) and the originals alone, so that every method
-    takes the same originals in the same step. It also tells the dataset the epoch, on which the drawn variants depend.
+    """A permutation of the training pairs that depends on the seed, the epoch and the originals alone.
+
+    So every method takes the same originals in the same step. The dataset is told the epoch too, since the drawn
+    variants depend on it.
 
     Args:
         dataset: has a `set_epoch` and, for grouping, `examples`.
         seed: of the permutation.
-        group_size: pairs a step, to make steps of pairs of like length, which pad less; None leaves the order random.
+        group_size: pairs of a step. Steps then hold pairs of like length, which need less padding. With None, the order
+            is random.
     """
 
     def __init__(self, dataset: Any, seed: int, group_size: int | None = None) -> None:
@@ -58,18 +61,18 @@ class EpochOrder(Sampler[int]):
             window = order[start : start + size * STEPS_SORTED_TOGETHER]
             window.sort(key=lambda i: len(examples[i].text1) + len(examples[i].text2), reverse=True)
             steps += [window[i : i + size] for i in range(0, len(window), size)]
-        tail = [steps.pop()] if len(order) % size else []  # the step that is not full stays the last
+        tail = [steps.pop()] if len(order) % size else []  # a step that is not full stays the last one
         return iter([i for step in _shuffled(steps, rng) + tail for i in step])
 
 
 def _shuffled(items: list[Any], rng: random.Random) -> list[Any]:
-    """Unlike `random.shuffle`, the same in every version of Python."""
+    """The items in random order, which unlike that of `random.shuffle` is the same in every version of Python."""
     keys = [rng.random() for _ in items]
     return [items[i] for i in sorted(range(len(items)), key=keys.__getitem__)]
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the order its epoch. Not left to the data loader, which passes it on or not, depending on its wrapping."""
+    """Tells the order its epoch. Some wrappers of the data loader would not pass it on."""
 
     def __init__(self, order: EpochOrder, steps_per_epoch: int) -> None:
         self.order = order
@@ -81,8 +84,8 @@ class SetEpoch(TrainerCallback):
         self.order.set_epoch(state.global_step // self.steps_per_epoch)
 
 
-class OwnDropout(TrainerCallback):
-    """Lets every process draw its own dropout: the Trainer gives all of them the same seed."""
+class SeedOfProcess(TrainerCallback):
+    """Lets every process draw other dropout. The Trainer gives all processes the same seed."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,10 +95,10 @@ class OwnDropout(TrainerCallback):
 
 
 class EvaluationSteps(TrainerCallback):
-    """Evaluates and saves `evaluations_per_epoch` times an epoch, evenly, the last time at its end.
+    """Evaluates and saves `evaluations_per_epoch` times in an epoch, at even distances, the last time at its end.
 
-    Each time the log is written first: a checkpoint then holds the log up to its step, nothing is pending, and a
-    resumed run reports the same means as one that was never interrupted.
+    The log is written before each evaluation. So a checkpoint holds the log up to its step, and a resumed run reports
+    the same means as a run that was never interrupted.
     """
 
     def __init__(self, steps_per_epoch: int, evaluations_per_epoch: int) -> None:
@@ -110,19 +113,23 @@ class EvaluationSteps(TrainerCallback):
 
 
 class PairTrainer(RegularizedTrainerMixin, Trainer):
-    """Trains with a `Method` on batches of pairs as `PairCollator` makes them.
+    """Trains with a `Method` on batches of pairs, as `PairCollator` makes them.
 
     Args:
-        method: makes the loss; its regularisers are attached to `model` until `detach()`.
-        train_dataset: items are originals with their augmented view (`PairViews`), with a `set_epoch`.
-        evaluations_per_epoch: evaluate `eval_dataset` and save so often, evenly, whatever the steps in `args` say, and
-            keep the newest and the best checkpoint; None leaves all that to `args`.
+        model: a classifier.
+        args: of the Trainer.
+        method: makes the loss. Its regularisers are attached to the model until `detach()`.
+        train_dataset: originals with their augmented view, as `PairViews`, with a `set_epoch`.
+        evaluations_per_epoch: evaluate `eval_dataset` and save this often, at even distances, and keep the newest and
+            the best checkpoint. The steps in `args` are ignored then. With None, `args` decides all this.
         group_by_length: make steps of pairs of like length.
-        compiled: take training steps with `torch.compile`; evaluation, and whoever else calls the model, does not.
+        compiled: take training steps with `torch.compile`. Every other forward runs without it.
+        callbacks: of the Trainer, besides those of this class.
+        kwargs: of the Trainer.
 
     Raises:
-        ValueError: `args` would delete checkpoints before the next one is complete (`save_total_limit`), or what
-            `RegularizedTrainerMixin` refuses.
+        ValueError: `args` has a `save_total_limit`, which would delete checkpoints before the next one is complete, or
+            something that `RegularizedTrainerMixin` refuses.
     """
 
     def __init__(
@@ -143,15 +150,15 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         order = EpochOrder(train_dataset, args.seed, per_step if group_by_length else None)
         steps_per_epoch = -(-len(train_dataset) // per_step)
-        own: list[TrainerCallback] = [SetEpoch(order, steps_per_epoch), OwnDropout()]
+        run_callbacks: list[TrainerCallback] = [SetEpoch(order, steps_per_epoch), SeedOfProcess()]
         if evaluations_per_epoch is not None:
-            own.append(EvaluationSteps(steps_per_epoch, evaluations_per_epoch))
+            run_callbacks.append(EvaluationSteps(steps_per_epoch, evaluations_per_epoch))
         super().__init__(
             model,
             args,
             regularizers=method.regularizers(),
             train_dataset=train_dataset,
-            callbacks=[*own, *callbacks],
+            callbacks=[*run_callbacks, *callbacks],
             **kwargs,
         )
         self.method = method
@@ -159,19 +166,19 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         self.prunes_checkpoints = evaluations_per_epoch is not None
         self.compiled = compiled
         self._compiled_model: Any = None
-        self._step, self._part = 0, -1  # of the last batch: step of the optimiser, and which of its parts
+        self._step, self._part = 0, -1  # of the last batch: the optimiser step, and the number of the batch in it
 
     def training_loss(self, model: Any, inputs: dict[str, Any]) -> StepLoss:
-        """The method's loss; labels are [B], while the inputs may have 2B rows."""
+        """The loss of the method. The labels are [B], while the inputs may have 2B rows."""
         labels = inputs.pop("labels")
         if self.compiled:
-            if self._compiled_model is None:  # not earlier: by now it is in its wrappers, if it gets any
+            if self._compiled_model is None:  # only now is the model in its wrappers, if it gets any
                 self._compiled_model = torch.compile(model, dynamic=True)  # steps differ in length
             model = self._compiled_model
         return self.method.step(model, inputs, labels, self.attached, self._next_batch())
 
     def _next_batch(self) -> int:
-        """The number of a batch since training began, also after a resume."""
+        """The number of the next batch since training began, also after a resume."""
         step = self.state.global_step
         self._step, self._part = step, self._part + 1 if step == self._step else 0
         return step * self.args.gradient_accumulation_steps + self._part
@@ -186,7 +193,7 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         loss = F.cross_entropy(outputs.logits, labels)
-        # The Trainer gathers whatever else is in there, such as the hidden states of an encoder.
+        # The Trainer would gather every other output too, such as the hidden states of an encoder.
         return (loss, SequenceClassifierOutput(logits=outputs.logits)) if return_outputs else loss
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> EpochOrder:
@@ -194,7 +201,7 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         progress = super()._init_training_state(*args, **kwargs)
-        if self.state.best_global_step:  # as a path from here: the folder of the run may have been moved
+        if self.state.best_global_step:  # the folder of the run may have been moved since
             self.state.best_model_checkpoint = str(self._checkpoint(self.state.best_global_step))
         return progress
 

@@ -1,9 +1,10 @@
-"""Perturbing the word embeddings of one forward: random ones in a ball, Gaussian ones, and the worst in a ball.
+"""Perturbations of the word embeddings of one forward: random in a ball, Gaussian, and the worst in a ball.
 
-Sizes are multiples of the mean Euclidean norm of the word embeddings of the batch's real tokens. It is taken anew in
-every step, so that nothing has to be kept for a resumed run, and neither padding nor a pruned vocabulary changes it.
-Several processes that share a step perturb its rows as one process would: the norm is the mean over the rows of all,
-and a row's draws depend on its place among them.
+Sizes are multiples of the mean Euclidean norm of the word embeddings of the batch's real tokens. Each step computes the
+norm. So a resumed run needs no saved state, and neither padding nor a pruned vocabulary changes the norm.
+
+Several processes that share a step perturb its rows as one process would. The norm is the mean over the rows of all
+processes, and the draws of a row depend on its place among them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from ear_ops.capture import unwrap
 from ear_ops.recipes.training import processes
 
-STEP_SIZE = 2.5  # times radius over steps, after Madry et al. (ICLR 2018): the boundary is reached, and followed
+# Times radius / steps, as in Madry et al. (ICLR 2018): the search can reach the boundary and move along it.
+STEP_SIZE = 2.5
 
 
 def word_embeddings(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -34,39 +36,43 @@ def _embedding_layer(model: Any) -> nn.Module:
 
 
 def mean_norm(embeddings: Tensor, attention_mask: Tensor) -> Tensor:
-    """Mean norm [] of the vectors of real tokens, over all processes. embeddings [R, L, C], attention_mask [R, L]
-    (1 = real)."""
+    """The mean norm [] of the vectors of real tokens, over all processes.
+
+    Args:
+        embeddings: [R, L, C].
+        attention_mask: 1 for real tokens, [R, L].
+    """
     norms = embeddings.float().norm(dim=-1)  # [R, L]
     total, count = processes.add_up(torch.stack([(norms * attention_mask).sum(), attention_mask.sum()]))
     return total / count
 
 
 class Draws:
-    """Random numbers for the rows of one batch, decided by seed and batch.
+    """The random numbers for the rows of one batch, which depend on the seed and the number of the batch.
 
-    Each process draws for the rows of all processes, `length` tokens a row whatever it is padded to, and keeps its own:
-    so a row gets what it would get in one process.
+    Each process draws for the rows of all processes, always `length` tokens for a row, and takes the numbers of its
+    rows. So a row gets the same numbers with one process and with several, and with any padding.
 
     Args:
         seed: of the run.
-        batch: number of the batch since training began, the same in all processes.
-        length: most tokens that a row may have.
+        batch: the number of the batch since training began, the same in all processes.
+        length: the largest number of tokens that a row may have.
     """
 
     def __init__(self, seed: int, batch: int, length: int) -> None:
         self._seed = int(random.Random(f"draws/{seed}/{batch}").random() * 2**53)
         self._length = length
-        self._generator: torch.Generator | None = None  # on the device of what is drawn first
+        self._generator: torch.Generator | None = None  # made with the first draw, on its device
 
     def normal(self, like: Tensor) -> Tensor:
-        """Standard normal [R, L, C]. like: [R, L, C]."""
-        return self._own(torch.randn, like, like.shape[2])
+        """Standard normal numbers in the shape of `like` [R, L, C]."""
+        return self._draw(torch.randn, like, like.shape[2])
 
     def uniform(self, like: Tensor) -> Tensor:
-        """Uniform in [0, 1), one for each token: [R, L, 1]. like: [R, L, C]."""
-        return self._own(torch.rand, like, 1)
+        """A uniform number in [0, 1) for each token, [R, L, 1]. `like` is [R, L, C]."""
+        return self._draw(torch.rand, like, 1)
 
-    def _own(self, draw: Callable[..., Tensor], like: Tensor, size: int) -> Tensor:
+    def _draw(self, draw: Callable[..., Tensor], like: Tensor, size: int) -> Tensor:
         if self._generator is None:
             self._generator = torch.Generator(like.device).manual_seed(self._seed)
         rows, length = like.shape[:2]
@@ -77,7 +83,7 @@ class Draws:
 
 @contextmanager
 def shifted(model: Any, shift: Tensor) -> Iterator[None]:
-    """Inside, `shift` [R, L, C] is added to what the word embedding layer of `model` gives."""
+    """Inside, `shift` [R, L, C] is added to the output of the model's word embedding layer."""
 
     def add(module: Any, arguments: Any, output: Tensor) -> Tensor:
         return output + shift.to(output.dtype)
@@ -90,7 +96,7 @@ def shifted(model: Any, shift: Tensor) -> Iterator[None]:
 
 
 def uniform_in_ball(like: Tensor, radius: Tensor, draws: Draws) -> Tensor:
-    """For each token a vector drawn uniformly from the ball of `radius` [] around 0. like, result: [R, L, C]."""
+    """A vector for each token, drawn uniformly from the ball of this radius [] around 0, in the shape of `like`."""
     direction = draws.normal(like)
     direction = direction / direction.norm(dim=-1, keepdim=True)
     share = draws.uniform(like) ** (1 / like.shape[-1])  # volume grows with the C-th power of the radius
@@ -98,15 +104,15 @@ def uniform_in_ball(like: Tensor, radius: Tensor, draws: Draws) -> Tensor:
 
 
 def worst_in_ball(loss: Callable[[Tensor], Tensor], like: Tensor, radius: Tensor, steps: int) -> Tensor:
-    """The perturbation [R, L, C] that `steps` steps of projected gradient ascent from 0 find in the ball of each token.
+    """The perturbation [R, L, C] that projected gradient ascent from 0 finds in the ball of each token.
 
-    A step goes along each token's normalised gradient, for `STEP_SIZE * radius / steps`, and back into the ball. One
-    step lands on its surface. Tokens without gradient (padding) stay where they are.
+    A step moves each token by `STEP_SIZE * radius / steps` along its normalised gradient, and then back into the ball.
+    A single step ends on the surface. Tokens without gradient, such as padding, do not move.
 
     Args:
-        loss: of a perturbation [R, L, C], a scalar.
-        like: the embeddings, for shape and device [R, L, C].
-        radius: [].
+        loss: computes a scalar from a perturbation [R, L, C].
+        like: the embeddings, for shape and device, [R, L, C].
+        radius: of the balls, [].
         steps: of ascent, at least 1.
     """
     delta = torch.zeros_like(like)

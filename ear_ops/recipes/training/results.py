@@ -1,7 +1,4 @@
-"""Results as tables: text for the terminal, Markdown and JSON for the folder of the run.
-
-`results` below is the dictionary in `results.json`.
-"""
+"""The results of runs as text and Markdown. `results` below is the content of `results.json`."""
 
 from __future__ import annotations
 
@@ -14,8 +11,10 @@ from ear_ops.recipes.training.evaluation import LanguageScore, Score
 
 
 def summarise(scores: Sequence[LanguageScore], source_language: str = "en") -> dict[str, Any]:
-    """Per-language accuracies and their averages, ready for JSON. Every language weighs the same in an average;
-    `average_other` leaves out the language trained on."""
+    """The accuracy of each language and their averages, ready for JSON.
+
+    Every language has the same weight in an average. `average_other` leaves out the language trained on.
+    """
     languages: dict[str, dict[str, Any]] = {}
     for entry in scores:
         languages[entry.language] = _score_to_dict(entry.all)
@@ -46,7 +45,7 @@ def results_text(results: dict[str, Any], table: Table = text_table) -> str:
 
 
 def results_markdown(results: dict[str, Any]) -> str:
-    """The same in Markdown, with what the run was beside it."""
+    """The same in Markdown, with the configuration and versions of the run."""
     lines = [f"# {_title(results)}", ""]
     for notice in results["notices"]:
         lines += [f"> **Warning:** {notice}", ""]
@@ -59,7 +58,13 @@ def results_markdown(results: dict[str, Any]) -> str:
 
 
 def comparison(runs: Sequence[dict[str, Any]], table: Table = text_table) -> str:
-    """Runs by languages in one table, accuracies in percent; averages over the languages that all of the runs have.
+    """A table with a row for each run and a column for each language, accuracies in percent.
+
+    The averages are over the languages that all runs have.
+
+    Args:
+        runs: their results.
+        table: how the table is drawn.
 
     Raises:
         NotComparableError: the runs were not scored on the same task and split.
@@ -76,13 +81,13 @@ def comparison(runs: Sequence[dict[str, Any]], table: Table = text_table) -> str
     averages = [
         _averages({language: run["languages"][language] for language in shared}, source_of(run)) for run in runs
     ]
-    shown = [key for key in names if any(each.get(key) is not None for each in averages)]
+    shown = [key for key in names if any(run_averages.get(key) is not None for run_averages in averages)]
     header = ["run", *languages, *(names[key] for key in shown)]
     rows = []
-    for run, name, own in zip(runs, _run_names(runs), averages, strict=True):
+    for run, name, run_averages in zip(runs, _run_names(runs), averages, strict=True):
         scores = [run["languages"].get(language) for language in languages]
         cells = [_percent(score["accuracy"]) if score else "" for score in scores]
-        rows.append([name, *cells, *(_percent(own.get(key)) for key in shown)])
+        rows.append([name, *cells, *(_percent(run_averages.get(key)) for key in shown)])
     notes = [f"* collapsed: {run['notices'][0]}" for run in runs if run["collapsed"]]
     if len(shared) < len(languages):
         notes.append(f"Averages are over the languages that all runs have: {', '.join(shared) or 'none'}.")
@@ -134,7 +139,7 @@ def _remarks(results: dict[str, Any], table: Table) -> list[str]:
 
 
 def _ratio_table(ratios: dict[str, dict[str, float]], table: Table) -> str:
-    """One row a term and place, of what `gradient_ratios` holds by time: `before` and `after` training."""
+    """A row for each term and place, with its gradient ratio before and after training."""
     names = list(dict.fromkeys(name for at in ratios.values() for name in at))
     rows = [[name, *(f"{at[name]:.3g}" if name in at else "" for at in ratios.values())] for name in names]
     return table(["term", *ratios], rows)
@@ -145,25 +150,24 @@ def _title(results: dict[str, Any]) -> str:
 
 
 def _run_names(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """`ear (paper), seed 1`, and the settings in which runs differ that would have one name; what all runs share
-    besides the method is in their configurations."""
+    """Names such as `ear (paper), seed 1`. Runs that would share a name get the settings in which they differ."""
     names = []
     for run in runs:
         preset = f" ({run['config']['preset']})" if run["regularised"] else ""
         source = "" if source_of(run) == "en" else f", from {source_of(run)}"
         names.append(f"{run['config']['method']}{preset}{source}, seed {run['config']['seed']}")
-    told = []
+    distinct = []
     for run, name in zip(runs, names, strict=True):
-        same = [other["config"] for other, own in zip(runs, names, strict=True) if own == name]
+        same = [other["config"] for other, other_name in zip(runs, names, strict=True) if other_name == name]
         differing = [key for key, value in run["config"].items() if any(other.get(key) != value for other in same)]
         settings = [f"{key} {run['config'][key]}" for key in differing if key not in ("data_dir", "synonyms")]
-        told.append(", ".join([name, *settings]) + " *" * run["collapsed"])
-    return told
+        distinct.append(", ".join([name, *settings]) + " *" * run["collapsed"])
+    return distinct
 
 
 def source_of(run: dict[str, Any]) -> str:
     """The language that a run was trained on."""
-    return run["config"].get("source_language", "en")  # which older runs do not name
+    return run["config"].get("source_language", "en")  # older runs have no such setting
 
 
 def _score_to_dict(score: Score) -> dict[str, Any]:

@@ -120,9 +120,9 @@ def test_figure_4_shows_words_that_the_sentences_use(tmp_path: Path) -> None:
     (tmp_path / "synonyms.json").write_text(json.dumps(synonyms))
     groups = _synonym_groups(tmp_path / "synonyms.json", ["Good is good", "well often", "A house a house a house"])
     assert groups == [
-        *(("good", each) for each in ("good", "well", "nice", "fine")),
-        *(("often", each) for each in ("often", "always", "mostly", "daily")),
-        *(("house", each) for each in ("house", "home")),
+        *(("good", word) for word in ("good", "well", "nice", "fine")),
+        *(("often", word) for word in ("often", "always", "mostly", "daily")),
+        *(("house", word) for word in ("house", "home")),
     ]
 
 

@@ -25,14 +25,14 @@ def test_retrieval_counts_the_translations_that_are_nearest() -> None:
 def test_alignment_is_the_normalised_unbiased_hsic_of_linear_kernels() -> None:
     x = vectors(0, n=7, c=3)
     y = vectors(1, n=7, c=2) + x[:, :2]
-    k, l = (each.double() @ each.double().T for each in (x, y))  # noqa: E741
+    k, l = (rows.double() @ rows.double().T for rows in (x, y))  # noqa: E741
 
     def hsic(a: torch.Tensor, b: torch.Tensor) -> float:
         """Its definition as a U-statistic: the mean over every ordered choice of four different rows."""
-        each = [
+        values = [
             (a[i, j] * (b[i, j] + b[q, r] - 2 * b[i, q])).item() for i, j, q, r in itertools.permutations(range(7), 4)
         ]
-        return sum(each) / len(each)
+        return sum(values) / len(values)
 
     expected = hsic(k, l) / (hsic(k, k) * hsic(l, l)) ** 0.5
     assert 0.1 < expected < 0.9

@@ -32,8 +32,8 @@ def test_a_word_is_the_mean_of_its_pieces(tiny) -> None:
     model, tokenizer = tiny
     table = model.get_input_embeddings().weight.detach()
     ids = tokenizer.convert_tokens_to_ids(["a1", "b2"])
-    found = word_vectors(model, tokenizer, ["a1", "a1 b2"])
-    assert torch.allclose(found, torch.stack([table[ids[0]], table[ids].mean(dim=0)]))
+    embedded = word_vectors(model, tokenizer, ["a1", "a1 b2"])
+    assert torch.allclose(embedded, torch.stack([table[ids[0]], table[ids].mean(dim=0)]))
     with pytest.raises(ValueError, match="at least one piece, got ''"):
         word_vectors(model, tokenizer, ["a1", ""])
 

@@ -70,7 +70,7 @@ def test_runs_that_only_choose_are_scored_in_english_alone(name: str, monkeypatc
     """Fourteen of fifteen languages would be scored for nothing; what stands in a table has them all."""
     plan = load(name, monkeypatch).plan(lambda run: 0.5)
     for member in plan.members:
-        assert member.run.settings["languages"] == ("en" if member.group.select else None), member.own
+        assert member.run.settings["languages"] == ("en" if member.group.select else None), member.group_settings
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
@@ -112,7 +112,11 @@ def test_settings_of_the_papers_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         assert settings["max_train_examples"] == 9600 and settings["epochs"] == 1 and settings["batch_size"] == 32
         for name, value in fixed.get(member.group.table or "", {}).items():
             assert settings[name] == value
-    adv = [member.run for member in plan.members if member.group.name == "methods" and member.own["method"] == "adv"]
+    adv = [
+        member.run
+        for member in plan.members
+        if member.group.name == "methods" and member.group_settings["method"] == "adv"
+    ]
     assert {run.settings["adversarial_steps"] for run in adv} == {1}, "what the choice above said"
     kept = {run.settings["method"] for run in plan.runs if run.name in plan.kept_models}
     assert kept == set(METHODS) and len(plan.kept_models) == len(METHODS), "one model of each method, for the figures"

@@ -166,8 +166,8 @@ def test_a_choice_for_some_runs_looks_at_what_they_are_in_the_end(write_study) -
             {"name": "c", "grid": {"max_length": [31]}},
         )
     )
-    found = settings(study, "beta", "max_length", dev=lambda run: run.settings["beta"])
-    assert found[2:] == [(0.7, 30), (0.1, 31)]
+    runs = settings(study, "beta", "max_length", dev=lambda run: run.settings["beta"])
+    assert runs[2:] == [(0.7, 30), (0.1, 31)]
 
 
 def test_a_group_alone_comes_with_what_chooses_for_it(write_study) -> None:

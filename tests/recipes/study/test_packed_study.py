@@ -73,8 +73,11 @@ def test_a_packed_study_gives_the_same_runs_in_slices(study: Path, tmp_path: Pat
         assert not [name for name in tar.getnames() if "model" in name or "checkpoint" in name]
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == sorted(whole)
     for name, folder in whole.items():
-        here, there = (json.loads((each / "results.json").read_text()) for each in (folder, tmp_path / "back" / name))
-        assert metrics(here) == metrics(there)
+        before, after = (
+            json.loads((results_folder / "results.json").read_text())
+            for results_folder in (folder, tmp_path / "back" / name)
+        )
+        assert metrics(before) == metrics(after)
 
     (tmp_path / "other.tar.gz").write_bytes((tmp_path / "packed" / "study.tar.gz").read_bytes() + b"\0")
     with pytest.raises(ValueError, match=r"work: .* is that of another archive"):

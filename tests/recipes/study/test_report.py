@@ -110,7 +110,7 @@ def test_means_deviations_and_the_paper_stand_in_one_table(make_report) -> None:
     assert any(line.startswith("| ear | paper, mBERT |") for line in lines), "rows of the paper that the study lacks"
     assert content["not_in_the_study"] == sorted(TABLES.keys() - {"1"})
     assert "Tables of the paper that no group of the study fills: 2, 3, 4, 5, 6, A.1, A.2, A.3, A.4." in text
-    by_name = {each["name"]: each for each in content["runs"]}
+    by_name = {entry["name"]: entry for entry in content["runs"]}
     assert by_name[rs_da["runs"][1]]["log"] == [{"step": 8, "eval_accuracy": 0.5}]
     assert by_name[rs_da["runs"][1]]["accuracies"]["sw"] == pytest.approx(10 / 15), "each run, not only their mean"
     assert "5 of 9 runs" in text and "2026-01-02" in text and "python 3.11" in text

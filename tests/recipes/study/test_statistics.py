@@ -33,7 +33,7 @@ def test_mean_and_sample_deviation() -> None:
 @pytest.mark.parametrize("seeds", [*range(2, 12), 30])
 def test_the_interval_over_seeds_is_that_of_students_t(seeds: int) -> None:
     stats = pytest.importorskip("scipy.stats")
-    values = [0.01 * each**2 - 0.1 for each in range(seeds)]
+    values = [0.01 * seed**2 - 0.1 for seed in range(seeds)]
     low, high = stats.t.interval(0.95, seeds - 1, loc=mean(values), scale=stats.sem(values))
     assert interval_over_seeds(values) == pytest.approx((mean(values), low, high), abs=1e-4)
 

@@ -47,7 +47,7 @@ def outcome(folder: Path) -> tuple[str, list[Any]]:
     report(folder)
     text = re.sub(r"Date: .*", "", (folder / "report.md").read_text())
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*/results.json"))]
-    return text, [{k: v for k, v in each.items() if k not in ("date", "timing", "versions")} for each in results]
+    return text, [{k: v for k, v in metrics.items() if k not in ("date", "timing", "versions")} for metrics in results]
 
 
 @pytest.fixture
@@ -239,8 +239,8 @@ def test_a_choice_needs_the_source_language_alone(write_study, tmp_path: Path) -
     )
     finished = sweep(study, tmp_path / "study").finished
     every = [json.loads((tmp_path / "study" / name / "results.json").read_text()) for name in finished]
-    assert [list(each["languages"]) for each in every] == [["en"], ["en"], ["en", "de", "sw"], ["en", "de", "sw"]]
-    assert [each["config"]["learning_rate"] for each in every] == [1.0e-6, 3.0e-3, 3.0e-3, 1.0e-3]
+    assert [list(results["languages"]) for results in every] == [["en"], ["en"], ["en", "de", "sw"], ["en", "de", "sw"]]
+    assert [results["config"]["learning_rate"] for results in every] == [1.0e-6, 3.0e-3, 3.0e-3, 1.0e-3]
     assert every[1]["best"] == every[2]["best"], "the languages that are scored do not change the training"
 
 
@@ -388,10 +388,10 @@ def test_a_finished_run_of_other_settings_is_not_taken(write_study, tmp_path: Pa
     content = json.loads(path.read_text())
     content["config"]["warmup_ratio"] = 0.5
     path.write_text(json.dumps(content))
-    told = rf"{trained[0]}.*warmup_ratio: 0.5 there, 0.0 now.*delete it"
+    message = rf"{trained[0]}.*warmup_ratio: 0.5 there, 0.0 now.*delete it"
     (name, reason), *others = sweep(study, tmp_path / "study").failed.items()
-    assert name == trained[0] and re.search(told, reason) and not others
-    with pytest.raises(RunFolderError, match=told):
+    assert name == trained[0] and re.search(message, reason) and not others
+    with pytest.raises(RunFolderError, match=message):
         report(tmp_path / "study")
 
 

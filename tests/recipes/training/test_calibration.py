@@ -62,7 +62,7 @@ def test_the_weighted_terms_have_the_wanted_gradient_norms(weigh, method: str) -
         output = model(**batch, output_attentions=True, output_hidden_states=True)
         half = len(labels)
         real = mask[..., None].float()
-        pooled, state = ((each * real).sum(1) / real.sum(1) for each in (places["E"], output.hidden_states[2]))
+        pooled, state = ((states * real).sum(1) / real.sum(1) for states in (places["E"], output.hidden_states[2]))
         maps, both, either = output.attentions[1], mask[:half] * mask[half:], (mask[:half] + mask[half:]) > 0
         counted = (both[:, None, :, None] * either[:, None, None, :]).expand(-1, 2, -1, -1).bool()
         pulls = {
@@ -75,8 +75,8 @@ def test_the_weighted_terms_have_the_wanted_gradient_norms(weigh, method: str) -
             ("push at E", weights["alpha"] * -(pooled[:half] - pooled[half:]).square().mean(), "E"),
             ("pull at QK", weights["beta"] * pulls[method], "QK"),
         ):
-            found = torch.autograd.grad(loss, [places[each] for each in at], retain_graph=True)
-            squares[name] += sum(gradient.square().sum().item() for gradient in found)
+            gradients = torch.autograd.grad(loss, [places[place] for place in at], retain_graph=True)
+            squares[name] += sum(gradient.square().sum().item() for gradient in gradients)
     assert (squares["push at E"] / squares["CE at E"]) ** 0.5 == pytest.approx(0.3, rel=1e-4)
     assert (squares["pull at QK"] / squares["CE at QK"]) ** 0.5 == pytest.approx(0.02, rel=1e-4)
 
@@ -206,7 +206,9 @@ def test_freezing_refuses_a_term_that_nothing_trained_reaches() -> None:
     with pytest.raises(ConfigError, match="freeze_embeddings: embedding_push has no gradient"):
         freeze_word_embeddings(model, [EmbeddingPush(1.0), AttentionPull(2, 0.1)], inputs)
     freeze_word_embeddings(model, [AttentionPull(2, 0.1)], inputs)
-    assert [name for name, each in model.named_parameters() if not each.requires_grad] == ["model.embed_tokens.weight"]
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == [
+        "model.embed_tokens.weight"
+    ]
 
 
 def test_a_compiled_run_is_the_same_run(make_config, tmp_path: Path, monkeypatch) -> None:

@@ -82,10 +82,10 @@ def test_rs_da_is_the_mean_over_both_views_as_separate_examples(make_method, mod
     inputs, labels = batch
     method = make_method("rs-da")
     step = method.step(model, inputs, labels, None, 0)
-    each = cross_entropies(model(**inputs).logits.detach(), torch.cat([labels, labels]))
-    assert step.loss.item() == pytest.approx(sum(each) / (2 * B))
+    losses = cross_entropies(model(**inputs).logits.detach(), torch.cat([labels, labels]))
+    assert step.loss.item() == pytest.approx(sum(losses) / (2 * B))
     assert {name: term.item() for name, term in step.terms.items()} == pytest.approx(
-        {"cross_entropy": sum(each[:B]) / B, "cross_entropy_augmented": sum(each[B:]) / B}
+        {"cross_entropy": sum(losses[:B]) / B, "cross_entropy_augmented": sum(losses[B:]) / B}
     )
     assert method.two_views and method.regularizers() == []
 
@@ -99,7 +99,7 @@ def test_ear_is_both_cross_entropies_plus_push_plus_pull(make_method, model, bat
         step = method.step(model, inputs, labels, attached, 0)
     step.loss.backward()
 
-    each = cross_entropies(model(**inputs).logits.detach(), torch.cat([labels, labels]))
+    losses = cross_entropies(model(**inputs).logits.detach(), torch.cat([labels, labels]))
     with torch.no_grad():
         embeddings = model(**inputs, output_hidden_states=True).hidden_states[0]  # [2B, L, C]
     mask = inputs["attention_mask"]
@@ -117,13 +117,13 @@ def test_ear_is_both_cross_entropies_plus_push_plus_pull(make_method, model, bat
         "padded_mean": squares.sum() / squares.numel(),
     }[reduction]
 
-    expected = sum(each[:B]) / B + sum(each[B:]) / B + 0.7 * push + 0.3 * pull
+    expected = sum(losses[:B]) / B + sum(losses[B:]) / B + 0.7 * push + 0.3 * pull
     assert push.item() < 0 < pull.item()
     assert step.loss.item() == pytest.approx(expected.item())
     assert {name: term.item() for name, term in step.terms.items()} == pytest.approx(
         {
-            "cross_entropy": sum(each[:B]) / B,
-            "cross_entropy_augmented": sum(each[B:]) / B,
+            "cross_entropy": sum(losses[:B]) / B,
+            "cross_entropy_augmented": sum(losses[B:]) / B,
             "embedding_push": push.item(),
             f"attention_pull.{layer}": pull.item(),
         }
@@ -259,7 +259,7 @@ def test_adv_climbs_the_loss_inside_the_ball(make_config, make_method, model, ba
     assert len(shift.seen) == steps + 1
     assert all(parameter.grad is None for parameter in model.parameters()), "the search leaves no gradients behind"
     step.loss.backward()
-    found = model.classifier.weight.grad.clone()
+    head_gradient = model.classifier.weight.grad.clone()
 
     radius, mask = 0.1 * shift.norm, inputs["attention_mask"]
     delta = torch.zeros_like(shift.words)
@@ -282,7 +282,7 @@ def test_adv_climbs_the_loss_inside_the_ball(make_config, make_method, model, ba
     )
     loss.backward()
     assert step.loss.item() == pytest.approx(loss.item())
-    assert torch.allclose(found, model.classifier.weight.grad, atol=1e-7)
+    assert torch.allclose(head_gradient, model.classifier.weight.grad, atol=1e-7)
     clean = make_method("finetune").step(model, inputs, labels, None, 0)
     assert step.loss.item() > clean.loss.item() + 0.01
 
@@ -299,19 +299,19 @@ def test_nt_apt_adds_noise_to_the_augmented_view_alone(make_method, model, batch
     assert noise[B:].std().item() == pytest.approx(0.2 * shift.norm, rel=0.1)
 
     moved = {"inputs_embeds": shift.words + noise, "attention_mask": inputs["attention_mask"]}
-    each = cross_entropies(model(**moved).logits.detach(), torch.cat([labels, labels]))
+    losses = cross_entropies(model(**moved).logits.detach(), torch.cat([labels, labels]))
     maps, mask = eager_maps(model, moved, 1), inputs["attention_mask"]
     both, either = (mask[:B] * mask[B:]).bool(), (mask[:B] + mask[B:]).bool()
     counted = (both[:, None, :, None] & either[:, None, None, :]).expand(-1, 2, -1, -1)
     pull = ((maps[:B] - maps[B:]) ** 2)[counted].mean()
     assert step.terms["attention_pull.1"].item() == pytest.approx(pull.item())
-    assert step.loss.item() == pytest.approx(sum(each) / B + 0.3 * pull.item())
+    assert step.loss.item() == pytest.approx(sum(losses) / B + 0.3 * pull.item())
 
 
 def test_padding_does_not_change_the_size_of_a_perturbation(model, batch) -> None:
     inputs, _ = batch
     wider = {name: torch.nn.functional.pad(tensor, (0, 4)) for name, tensor in inputs.items()}
-    norms = [mean_norm(word_embeddings(model, each), each["attention_mask"]).item() for each in (inputs, wider)]
+    norms = [mean_norm(word_embeddings(model, rows), rows["attention_mask"]).item() for rows in (inputs, wider)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-6) and norms[0] > 0
 
 

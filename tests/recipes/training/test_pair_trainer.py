@@ -85,8 +85,8 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
         return list(sampler)
 
     orders = [order(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 11)]
-    assert all(sorted(each) == list(range(50)) for each in orders)
-    assert len({tuple(each) for each in orders}) == 6
+    assert all(sorted(epoch_order) == list(range(50)) for epoch_order in orders)
+    assert len({tuple(epoch_order) for epoch_order in orders}) == 6
     assert order(1, 11) == order(1, 11)
 
 

@@ -103,8 +103,8 @@ def test_every_method_does_in_two_processes_what_it_does_in_one(settings, tmp_pa
     assert comparable(both[0]) == comparable(alone)
     steps = [steps_of(folder) for folder in folders]
     assert len(steps[0]) == 4
-    for one, other in zip(*steps, strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
+    for alone_step, together_step in zip(*steps, strict=True):
+        assert alone_step == pytest.approx(together_step, rel=1e-4)
     if alone["gradient_ratios"] is None:
         assert both[0]["gradient_ratios"] is None and method in ("rs-rp", "adv")
     else:
@@ -122,8 +122,8 @@ def test_mistakes_stop_all_processes(settings, tmp_path: Path) -> None:
 
 def test_who_does_what(tmp_path: Path) -> None:
     both = two_processes.run(training_workers.roles, tmp_path)
-    assert [each.pop("rank") for each in both] == [0, 1]
-    assert [each.pop("called") for each in both] == [[0], []]
+    assert [roles.pop("rank") for roles in both] == [0, 1]
+    assert [roles.pop("called") for roles in both] == [[0], []]
     expected = {"on main": "0", "raised": "in process 0", "gathered": {"key 0": 0, "key 1": 1}, "sum": [2.0, 1.0]}
     expected["accelerate agrees"] = True
     assert both == [expected, expected]

