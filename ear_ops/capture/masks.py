@@ -247,8 +247,10 @@ def _real_keys(allowed: Tensor, what: str) -> Tensor:
     opened = opened | (only_full_left & causal & (full != is_last).any(1) & ~by_right)
     undecided = disputed & ~by_right & ~opened
     # A token alone may be padding that attends to itself to have something in its softmax, or a sequence of one token.
+    # Where rows of padding are empty, nobody saw to that.
     alone = itself & (entries.sum(1) == 1) & (entries.sum(2) == 1) & ~full
-    undecided = undecided | (alone.any(1) & (real.sum(1) > 1))
+    some_empty = ~allowed.any(-1).all()
+    undecided = undecided | (alone.any(1) & (real.sum(1) > 1) & ~some_empty)
     if bool(undecided.any()):
         row = int(undecided.nonzero()[0])
         raise ValueError(

@@ -184,12 +184,12 @@ class _Enter(ModelHook):
         if recorder.record is not None:
             if recorder.record.batch is None:
                 recorder.record.batch = TensorCall(_batch_tensor(args, received))
-            given = {
+            arguments = {
                 name: args[position] if position is not None and position < len(args) else received.get(name)
                 for name, position in self.positions.items()
             }
-            given.update({name: value for name, value in received.items() if may_be_padding(name)})
-            recorder.record.masks[self.path] = {name: TensorCall(value) for name, value in given.items()}
+            arguments.update({name: value for name, value in received.items() if may_be_padding(name)})
+            recorder.record.masks[self.path] = {name: TensorCall(value) for name, value in arguments.items()}
             if self.positions["attention_mask"] is not None:
                 recorder.record.masked_models.add(self.path)
 

@@ -83,7 +83,7 @@ def test_bidirectional_window_and_rotary_embedding(tools, implementation):
 
 @pytest.mark.parametrize("mask_kind", ["bool", "additive"])
 def test_four_dimensional_mask(tools, mask_kind):
-    """A mask that the user built: the keys that exist are its diagonal, and packed rows stay apart."""
+    """A mask that the user built: the keys that exist are those attended to, and packed rows stay apart."""
     model, oracle = tools.build_model("bert", "sdpa"), tools.build_model("bert", "eager")
     batch = tools.build_batch()
     keys = batch["attention_mask"].bool()

@@ -230,6 +230,15 @@ def test_a_mask_that_does_not_say_what_is_padding_is_refused(fill):
         padding_mask(mask, None, ROWS, LENGTH, "layer 3")
 
 
+def test_a_sequence_of_one_token_is_real_where_padding_was_left_without_keys():
+    segments = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 0, 0, 1, 2, 2])  # the second cut to one token
+    same = torch.stack([segment[:, None] == segment for segment in segments])[:, None]
+    mask = allowed() & KEYS[:, None, :, None] & same
+    assert torch.equal(padding_mask(mask, None, ROWS, LENGTH, "x"), KEYS)
+    with pytest.raises(ValueError, match="row 1 of the batch"):
+        padding_mask(mask | torch.eye(LENGTH, dtype=torch.bool), None, ROWS, LENGTH, "x")
+
+
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_short_rows_of_a_causal_mask_are_real(length):
     mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None].expand(ROWS, 1, length, length)
