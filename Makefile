@@ -45,7 +45,7 @@ test: install $(ON_HOST)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
 
 # The CUDA kernels compiled for the host, so that tests run them without a GPU.
-$(ON_HOST): $(shell find csrc/cuda tests/cuda_on_host -type f -not -name '*.py') csrc/ops.h csrc/checks.h | install
+$(ON_HOST): $(shell find csrc/cuda tests/cuda_on_host -type f -not -name '*.py') $(wildcard csrc/*.h) | install
 	$(PY) tests/cuda_on_host/build.py
 	@touch $@
 

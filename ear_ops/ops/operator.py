@@ -76,7 +76,7 @@ class Operator:
         self.kernels = kernels_of(name)
         OPERATORS[name] = self
 
-    def sums(self, problem: Any, backend: str | None, unsupported: str | None = None) -> Tensor:
+    def sums(self, problem: Any, backend: str | None = None, unsupported: str | None = None) -> Tensor:
         """The sums of ``problem`` by the chosen backend, differentiable.
 
         Args:

@@ -64,11 +64,13 @@ class AttentionProblem(NamedTuple):
         return None if self.softcap is None else "softcap is computed by the reference only"
 
 
-def fake_outputs(problem: AttentionProblem, row_stats: int) -> tuple[Tensor, Tensor]:
-    """Empty tensors like the sums ``[B, H]`` and ``row_stats`` numbers ``[row_stats, B, H, L]`` for each query."""
+def fake_outputs(problem: AttentionProblem, row_stats: int = 0) -> tuple[Tensor, ...]:
+    """Empty tensors like the sums ``[B, H]`` and, for ``row_stats`` numbers of each query, ``[row_stats, B, H, L]``."""
     _, heads, length, _ = problem.query.shape
     dtype = compute_dtype(problem.query.dtype)
     sums = problem.query.new_empty((problem.pairs, heads), dtype=dtype)
+    if not row_stats:
+        return (sums,)
     return sums, problem.query.new_empty((row_stats, problem.pairs, heads, length), dtype=dtype)
 
 

@@ -8,7 +8,7 @@ from ear_ops.ops.attention_mse import squared_difference_sums
 from ear_ops.ops.operator import Operator
 from ear_ops.ops.problem import AttentionProblem, fake_outputs
 
-ROW_STATS = 6  # of a query: maximum, 1 / sum of exponentials, and d (DESIGN: numerics), each of both views
+ROW_STATS = 6  # of a query: maximum, 1 / sum of exponentials, and sum P (P - T) or sum T (T - P), each of both views
 
 
 def reference(problem: AttentionProblem) -> Tensor:

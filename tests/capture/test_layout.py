@@ -168,10 +168,12 @@ def test_a_model_with_two_stacks_is_refused_by_what_a_pooled_regulariser_has(reg
     words = (
         rf"^{argument}: several module lists of CLIPModel .*{stacks}; attach to the submodel that has only one of them$"
     )
-    refused(model, regularizer, ValueError, words)
-    refused(
-        nn.Linear(2, 2), regularizer, ValueError, rf"^{argument}: found no module list in Linear .*one nn.ModuleList$"
-    )
+    for refusing, refusal in (
+        (model, words),
+        (nn.Linear(2, 2), rf"^{argument}: found no module list .*one nn.ModuleList$"),
+    ):
+        with pytest.raises(ValueError, match=refusal):
+            attach(refusing, [regularizer])
 
 
 class Engine(nn.Module):

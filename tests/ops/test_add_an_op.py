@@ -43,6 +43,8 @@ for inputs in (views, both):
     torch.testing.assert_close(sums(*inputs, backend="cpu"), sums(*inputs, backend="reference"))
 squares = [sums(*views, backend=backend).square().sum() for backend in ("cpu", "reference")]
 torch.testing.assert_close(*[torch.autograd.grad(square, views) for square in squares])
+half = [view.detach().bfloat16() for view in views]
+torch.testing.assert_close(sums(*half, backend="cpu"), sums(*half, backend="reference"))
 detached = [view.detach() for view in views]
 torch.library.opcheck(torch.ops.ear_ops.qk_attention_l1.default, (*detached, *[None] * 4, 0.5, False, 0, None))
 print(QK_ATTENTION_L1.kernels)
