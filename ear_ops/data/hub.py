@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ear_ops.data.pairs import DataError, PairExample
 from ear_ops.data.tasks import PAWSX, XNLI, Task
+from ear_ops.installation import install
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,7 +49,7 @@ def load_hub_split(task: Task, split: str, language: str) -> list[PairExample]:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            "reading from the Hub needs the package datasets: install it with pip install 'ear-ops[train]', "
+            f"reading from the Hub needs the package datasets: {install('train')}, "
             "or pass a folder with files in the XTREME layout"
         ) from error
     if split not in _HUB_SPLITS:

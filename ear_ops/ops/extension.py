@@ -14,14 +14,17 @@ from typing import Any
 
 import torch
 
+from ear_ops.installation import rebuild
+
 
 @dataclass(frozen=True)
 class Extension:
-    """One binary: loaded, or the reason why not."""
+    """One binary: loaded, or the reason why not. ``built``: it lies beside this file."""
 
     name: str
     loaded: bool
     reason: str
+    built: bool
 
 
 def build_info() -> dict[str, Any] | None:
@@ -42,22 +45,22 @@ def load(name: str) -> Extension:
     spec = importlib.util.find_spec(f"ear_ops._C_{name}")
     if spec is None or spec.origin is None:
         reason = (build_info() or {}).get("not_built", {}).get(name, "see EAR_OPS_BUILD in the README")
-        return Extension(name, False, f"no {name} kernels were built ({reason})")
+        return Extension(name, False, f"no {name} kernels were built ({reason})", built=False)
     info = build_info()
     if info is None:
-        return Extension(name, False, f"{spec.origin} has no build facts beside it; reinstall ear-ops")
+        return Extension(name, False, f"{spec.origin} has no build facts beside it; {rebuild()}", built=True)
     if _release(info["torch"]) != _release(torch.__version__):
         return Extension(
             name,
             False,
-            f"built for torch {info['torch']}, running torch {torch.__version__}; "
-            f"reinstall with: pip install --no-build-isolation --force-reinstall --no-deps ear-ops",
+            f"built for torch {info['torch']}, running torch {torch.__version__}; {rebuild()}",
+            built=True,
         )
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:
-        return Extension(name, False, f"{spec.origin} did not load: {error}")
-    return Extension(name, True, f"loaded from {spec.origin}")
+        return Extension(name, False, f"{spec.origin} did not load: {error}", built=True)
+    return Extension(name, True, f"loaded from {spec.origin}", built=True)
 
 
 CPU = load("cpu")

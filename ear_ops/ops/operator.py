@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ear_ops.installation import rebuild
 from ear_ops.ops.backend import kernels_of, select_backend
 
 OPERATORS: dict[str, Operator] = {}
@@ -135,8 +136,8 @@ def _define(name: str, schema: str, fake: Callable[..., Any]) -> None:
         torch.library.define(f"ear_ops::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     except RuntimeError as error:
         raise RuntimeError(
-            f"the compiled kernels do not fit these Python files ({name} has other inputs): build them again, with "
-            f"`make install` in a checkout or `pip install --no-build-isolation --force-reinstall --no-deps` elsewhere"
+            f"the compiled kernels do not fit these Python files ({name} has other inputs), so they "
+            f"have to be built again; {rebuild()}"
         ) from error
     torch.library.register_fake(f"ear_ops::{name}", fake)
     SCHEMAS[name] = schema

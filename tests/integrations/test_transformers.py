@@ -31,6 +31,7 @@ from support.trainer_task import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ear_ops
+import ear_ops.data
 
 
 @pytest.mark.parametrize(
@@ -310,6 +311,28 @@ def test_evaluation_is_the_trainers(tmp_path: Path) -> None:
     expected = F.cross_entropy(own.model.eval()(**{**batch, "labels": None}).logits, batch["labels"])
     assert own.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert own.means.pop() == {}
+
+
+@pytest.mark.parametrize("use", ["evaluate", "predict"])
+def test_evaluation_on_both_views_is_refused(tmp_path: Path, use: str) -> None:
+    own = trainer(tmp_path, options={"eval_dataset": Pairs()}, per_device_eval_batch_size=4)
+    with pytest.raises(ValueError, match=r"eval_dataset: expected batches of one view.* got 8 rows to 4 labels.*Pair"):
+        own.evaluate() if use == "evaluate" else own.predict(Pairs())
+    own.detach()
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_sampling_by_lengths_that_the_items_lack_is_refused(tmp_path: Path, strategy: str) -> None:
+    if not hasattr(transformers.TrainingArguments, "train_sampling_strategy"):
+        pytest.skip("this transformers has no sampling strategies")
+    example = ear_ops.data.PairExample("a text", "another", 0)
+    views = ear_ops.data.PairViews([example] * 8)
+    words = rf"train_sampling_strategy: '{strategy}' takes the length of 'input_ids'.*PairViews.*='random'"
+    with pytest.raises(ValueError, match=words):
+        trainer(tmp_path, options={"train_dataset": views}, train_sampling_strategy=strategy)
+    trainer(tmp_path, options={"train_dataset": views}).detach()
+    with_lengths = [{"input_ids": [1, 2]}] * 8
+    trainer(tmp_path, options={"train_dataset": with_lengths}, train_sampling_strategy=strategy).detach()
 
 
 def test_no_items_are_counted(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,29 @@ def test_a_binary_that_does_not_fit_is_not_loaded(
     monkeypatch.setattr(extension, "build_info", lambda: facts)
     found = extension.load("other")
     assert not found.loaded and re.search(reason, found.reason), found.reason
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_kernels_that_were_built_and_do_not_run_warn_once(monkeypatch: pytest.MonkeyPatch, built: bool) -> None:
+    """Such as after an upgrade of torch. Where nothing was built nobody expects them to run."""
+    idle = extension.Extension("cpu", False, "built for torch 1.0.0; reinstall with: ...", built)
+    monkeypatch.setitem(backend._EXTENSIONS, "cpu", idle)
+    for op in operator.OPERATORS.values():
+        monkeypatch.setattr(op, "kernels", frozenset())
+    backend._warn_of_idle_kernels.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(CASES["pooled_distance"], "reference")  # asked for
+        call(qk_case(5, 7, 3, options={"softcap": 2.0}).to(torch.float32))  # no kernel takes it anyway
+        assert not caught
+        for _ in range(2):
+            for case in CASES.values():
+                call(case)
+    found = [str(warning.message) for warning in caught]
+    assert found == built * [
+        f"the cpu kernels were built and do not run, so the slower reference runs in their place: {idle.reason}"
+    ]
+    backend._warn_of_idle_kernels.cache_clear()
 
 
 @needs_cpu_kernels
