@@ -26,11 +26,12 @@ from transformers.utils import logging
 
 from ear_ops.data import PairCollator
 from ear_ops.memory import keep_freed_memory
-from ear_ops.recipes.training import run
+from ear_ops.recipes.training.classifiers import initial_model
 from ear_ops.recipes.training.config import TrainConfig
 from ear_ops.recipes.training.methods import METHODS
-from ear_ops.recipes.training.pair_trainer import PairTrainer, Schedule
-from ear_ops.recipes.training.sources import load_training_data
+from ear_ops.recipes.training.pair_trainer import EvaluationSteps, PairTrainer
+from ear_ops.recipes.training.sources import evaluation_texts, load_training_data
+from ear_ops.recipes.training.stages import Classifier, RunData, make_trainer
 
 
 class Turns:
@@ -85,11 +86,14 @@ def _now() -> tuple[float, float]:
 
 def trainer_of(config: TrainConfig, folder: Path) -> PairTrainer:
     """Return the Trainer of a run, without its evaluations and checkpoints."""
-    data = load_training_data(config, METHODS[config.method].two_views)
-    model, tokenizer = run.initial_model(config, data)
-    collate = PairCollator(tokenizer, max_length=config.max_length, padding=config.padding)
-    trainer = run.make_trainer(config, folder, METHODS[config.method](config), model, collate, data.views, [])
-    trainer.remove_callback(Schedule)
+    data = load_training_data(config.data, config.two_views)
+    texts = {*data.texts(config.epochs), *evaluation_texts(config)}
+    model, tokenizer = initial_model(config.classifier, texts)
+    collate = PairCollator(tokenizer, max_length=config.max_length, padding=config.classifier.padding)
+    method = METHODS[config.method](config.objective)
+    classifier = Classifier(model, tokenizer, collate)
+    trainer = make_trainer(config.optimisation, folder, method, classifier, RunData(data, []))
+    trainer.remove_callback(EvaluationSteps)
     return trainer
 
 

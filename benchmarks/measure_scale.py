@@ -25,9 +25,9 @@ from ear_ops.data import PairCollator, PairViews, get_task
 from ear_ops.diagnostics.gradient_ratios import gradient_squares
 from ear_ops.models.classifier import load_classifier
 from ear_ops.recipes.training.calibration import first_batches, squares_where_it_acts
+from ear_ops.recipes.training.classifiers import initial_model
 from ear_ops.recipes.training.config import PRESETS
 from ear_ops.recipes.training.folder import load_config
-from ear_ops.recipes.training.run import initial_model
 from ear_ops.recipes.training.sources import load_training_data
 from ear_ops.regularizers import AttentionPull, EmbeddingPush
 
@@ -56,9 +56,9 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable_progress_bar()
     config = load_config(options.run)
-    views = load_training_data(config, two_views=True).views
+    views = load_training_data(config.data, two_views=True).views
     models = {
-        "before": initial_model(config, None),
+        "before": initial_model(config.classifier),
         "after": load_classifier(str(options.run / "model"), len(get_task(config.task).labels)),
     }
     rows = []

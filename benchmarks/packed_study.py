@@ -93,7 +93,7 @@ def _texts(configs: list[TrainConfig]) -> set[str]:
         key = tuple(getattr(config, name) for name in (*data, *views * two_views))
         if key not in seen:
             seen.add(key)
-            texts.update(load_training_data(config, two_views).texts(config.epochs))
+            texts.update(load_training_data(config.data, two_views).texts(config.epochs))
             texts.update(evaluation_texts(config))
     return texts
 

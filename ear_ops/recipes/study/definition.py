@@ -292,7 +292,7 @@ def load_study(path: str | Path) -> Study:
     for number, group in enumerate(groups):
         if group.only_for and not any(study._chooses_for(group, below) for below in groups[number + 1 :]):
             raise ConfigError(
-                f"{path}: group {group.name!r}: for: no run of a group below takes over what is chosen for "
+                f"{path}: group {group.name!r}: for: no run of a group below takes the value that is chosen for "
                 f"{group.only_for}: each has other settings, or gives {', '.join(group.select)} itself"
             )
     return study

@@ -157,8 +157,8 @@ def _differences(section: dict[str, Any]) -> list[str]:
         f"Difference from {_settings_text(section['baseline'])} in points, with the 95% interval of a paired bootstrap "
         f"over items ({DRAWS:,} draws). Items with the same first sentence are drawn together, in all languages. Runs "
         "are paired by seed and averaged over seeds. These intervals leave out how much a run changes with its seed. "
-        "The last column has it: Student's t over the seeds. It is wide for few seeds, and missing for one seed. A "
-        "difference whose last interval holds 0 is not shown to be one, whatever the other intervals say. All "
+        "The last column has it: Student's t over the seeds. It is wide for few seeds, and missing for one seed. If "
+        "its interval holds 0, the runs do not show a difference, even where the other intervals leave out 0. All "
         "languages are in `report.json`.",
         "",
         markdown_table(header, rows),

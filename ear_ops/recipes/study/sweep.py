@@ -140,7 +140,7 @@ def sweep(
                         f"{planned.name}: {error}. Finished runs are kept; the same command goes on"
                     ) from error
                 reason = str(error)
-                if not isinstance(error, _EXPLAINED):  # a full device or a fault of ours; the next run may succeed
+                if not isinstance(error, _EXPLAINED):  # such as a full device; the next run may succeed
                     reason = f"{type(error).__name__}: {error}"
                     logger.exception("%s", planned.name)
                 progress.failed[planned.name] = reason

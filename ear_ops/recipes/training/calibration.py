@@ -60,7 +60,7 @@ def chosen_weights(
 ) -> dict[str, float]:
     """The weights for which the settings give ratios.
 
-    They are measured once and kept in the folder of the run, so a resumed run has the same weights even if its data
+    They are measured once and kept in the folder of the run. So a resumed run has the same weights, even if its data
     have changed. The push is measured at the output of the embedding layer, a pull at queries and keys together, over
     `WEIGHING_BATCHES` batches: weight = ratio * |gradient of the cross-entropy| / |gradient of the term|.
 

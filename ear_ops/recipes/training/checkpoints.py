@@ -1,4 +1,4 @@
-"""Folders that can be told complete: a manifest, written last, lists every file with its size.
+"""Folders that show whether they are complete: a manifest, written last, lists every file with its size.
 
 A process may die at any instruction, by `kill -9`, a power cut or a full disk. The folder that it was writing then has
 no manifest, and the next start deletes it.

@@ -28,7 +28,7 @@ STEPS_SORTED_TOGETHER = 50  # with fewer, the pairs of a step differ in length; 
 class EpochOrder(Sampler[int]):
     """A permutation of the training pairs that depends on the seed, the epoch and the originals alone.
 
-    So every method takes the same originals in the same step. The dataset is told the epoch too, since the drawn
+    So every method takes the same originals in the same step. The dataset gets the epoch too, since the drawn
     variants depend on it.
 
     Args:

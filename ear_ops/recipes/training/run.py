@@ -98,7 +98,7 @@ def _fit(config: TrainConfig, folder: Path) -> None:
     views = data.training.views
     texts = None
     if config.prune_vocabulary:
-        texts = {*data.training.texts(config.epochs), *evaluation_texts(config.data, config.eval_split)}
+        texts = {*data.training.texts(config.epochs), *evaluation_texts(config)}
     classifier = build_classifier(config.classifier, config.objective, views, texts)
     objective = calibrate_objective(config.objective, folder, classifier, views)
     training = train_classifier(config.optimisation, folder, objective.method, classifier, data)

@@ -156,24 +156,22 @@ def _digest(path: str, modified: int) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def evaluation_texts(settings: DataSettings, eval_split: str) -> Iterator[str]:
+def evaluation_texts(config: TrainConfig) -> Iterator[str]:
     """Every dev and test text, in all languages that have data.
 
-    Args:
-        settings: of the data.
-        eval_split: the split of the final table. Only its labels are read: XTREME's test files have no labels.
+    Labels are read in the split of the final table alone, since XTREME's test files have no labels.
 
     Raises:
         DataError: a file is malformed.
     """
-    task = get_task(settings.task)
+    task = get_task(config.task)
     for split in ("dev", "test"):
-        if settings.hub or split == eval_split:
-            for example in chain.from_iterable(load_split_of(settings, split).values()):
+        if config.hub or split == config.eval_split:
+            for example in chain.from_iterable(load_split_of(config.data, split).values()):
                 yield from (example.text1, example.text2)
         else:
-            for language in available_languages(_data_dir(settings), task, split):
-                yield from chain.from_iterable(load_texts(_data_dir(settings), task, split, language))
+            for language in available_languages(_data_dir(config.data), task, split):
+                yield from chain.from_iterable(load_texts(_data_dir(config.data), task, split, language))
 
 
 def write_variants_file(settings: DataSettings, path: str, num_variants: int | None = None) -> str:

@@ -68,7 +68,7 @@ def test_texts_are_all_that_the_run_can_show(make_config, variants_file: str) ->
     )
     assert len(list(from_file.texts(epochs=1))) == 5 * (2 + 4 * 2)
     # 15 items of two texts in two splits and three languages
-    assert len(list(evaluation_texts(make_config().data, "dev"))) == 15 * 2 * 2 * 3
+    assert len(list(evaluation_texts(make_config()))) == 15 * 2 * 2 * 3
 
 
 def test_labels_are_needed_in_the_scored_split_alone(make_config, data_dir: Path, tmp_path: Path) -> None:
@@ -76,9 +76,9 @@ def test_labels_are_needed_in_the_scored_split_alone(make_config, data_dir: Path
     for path in (tmp_path / "data" / "xnli").glob("test-*.tsv"):  # as XTREME's own script writes them
         path.write_text("".join(line.rpartition("\t")[0] + "\n" for line in path.read_text().splitlines()))
     config = make_config(data_dir=str(tmp_path / "data"))
-    assert list(evaluation_texts(config.data, "dev")) == list(evaluation_texts(make_config().data, "dev"))
+    assert list(evaluation_texts(config)) == list(evaluation_texts(make_config()))
     with pytest.raises(DataError, match=r"test-en\.tsv:1: expected 3 .*got 2"):
-        list(evaluation_texts(make_config(data_dir=str(tmp_path / "data")).data, "test"))
+        list(evaluation_texts(make_config(data_dir=str(tmp_path / "data"), eval_split="test")))
 
 
 def test_a_share_of_the_dictionary_replaces_less(make_config) -> None:
