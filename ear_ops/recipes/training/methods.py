@@ -133,13 +133,8 @@ class AdversarialTraining(Method):
 class RobustTargets(Method):
     """`ear` without push and pull, the ablation of Ding et al. (COLING 2022), table 3: CE(x) + CE(x^a), equation 4.
 
-    <<<<<<< HEAD
-        The loss is twice that of `rs-da`: a sum over the views instead of a mean. AdamW divides the factor out again,
-        except for its epsilon. The factor does change how gradients are clipped.
-    =======
-        The loss is twice that of `rs-da`: a sum over the views instead of a mean. AdamW divides the factor out again, but
-        for its epsilon. The factor does change how gradients are clipped.
-    >>>>>>> recipes-rooms
+    The loss is twice that of `rs-da`: a sum over the views instead of a mean. AdamW divides the factor out again,
+    except for its epsilon. The factor does change how gradients are clipped.
     """
 
     two_views, uses = METHOD_USES["ear-no-both"]
