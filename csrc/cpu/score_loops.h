@@ -32,8 +32,8 @@ inline auto allowed(const LaneGroup<A>& c, int view, int64_t j, int64_t lane) {
   return attend;
 }
 
-// score - shift; -inf where the key is masked, whatever its score is. Every pass rounds the score in the same way. So no
-// score exceeds the maximum that is subtracted: at 5e9 the rounding error alone is large enough to overflow exp.
+// score - shift; -inf where the key is masked, whatever its score is. Every pass rounds the score in the same way. So
+// no score exceeds the maximum that is subtracted: at 5e9 the rounding error alone is large enough to overflow exp.
 template <typename A, bool kMasked>
 inline typename Vec<A>::type shifted_score(const LaneGroup<A>& c, int view, int64_t j, int64_t lane,
                                            typename Vec<A>::type shift) {
