@@ -6,7 +6,8 @@ Both checkouts need CPU kernels built in place. Each runs in a process of its ow
 Where bits differ, both results are held against the base's reference in float64 (max |err| / max |ref|), and the exit
 code is 1 if an error of the new build is larger; to float64 results of the base's reference, any difference is one.
 Speed does not change the exit code; `--rounds 0` leaves it out. On a busy machine, take OMP_NUM_THREADS=1 and look at
-processor time. EAR_OPS_CPU_ISA chooses the instruction set of both builds.
+processor time; a build against a copy of itself shows how far ratios stray. EAR_OPS_CPU_ISA chooses the instruction set
+of both builds.
 """
 
 from __future__ import annotations
