@@ -1,8 +1,11 @@
 """Regularisers on a running model: attach them, and take the loss of each forward.
 
-ear = ear_ops.attach(model, [ear_ops.EmbeddingPush(1.0), ear_ops.AttentionPull(layer=6, weight=0.1)])
-logits = model(**pair_batch).logits          # rows 0..B-1 are x, rows B..2B-1 are its augmentation x^a
-loss = ear_ops.robust_cross_entropy(logits, labels) + ear.loss()
+    ear = ear_ops.attach(model, [ear_ops.EmbeddingPush(1.0), ear_ops.AttentionPull(layer=6, weight=0.1)])
+    logits = model(**pair_batch).logits          # rows 0..B-1 are x, rows B..2B-1 are its augmentation x^a
+    loss = ear_ops.robust_cross_entropy(logits, labels) + ear.loss()
+
+Layers are counted from 1, as in Ding et al., "A Simple and Effective Method to Improve Zero-Shot Cross-Lingual Transfer
+Learning" (COLING 2022).
 """
 
 from __future__ import annotations
@@ -90,7 +93,7 @@ class Attachment:
         except RuntimeError as error:
             raise RuntimeError(f"{', '.join(r.name for r in self.regularizers)}: {error}") from None
         if attention_mask is not None:
-            self._give_mask([record for record, _ in records], attention_mask)
+            self._replace_masks([record for record, _ in records], attention_mask)
         total: Tensor | None = None
         components: dict[str, Tensor] = {}
         for index, (regularizer, weight) in enumerate(zip(self.regularizers, weights, strict=True)):
@@ -177,7 +180,7 @@ class Attachment:
         check_same_batch(records[0][0], teacher_record, self._recorder.root, self._teacher.root)
         return [*records, (teacher_record, self._teacher.sites)]
 
-    def _give_mask(self, records: list[Record], attention_mask: Tensor | tuple[Tensor, Tensor]) -> None:
+    def _replace_masks(self, records: list[Record], attention_mask: Tensor | tuple[Tensor, Tensor]) -> None:
         """Put ``attention_mask`` in place of what the models of ``records`` received."""
         views = [attention_mask] if isinstance(attention_mask, Tensor) else list(attention_mask)
         if len(views) > 2 or not all(isinstance(view, Tensor) and view.dim() == 2 for view in views):
@@ -197,7 +200,7 @@ class Attachment:
             views = [views[0], views[0]] if self._teacher is not None else list(views[0].chunk(2))
         for record, view in zip(records, views, strict=True):
             batch = None if record.batch is None else record.batch.tensor
-            record.given_mask = view.to(batch.device) if isinstance(batch, Tensor) else view
+            record.mask_override = view.to(batch.device) if isinstance(batch, Tensor) else view
 
     def _check_rows(self, name: str, rows: list[int]) -> None:
         if len(rows) == 1 and rows[0] % 2:

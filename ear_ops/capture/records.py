@@ -62,7 +62,7 @@ class AttentionCall:
             if name in ("cu_seq_lens_q", "cache") and value is not None:
                 self.unsupported = name
         self.position_ids: Any = kwargs.get("position_ids")
-        self._given_mask = attention_mask  # a site may put a tensor in place of a mask object
+        self._received_mask = attention_mask  # a site may put a tensor in place of a mask object
         self.versions = tuple(_version(tensor) for _, tensor in self.taken)
         self.grad_enabled = torch.is_grad_enabled()
 
@@ -77,7 +77,7 @@ class AttentionCall:
         return (
             ("tensor of the queries", self.query),
             ("tensor of the keys", self.key),
-            ("attention mask", self._given_mask),
+            ("attention mask", self._received_mask),
             ("position bias", self.position_bias),
         )
 
@@ -144,7 +144,7 @@ class Record:
         complete: the forward has ended; KeyboardInterrupt ends it without a hook.
         masks: the masks that each model inside received by name, by the model's path.
         masked_models: paths of the models that take an ``attention_mask`` by name and were called.
-        given_mask: takes the place of the ``attention_mask`` that models received, where it is not None.
+        mask_override: takes the place of the ``attention_mask`` that models received, where it is not None.
         batch: the first tensor that the root module received, by which the batch is recognised, and its version.
         calls: what each tap saw, in order, by the tap's key.
         structures: what the attention masks of this forward say, kept for the next layer by :mod:`.sites`.
@@ -155,7 +155,7 @@ class Record:
         self.complete = False
         self.masks: dict[str, dict[str, TensorCall]] = {}
         self.masked_models: set[str] = set()
-        self.given_mask: Tensor | None = None
+        self.mask_override: Tensor | None = None
         self.batch: TensorCall | None = None
         self.calls: dict[str, list[Any]] = {}
         self.structures: dict[Any, Any] = {}
@@ -171,8 +171,8 @@ class Record:
         Raises:
             RuntimeError: the mask was changed in place since.
         """
-        if name == "attention_mask" and self.given_mask is not None:
-            return self.given_mask
+        if name == "attention_mask" and self.mask_override is not None:
+            return self.mask_override
         received = self.masks.get(model, {}).get(name)
         if received is None:
             return None
