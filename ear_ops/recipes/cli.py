@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ear_ops.errors import EarOpsError
+from ear_ops.installation import install
 from ear_ops.recipes.tables import markdown_table, terminal_table
 from ear_ops.recipes.training import processes
 from ear_ops.recipes.training.config import SETTING_TYPES, TrainConfig
@@ -22,7 +23,7 @@ from ear_ops.recipes.training.errors import ConfigError
 try:
     import typer
 except ModuleNotFoundError:
-    raise ModuleNotFoundError("the ear-ops command needs typer: pip install 'ear-ops[train]'", name="typer") from None
+    raise ModuleNotFoundError(f"the ear-ops command needs typer: {install('train')}", name="typer") from None
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,7 +33,7 @@ app = typer.Typer(
     help="Train and score zero-shot cross-lingual classifiers with attention and embedding regularizers.",
 )
 
-# The extra of `pip install 'ear-ops[EXTRA]'` that brings each optional package.
+# The extra that brings each optional package.
 _EXTRAS = {
     **dict.fromkeys(("accelerate", "datasets", "rich", "typer"), "train"),
     **dict.fromkeys(("matplotlib", "sklearn"), "analysis"),
@@ -74,7 +75,7 @@ def main() -> None:
         extra = _missing_extra(error)
         if extra is None:
             raise
-        advice = "" if "pip install" in str(error) else f": pip install 'ear-ops[{extra}]'"
+        advice = "" if f"[{extra}]" in str(error) else f": {install(extra)}"
         sys.exit(f"error: {error}{advice}")
 
 

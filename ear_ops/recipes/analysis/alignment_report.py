@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ear_ops.data import DataError, load_parallel, load_synonyms
+from ear_ops.installation import install
 from ear_ops.recipes.analysis.figures import scatter_panels
 from ear_ops.recipes.analysis.states import alignment_by_layer, sentence_states, word_vectors
 from ear_ops.recipes.study.definition import load_study
@@ -215,5 +216,5 @@ def _need_extra() -> None:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
     except ModuleNotFoundError as error:
-        message = f"ear-ops analyse needs {error.name}: pip install 'ear-ops[analysis]'"
+        message = f"ear-ops analyse needs {error.name}: {install('analysis')}"
         raise ModuleNotFoundError(message, name=error.name) from None

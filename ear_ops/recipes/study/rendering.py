@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from ear_ops.installation import install
 from ear_ops.recipes.study.statistics import DRAWS, Difference, Estimate
 from ear_ops.recipes.tables import markdown_table
 
@@ -48,7 +49,7 @@ def figure_6(content: dict[str, Any], path: Path) -> str | None:
     if not points:
         return "figure 6 was not drawn: no run of table 6 is finished"
     if importlib.util.find_spec("matplotlib") is None:
-        return "figure 6 was not drawn: it needs matplotlib (pip install 'ear-ops[analysis]')"
+        return f"figure 6 was not drawn: it needs matplotlib ({install('analysis')})"
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

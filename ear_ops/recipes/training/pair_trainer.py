@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ear_ops.installation import install
+
 try:
     import accelerate  # noqa: F401  (the message of the Trainer would name another package)
 except ModuleNotFoundError:
-    raise ModuleNotFoundError("training needs accelerate: pip install 'ear-ops[train]'", name="accelerate") from None
+    raise ModuleNotFoundError(f"training needs accelerate: {install('train')}", name="accelerate") from None
 
 import torch
 import torch.nn.functional as F
