@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
-import io
-import pickle
 import threading
 import warnings
 import weakref
@@ -17,7 +14,7 @@ import transformers
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from ear_ops import AttentionPull, EmbeddingPush, LinearWarmupSchedule, SentencePull, attach
+from ear_ops import AttentionPull, EmbeddingPush, SentencePull, attach
 from ear_ops.capture.records import AttentionCall, Record
 
 TERMS = (EmbeddingPush(0.5), AttentionPull(3, 3.0), SentencePull(2, 0.25))
@@ -307,76 +304,6 @@ def test_views_of_different_length_name_both_shapes(tools):
             model(**tools.build_batch(rows=2, length=8))
         with pytest.raises(ValueError, match=r"\[2, 4, 6, 8\].*\[2, 4, 8, 8\]"):
             ear.loss()
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
-def test_copies_are_plain_models(tools, how):
-    model = tools.build_model("bert")
-    batch = tools.build_batch()
-    with attach(model, TERMS) as ear:
-        logits = model(**batch).logits  # a record with tensors in the graph is being held
-        if how == "deepcopy":
-            copied = copy.deepcopy(model)
-        else:
-            buffer = io.BytesIO()
-            torch.save(model, buffer)
-            buffer.seek(0)
-            copied = torch.load(buffer, weights_only=False)
-        expected = ear.loss()
-        assert torch.equal(copied(**batch).logits, logits)
-        with pytest.raises(RuntimeError, match="no forward was recorded"):
-            ear.loss()  # the copy reports to nobody
-        with attach(copied, TERMS) as second:
-            copied(**batch)
-            assert torch.equal(second.loss(), expected)
-        model(**batch)
-        assert torch.equal(ear.loss(), expected)
-
-
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_a_module_that_holds_its_attachment_is_copied_with_a_detached_one(tools, how):
-    model = tools.build_model("bert")
-    batch = tools.build_batch()
-    pulls = AttentionPull({2: 0.5, 3: 1.0}, LinearWarmupSchedule(0.1, steps=10))
-    with attach(model, [*TERMS[::2], pulls]) as ear:
-        model.ear = ear
-        logits = model(**batch).logits
-        copied = how(model)
-        expected = ear.loss(step=5)
-        assert repr(copied.ear) == repr(ear).replace(")])", ")], detached)") and "BertFor" in repr(copied.ear)
-        assert torch.equal(copied(**batch).logits, logits) and copied.ear.components() == {}
-        for use in (lambda: copied.ear.loss(step=5), lambda: copied.ear.view("original")):
-            with pytest.raises(RuntimeError, match=r"copied or unpickled, so it is detached.*ear\.regularizers\)"):
-                use()
-        copied.ear.detach()
-        with attach(copied, copied.ear.regularizers) as second:
-            copied(**batch)
-            assert torch.equal(second.loss(step=5), expected)
-        model(**batch)
-        assert torch.equal(ear.loss(step=5), expected), "the original goes on"
-
-
-def test_pickle_does_not_know_ear_ops(tools):
-    """So that it loads in a process where ear_ops is not installed."""
-    model = tools.build_model("bert")
-    batch = tools.build_batch()
-    with attach(model, TERMS):
-        logits = model(**batch).logits
-        data = pickle.dumps(model)
-    assert b"ear_ops" not in data
-    assert torch.equal(pickle.loads(data)(**batch).logits, logits)
-
-
-def test_saving_is_untouched(tools, tmp_path):
-    model = tools.build_model("bert")
-    names = list(model.state_dict())
-    with attach(model, TERMS):
-        assert list(model.state_dict()) == names
-        model.save_pretrained(tmp_path)
-        loaded = type(model).from_pretrained(tmp_path)
-        assert hook_count(loaded) == 0
-        batch = tools.build_batch()
-        assert torch.equal(loaded.train()(**batch).logits, model(**batch).logits)
 
 
 def checkpointed_gradients(tools, use_reentrant, terms=TERMS):
