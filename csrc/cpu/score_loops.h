@@ -56,15 +56,19 @@ template <typename A, bool kMasked>
 inline void softmax_tile_of(const LaneGroup<A>& c, int view, int64_t lane, A* max, A* sum) {
   const auto before = vload<A>(max + lane);
   auto best = before;
-  for (int64_t j = 0; j < c.keys; ++j)
-    best = vmax<A>(shifted_score<A, kMasked>(c, view, j, lane, typename Vec<A>::type{}), best);
+  for (int64_t j = 0; j < c.keys; ++j) {
+    const auto score = shifted_score<A, kMasked>(c, view, j, lane, typename Vec<A>::type{});
+    if constexpr (kMasked) vstore<A>(c.scores[view] + j * c.ld + lane, score);  // masks and bias are not read again
+    best = vmax<A>(score, best);
+  }
   const auto shift = shift_of<A>(best);
   auto total = vload<A>(sum + lane) * vexp(before - shift);
   for (int64_t begin = 0; begin < c.keys; begin += kChunk) {
     const int64_t end = begin + kChunk < c.keys ? begin + kChunk : c.keys;
     typename Vec<A>::type part{};
     for (int64_t j = begin; j < end; ++j) {
-      const auto e = vexp(shifted_score<A, kMasked>(c, view, j, lane, shift));
+      const auto e = vexp(kMasked ? vload<A>(c.scores[view] + j * c.ld + lane) - shift
+                                  : shifted_score<A, false>(c, view, j, lane, shift));
       vstore<A>(c.scores[view] + j * c.ld + lane, e);
       part += e;
     }

@@ -19,6 +19,11 @@ struct alignas(16) SixteenBytes {  // what one access moves at most
 
 constexpr int kWarp = 32;
 
+// Null, or why a grid cannot have so many blocks. CUDA would take the lowest 32 bits of a larger number without a word.
+inline const char* grid_error(int64_t blocks) {
+  return blocks < int64_t(1) << 31 ? nullptr : "it needs 2^31 or more blocks: split the batch into several calls";
+}
+
 }  // namespace ear_ops::cuda
 
 #if !defined(__CUDACC__)
@@ -170,6 +175,7 @@ template <typename Args>
 const char* launch(void (*kernel)(Args), int64_t blocks, int threads, int64_t shared_bytes, void* stream,
                    const Args& args) {
   if (blocks == 0) return nullptr;
+  if (const char* error = grid_error(blocks)) return error;
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));

@@ -52,10 +52,11 @@ void mistaken(Memory m) {
   }
 }
 
-std::string run_mistaken(const at::Tensor& data, int64_t mistake) {
+std::string run_mistaken(const at::Tensor& data, int64_t mistake, int64_t blocks) {
   host::forbid_all();
   host::allow(data.data_ptr(), data.nbytes());
-  const char* error = launch(&mistaken, 1, 64, 64 * sizeof(float), nullptr, Memory{data.data_ptr<float>(), mistake});
+  const char* error =
+      launch(&mistaken, blocks, 64, 64 * sizeof(float), nullptr, Memory{data.data_ptr<float>(), mistake});
   return error ? error : "";
 }
 
@@ -67,5 +68,5 @@ TORCH_LIBRARY_FRAGMENT(ear_ops_cuda_on_host, m) {
     ear_ops::cuda::host::set_seed(static_cast<uint64_t>(seed));
     ear_ops::cuda::host::set_shared_limit(shared_limit);
   });
-  m.def("run_mistaken(Tensor(a!) data, int mistake) -> str", &ear_ops::cuda::run_mistaken);
+  m.def("run_mistaken(Tensor(a!) data, int mistake, int blocks=1) -> str", &ear_ops::cuda::run_mistaken);
 }

@@ -180,6 +180,7 @@ inline int64_t shared_memory_limit() { return host::shared_limit(); }
 
 template <typename Args>
 const char* launch(void (*kernel)(Args), int64_t blocks, int threads, int64_t shared_bytes, void*, const Args& args) {
+  if (const char* error = grid_error(blocks)) return error;
   if (shared_bytes > host::shared_limit()) return "too much shared memory was asked for";
   return host::run(blocks, threads, shared_bytes, [&]() { kernel(args); });
 }

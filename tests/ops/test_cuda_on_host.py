@@ -294,6 +294,14 @@ def test_what_is_read_too_early_is_nan(mistake: int) -> None:
     assert data.isnan().any()
 
 
+@pytest.mark.parametrize("blocks", [2**31, 2**32 + 65536])
+def test_a_grid_that_is_too_large_is_refused(blocks: int) -> None:
+    """CUDA takes 32 bits of the number of blocks, so most of the result would never be written."""
+    data = torch.zeros(64)
+    assert "split the batch" in torch.ops.ear_ops_cuda_on_host.run_mistaken(data, 0, blocks)
+    assert data.eq(0).all()  # no block ran
+
+
 def test_a_mask_at_an_odd_address_is_read_byte_by_byte() -> None:
     """Masks are read as many at a time as probabilities, where all of them lie evenly."""
     attn = torch.rand(4, 2, 3, 8)

@@ -89,6 +89,8 @@ FEATURES: dict[str, Case] = {
     "window": qk_case(65, None, 32, options={"window": 7}),
     "window of one": qk_case(33, None, 32, options={"window": 1}),
     "window skips key tiles": qk_case(300, 600, 8, options={"window": 20}),
+    # Of 64 queries from 320 on, the first begins at key 255; of those before 192, the last ends with key 256.
+    "window reaches one key into a tile": qk_case(512, None, 8, pairs=1, heads=1, options={"window": 66}),
     "causal window, ragged": qk_case(
         300, None, 8, options={"window": 20, "is_causal": True}, lengths=([300, 100], [280, 70])
     ),
