@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
-from ear_ops.data import get_task
+from ear_ops.data import PairExample, get_task
 from ear_ops.models.classifier import load_classifier
 from ear_ops.models.vocabulary import prune_vocabulary, restore_vocabulary
 from ear_ops.recipes.training import processes
-from ear_ops.recipes.training.errors import refused_settings
+from ear_ops.recipes.training.errors import ConfigError, refused_settings
 from ear_ops.recipes.training.stage_settings import ClassifierSettings
+
+_TRIED_PAIRS = 100  # on which a tokenizer is tried
 
 
 def initial_model(settings: ClassifierSettings, texts: Iterable[str] | None = None) -> tuple[Any, Any]:
@@ -38,6 +40,25 @@ def initial_model(settings: ClassifierSettings, texts: Iterable[str] | None = No
             model, tokenizer = prune_vocabulary(model, tokenizer, sorted(set(texts)))
         processes.say(f"Vocabulary: {len(tokenizer):,} of {whole_size:,} pieces kept.")
     return model, tokenizer
+
+
+def check_tokenizer(tokenizer: Any, examples: Sequence[PairExample], name: str) -> None:
+    """Raise ConfigError where a tokenizer reads most of the first training pairs as unknown.
+
+    Args:
+        tokenizer: of the model.
+        examples: the training pairs.
+        name: of the model.
+    """
+    texts = [text for pair in examples[:_TRIED_PAIRS] for text in (pair.text1, pair.text2)]
+    pieces = [piece for text in texts for piece in tokenizer.tokenize(text) if piece != "▁"]
+    known = len(pieces) - pieces.count(tokenizer.unk_token)
+    if known < max(len(pieces) / 2, len(texts)):  # some tokenizers leave out what they do not know
+        raise ConfigError(
+            f"model: the tokenizer of {name} knows {known:,} of the {len(pieces):,} pieces in {len(texts):,} texts of "
+            "the training pairs, so the model would read too little: check that its files are complete, or choose a "
+            "model that knows the language"
+        )
 
 
 def trained_model(settings: ClassifierSettings, folder: Path) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from ear_ops.attachment import attach
 from ear_ops.data import PairCollator, PairExample, PairViews
 from ear_ops.recipes.training import checkpoints, processes
 from ear_ops.recipes.training.calibration import chosen_weights, measured_ratios, terms_of, with_weights
-from ear_ops.recipes.training.classifiers import initial_model
+from ear_ops.recipes.training.classifiers import check_tokenizer, initial_model
 from ear_ops.recipes.training.convergence import beats_majority, chance_level, collapse_notice, last_quarter
 from ear_ops.recipes.training.errors import ConfigError, refused_settings
 from ear_ops.recipes.training.freezing import freeze_word_embeddings
@@ -124,9 +124,11 @@ def build_classifier(
         texts: the vocabulary is pruned to these; None leaves it whole.
 
     Raises:
-        ConfigError: the model lacks a layer, length, pooling or set of labels that a setting names.
+        ConfigError: the model lacks a layer, length, pooling or set of labels that a setting names, or its tokenizer
+            does not know the training pairs.
     """
     model, tokenizer = initial_model(settings, texts)
+    check_tokenizer(tokenizer, views.examples, settings.model)
     with refused_settings():
         collate = PairCollator(tokenizer, max_length=settings.max_length, padding=settings.padding)
     regularizers = terms_of(objective)

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, MBartConfig, MBartModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, MBartConfig, MBartModel, PreTrainedTokenizerFast
 
-from ear_ops.data import DataError
+from ear_ops.data import DataError, PairExample
 from ear_ops.models.classifier import load_classifier
 from ear_ops.recipes.training import run, scoring, stages
-from ear_ops.recipes.training.classifiers import initial_model, trained_model
+from ear_ops.recipes.training.classifiers import check_tokenizer, initial_model, trained_model
 from ear_ops.recipes.training.config import TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
 from ear_ops.recipes.training.folder import RunFolderError, claim, locked, versions
@@ -380,6 +381,32 @@ def test_a_model_that_does_not_fit_is_named_with_its_cause(make_config, finished
     with pytest.raises(ConfigError, match=r"num_labels: .* saved with 3 labels") as error:
         run.train(make_config(model=str(tmp_path / "run" / "model"), data_dir=str(tmp_path), **settings))
     assert type(error.value.__cause__) is ValueError
+
+
+def test_a_model_folder_without_its_tokenizer_is_refused(make_config, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "tiny", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ConfigError, match=r"tiny: its tokenizer has special tokens alone.*vocab\.txt"):
+        run.train(make_config(model=str(tmp_path / "tiny")))
+
+
+def test_a_tokenizer_that_does_not_know_the_training_pairs_is_refused(
+    make_config, data_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data_dir, tmp_path / "data")
+    train = tmp_path / "data" / "xnli" / "train-en.tsv"
+    lines = [line.rsplit("\t", 2) for line in train.read_text().splitlines(keepends=True)]
+    train.write_text("".join(f"{text1.upper()} a1\t{text2.upper()}\t{label}" for text1, text2, label in lines))
+    with pytest.raises(ConfigError, match=r"knows 60 of the \d{3} pieces in 120 texts of the training pairs"):
+        run.train(make_config(data_dir=str(tmp_path / "data")))
+
+
+def test_a_tokenizer_that_leaves_out_what_it_does_not_know_is_refused() -> None:
+    backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    check_tokenizer(tokenizer, [PairExample("ab", "ba xyz", 0)] * 3, "tiny")
+    with pytest.raises(ConfigError, match="the tokenizer of tiny knows 1 of the 1 pieces in 6 texts"):
+        check_tokenizer(tokenizer, [PairExample("xyz", "uvw", 0)] * 2 + [PairExample("ab", "uvw", 0)], "tiny")
 
 
 def test_words_replaced_are_counted(finished: TrainConfig) -> None:
