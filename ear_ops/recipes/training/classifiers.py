@@ -13,6 +13,7 @@ from ear_ops.models.classifier import load_classifier
 from ear_ops.models.vocabulary import prune_vocabulary, restore_vocabulary
 from ear_ops.recipes.training import processes
 from ear_ops.recipes.training.errors import ConfigError, refused_settings
+from ear_ops.recipes.training.folder import check_initial_model
 from ear_ops.recipes.training.stage_settings import ClassifierSettings
 
 _TRIED_PAIRS = 100  # on which a tokenizer is tried
@@ -66,10 +67,14 @@ def trained_model(settings: ClassifierSettings, folder: Path) -> tuple[Any, Any]
 
     Where the run pruned its vocabulary, the dropped pieces get their initial embeddings. Training would not have
     changed these: no text holds such a piece, and the configuration refuses weight decay with pruning.
+
+    Raises:
+        RunFolderError: the vocabulary is to be restored from a local model whose files have changed since.
     """
     model, tokenizer = load_classifier(str(folder / "model"), len(get_task(settings.task).labels))
     if not settings.prune_vocabulary:
         return model, tokenizer
+    check_initial_model(folder, settings.model)
     whole_model, whole_tokenizer = initial_model(settings)
     restore_vocabulary(model, tokenizer, whole_model, whole_tokenizer)
     return whole_model, whole_tokenizer

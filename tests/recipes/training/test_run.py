@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -266,6 +267,66 @@ def test_files_that_changed_since_the_run_began_are_named(make_config, data_dir:
     shutil.copy(data_dir / "xnli" / "train-en.tsv", train)
     (tmp_path / "data" / "xnli" / "dev-de.tsv").write_text("")  # scored, and not learnt from
     claim(folder, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "from_file"),
+    [
+        ("xnli/train-en.tsv", False),
+        ("xnli/dev-en.tsv", False),
+        ("xnli/dev-en.tsv", True),
+        ("synonyms.json", False),
+        ("variants.tsv", True),
+        ("model/tokenizer.json", False),
+        ("model/added_tokens.json", False),  # a file that was not there
+    ],
+)
+def test_a_run_does_not_go_on_with_other_contents(
+    make_config, data_dir: Path, tiny_model: Path, tmp_path: Path, name: str, from_file: bool
+) -> None:
+    """`from_file`: the augmented view comes from a variants file."""
+    data = tmp_path / "data"
+    shutil.copytree(data_dir, data)
+    shutil.copytree(tiny_model, data / "model")
+    (data / "variants.tsv").touch()
+    view = {"synonyms": str(data / "synonyms.json"), "variants_file": None}
+    if from_file:
+        view = {"synonyms": None, "variants_file": str(data / "variants.tsv")}
+    config = make_config(data_dir=str(data), model=str(data / "model"), **view)
+    claim(tmp_path / "run", config)
+    (tmp_path / "run" / "training.json").write_text("{}")
+    claim(tmp_path / "run", config)
+    with open(data / name, "a") as file:
+        file.write("\n")
+    changed = data / name if not name.startswith("model/") else data / "model"
+    with pytest.raises(RunFolderError, match=re.escape(f"other contents of {changed}: bring")):
+        claim(tmp_path / "run", config)
+
+
+def test_a_damaged_model_is_not_scored(finished: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    weights = bytearray((folder / "model" / "model.safetensors").read_bytes())
+    weights[-8:] = bytes(8)
+    (folder / "model" / "model.safetensors").write_bytes(weights)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(RunFolderError, match=r"\(model\.safetensors is not as it was written\).*train again"):
+        run.evaluate(folder)
+    (folder / "model" / "complete.json").write_text("[]")
+    with pytest.raises(RunFolderError, match=r"\(complete\.json is not as it was written\).*train again"):
+        run.evaluate(folder)
+    before[folder / "model" / "complete.json"] = b"[]"
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_vocabulary_is_not_restored_from_another_model(make_config, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "tiny")
+    config = make_config(model=str(tmp_path / "tiny"), method="finetune", epochs=1, prune_vocabulary=True)
+    results = run.train(config)
+    assert metrics(run.evaluate(config.output_dir)) == metrics(results)
+    weights = tmp_path / "tiny" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(RunFolderError, match=r"began from other contents of .*tiny"):
+        run.evaluate(config.output_dir)
 
 
 def test_a_model_with_a_decoder_is_evaluated_while_it_trains(make_config, tiny_model: Path, tmp_path: Path) -> None:
