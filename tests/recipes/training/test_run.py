@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from ear_ops.recipes.training.classifiers import check_tokenizer, initial_model,
 from ear_ops.recipes.training.config import TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
 from ear_ops.recipes.training.folder import RunFolderError, claim, locked, versions
+from ear_ops.recipes.training.methods import METHODS
 from ear_ops.recipes.training.pair_trainer import PairTrainer
 
 
@@ -468,6 +470,30 @@ def test_a_tokenizer_that_leaves_out_what_it_does_not_know_is_refused() -> None:
     check_tokenizer(tokenizer, [PairExample("ab", "ba xyz", 0)] * 3, "tiny")
     with pytest.raises(ConfigError, match="the tokenizer of tiny knows 1 of the 1 pieces in 6 texts"):
         check_tokenizer(tokenizer, [PairExample("xyz", "uvw", 0)] * 2 + [PairExample("ab", "uvw", 0)], "tiny")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "shares"),
+    [(0.0, [8, 7, 6, 5, 4, 3, 2, 1]), (0.5, [0, 2, 4, 6, 8, 6, 4, 2])],
+)
+def test_the_learning_rate_warms_up_and_decays_linearly(make_config, ratio: float, shares: list[int]) -> None:
+    """The shares are eighths of the largest rate, one for each step."""
+    config = make_config(method="finetune", epochs=1, logging_steps=1, learning_rate=8e-3, warmup_ratio=ratio)
+    run.train(config)
+    log = json.loads((Path(config.output_dir) / "training.json").read_text())["log"]
+    rates = [line["learning_rate"] for line in log if "learning_rate" in line]
+    assert rates == pytest.approx([share * 1e-3 for share in shares])
+
+
+def test_the_log_shows_a_loss_that_is_not_a_number(make_config, tmp_path: Path) -> None:
+    config = make_config(method="finetune", epochs=1, learning_rate=1e30, logging_steps=1)
+    data = stages.load_data(config.data, config.evaluation, two_views=False)
+    classifier = stages.build_classifier(config.classifier, config.objective, data.training.views, None)
+    method = METHODS["finetune"](config.objective)
+    trainer = stages.make_trainer(config.optimisation, tmp_path, method, classifier, data)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert math.isfinite(losses[0]) and not math.isfinite(losses[-1])
 
 
 def test_words_replaced_are_counted(finished: TrainConfig) -> None:
