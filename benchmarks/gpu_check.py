@@ -9,7 +9,7 @@ exit status is the number of failed steps. Another call does not build again, so
 first one did not reach.
 
 A sanitizer passes when it prints its summary and none of its reports names a kernel of this package. Its tests may
-fail, because the step `tests` checks accuracy.
+fail, because the step `tests` checks accuracy. A step whose tests are all skipped or deselected has failed.
 
 The script needs torch with CUDA, pybind11, pytest and hypothesis, and no network. It uses pytest-xdist and
 pytest-timeout where they are installed.
@@ -21,6 +21,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -106,10 +107,11 @@ def run(step: Step, log: Path, environment: dict[str, str], left: float) -> dict
         except subprocess.TimeoutExpired:
             _stop(process)
             return {"step": name, "result": f"FAILED: not done within {seconds} s", "seconds": seconds}
-    if name in SANITIZERS:
-        result = _verdict(log.read_text().rpartition(f"\n== {name}: ")[2])
-    else:
-        result = "passed" if status == 0 else f"FAILED: exit status {status}"
+    output = log.read_text().rpartition(f"\n== {name}: ")[2]
+    of_status = "passed" if status == 0 else f"FAILED: exit status {status}"
+    result = _verdict(output) if name in SANITIZERS else of_status
+    if result == "passed" and "pytest" in command and not _ran_tests(output):
+        result = "FAILED: no test ran, all were skipped or deselected"
     return {"step": name, "result": result, "seconds": round(time.monotonic() - start, 1)}
 
 
@@ -120,6 +122,12 @@ def _verdict(output: str) -> str:
         return "FAILED: it did not come to its summary"
     reports = sum("ear_ops" in line for line in lines)
     return f"FAILED: {reports} lines name our kernels" if reports else "passed"
+
+
+def _ran_tests(output: str) -> bool:
+    """Whether a test passed or failed, as the last line of pytest counts them."""
+    summaries = re.findall(r"^.* in \d+\.\d+s\b.*$", output, re.MULTILINE)
+    return bool(summaries and re.search(r"\b[1-9]\d* (passed|failed)\b", summaries[-1]))
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

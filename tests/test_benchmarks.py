@@ -111,7 +111,7 @@ def test_a_step_of_every_way_runs_and_trains() -> None:
 
 
 def test_a_sanitizer_is_judged_by_its_reports_on_our_kernels() -> None:
-    clean = "1 failed in 3 s\n========= ERROR SUMMARY: 0 errors\n"
+    clean = "1 failed in 3.00s\n========= ERROR SUMMARY: 0 errors\n"
     of_others = (
         "========= Uninitialized read\n=========     at void at::native::add\n========= ERROR SUMMARY: 1 error\n"
     )
@@ -119,6 +119,30 @@ def test_a_sanitizer_is_judged_by_its_reports_on_our_kernels() -> None:
     assert gpu_check._verdict(clean) == gpu_check._verdict(of_others) == "passed"
     assert gpu_check._verdict(ours).startswith("FAILED: 1 lines")
     assert gpu_check._verdict("tests/x.py ear_ops passed\n").startswith("FAILED: it did not come to its summary")
+
+
+@pytest.mark.parametrize(
+    ("test", "result"),
+    [
+        ("def test_on_cuda(): pass", "passed"),
+        ("def test_on_cuda(): assert False", "FAILED: exit status 1"),
+        ("import pytest\ndef test_on_cuda(): pytest.skip()", "FAILED: no test ran"),
+        ("def test_on_cpu(): pass", "FAILED: "),
+    ],
+    ids=["passed", "failed", "skipped", "deselected"],
+)
+def test_a_step_whose_tests_did_not_run_has_failed(tmp_path: Path, test: str, result: str) -> None:
+    (tmp_path / "test_file.py").write_text(test)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    pytest_step = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "cuda", str(tmp_path)]
+    log, environment = tmp_path / "log.txt", {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    row = gpu_check.run(("tests", pytest_step, 60, None), log, environment, 60)
+    assert str(row["result"]).startswith(result)
+    # Under a sanitizer the summary decides, and tests may fail.
+    sanitized = ["echo", log.read_text() + "\n========= ERROR SUMMARY: 0 errors", "pytest"]
+    row = gpu_check.run(("memcheck", sanitized, 60, None), log, environment, 60)
+    ran = result == "passed" or "exit status" in result
+    assert str(row["result"]).startswith("passed" if ran else "FAILED: no test ran")
 
 
 def test_gpu_check_runs_steps_by_name() -> None:

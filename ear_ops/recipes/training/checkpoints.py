@@ -1,12 +1,13 @@
-"""Folders that show whether they are complete: a manifest, written last, lists every file with its size.
+"""Folders that show whether they are complete: a manifest, written last, lists the SHA-256 digest of every file.
 
 A process may die at any instruction, by `kill -9`, a power cut or a full disk. The folder that it was writing then has
-no manifest, and the next start deletes it.
+no manifest, and the next start deletes it. A file that changed since has another digest than the manifest lists.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -16,8 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ear_ops.errors import EarOpsError
+
 MANIFEST = "complete.json"
 _STEP = re.compile(r"checkpoint-(\d+)")
+_BLOCK = 2**20  # bytes of a file that are in memory at once
+
+
+class DamagedCheckpointError(EarOpsError, RuntimeError):
+    """A checkpoint that the run needs is not as it was written. The same call trains from another state."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -53,46 +61,60 @@ def naming_a_full_disk(folder: Path) -> Iterator[None]:
         raise
 
 
+def digest_of(path: Path) -> str:
+    """The SHA-256 digest of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def mark_complete(folder: Path) -> None:
     """Flush all files of the folder to disk, then write the manifest, which makes the folder complete."""
-    sizes = {}
+    digests = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         _sync(path)
-        sizes[str(path.relative_to(folder))] = path.stat().st_size
-    write_json(folder / MANIFEST, sizes)
+        digests[str(path.relative_to(folder))] = digest_of(path)
+    write_json(folder / MANIFEST, digests)
+
+
+def damage(folder: Path) -> str | None:
+    """What keeps the folder from being complete, such as a file that is missing; None for a complete folder.
+
+    Every file is read for this.
+    """
+    if not os.path.isfile(folder / MANIFEST):
+        return f"{MANIFEST}, which is written last, is missing"
+    try:
+        digests = json.loads((folder / MANIFEST).read_bytes())
+    except (ValueError, RecursionError):
+        digests = None
+    if not isinstance(digests, dict):
+        return f"{MANIFEST} is not as it was written"
+    for name, digest in digests.items():
+        if not os.path.isfile(folder / name):
+            return f"{name} is missing"
+        if digest_of(folder / name) != digest:
+            return f"{name} is not as it was written"
+    return None
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the folder has a manifest, and every file in it has the size that it lists."""
-    try:
-        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
+    """Whether the folder has a manifest, and every file is as the manifest lists it. Every file is read for this."""
+    return damage(folder) is None
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete `checkpoint-N` folders under `folder`, oldest first."""
-    return [path for path in _checkpoints(folder) if is_complete(path)]
-
-
-def remove_incomplete(folder: Path) -> list[Path]:
-    """Delete the incomplete `checkpoint-N` folders, which a process left that died, and return their paths."""
-    unfinished = [path for path in _checkpoints(folder) if not is_complete(path)]
-    for path in unfinished:
-        remove(path)
-    return unfinished
+def all_checkpoints(folder: Path) -> list[Path]:
+    """The `checkpoint-N` folders under `folder`, complete or not, oldest first."""
+    matches = [(_STEP.fullmatch(path.name), path) for path in folder.glob("checkpoint-*") if path.is_dir()]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
 def remove(folder: Path) -> None:
     """Delete a folder. The manifest is deleted first, so an interrupted deletion leaves an incomplete folder."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    matches = [(_STEP.fullmatch(path.name), path) for path in folder.glob("checkpoint-*") if path.is_dir()]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
 def _sync(path: Path) -> None:

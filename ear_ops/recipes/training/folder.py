@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from ear_ops.errors import EarOpsError
-from ear_ops.recipes.training import processes
-from ear_ops.recipes.training.checkpoints import write_json
+from ear_ops.recipes.training import checkpoints, processes
 from ear_ops.recipes.training.config import TrainConfig
-from ear_ops.recipes.training.sources import digests
+from ear_ops.recipes.training.sources import digests, model_digest
 
 _INITIAL_FILES = {".lock", "config.json", "config.json.tmp"}  # all that a run leaves that computed nothing
 _PACKAGES = ("ear-ops", "torch", "transformers", "accelerate", "tokenizers")
@@ -64,14 +63,36 @@ def claim(folder: Path, config: TrainConfig) -> None:
         raise RunFolderError(
             f"{folder} is not empty and holds no run (it has {', '.join(others[:5])}): choose another --output-dir"
         )
-    content = {"config": config.to_dict(), "versions": versions(), "files": digests(config.data)}
-    write_json(folder / "config.json", content)
+    content = {"config": config.to_dict(), "versions": versions(), "files": digests(config)}
+    checkpoints.write_json(folder / "config.json", content)
 
 
 def changed_files(folder: Path, config: TrainConfig) -> list[str]:
-    """The input files whose contents have changed since the run of this folder began. Missing files do not count."""
+    """The input files, and the model folder, whose contents have changed since the run of this folder began.
+
+    What is missing does not count.
+    """
     then = read_json(folder / "config.json").get("files", {})  # older versions wrote no digests
-    return [path for path, digest in digests(config.data).items() if then.get(path, digest) != digest]
+    return [path for path, digest in digests(config).items() if then.get(path, digest) != digest]
+
+
+def check_model(folder: Path) -> None:
+    """Raise RunFolderError where the model of a run is missing or damaged. The message says what to do."""
+    if damage := checkpoints.damage(folder / "model"):
+        advice = "finish the run with `ear-ops train` first"
+        if (folder / "results.json").exists():
+            advice = "bring its files back as they were, or delete the folder and train again"
+        raise RunFolderError(f"{folder} holds no complete model ({damage}), so nothing was scored: {advice}")
+
+
+def check_initial_model(folder: Path, model: str) -> None:
+    """Raise RunFolderError where a run began from a local model whose files have changed since."""
+    then = read_json(folder / "config.json").get("files", {})
+    for path, digest in model_digest(model).items():
+        if then.get(path, digest) != digest:
+            raise RunFolderError(
+                f"{folder} holds a run that began from other contents of {path}, which are needed now: bring these back"
+            )
 
 
 def _is_empty(path: Path) -> bool:

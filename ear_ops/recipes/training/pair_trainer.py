@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ear_ops.integrations.transformers import RegularizedTrainerMixin, StepLoss
-from ear_ops.recipes.training import checkpoints
+from ear_ops.recipes.training import checkpoints, processes
 from ear_ops.recipes.training.methods import Method
 
 STEPS_SORTED_TOGETHER = 50  # with fewer, the pairs of a step differ in length; with more, the order is less random
@@ -114,6 +115,12 @@ class EvaluationSteps(TrainerCallback):
         control.should_log = control.should_log or due
 
 
+def best_checkpoint(checkpoint: Path) -> Path:
+    """The checkpoint beside `checkpoint` that was the best when that one was written."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return checkpoint.with_name(f"checkpoint-{state.best_global_step}")
+
+
 class PairTrainer(RegularizedTrainerMixin, Trainer):
     """Trains with a `Method` on batches of pairs, as `PairCollator` makes them.
 
@@ -166,6 +173,7 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         self.method = method
         self.order = order
         self.prunes_checkpoints = evaluations_per_epoch is not None
+        self.best_is_loaded = False  # whether the model is the best checkpoint, as after training
         self.compiled = compiled
         self._compiled_model: Any = None
         self._step, self._part = 0, -1  # of the last batch: the optimiser step, and the number of the batch in it
@@ -216,9 +224,25 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         if not self.prunes_checkpoints:
             return
         needed = {self._checkpoint(self.state.global_step), self._checkpoint(self.state.best_global_step)}
-        for folder in checkpoints.complete_checkpoints(self._checkpoint(0).parent):
+        for folder in checkpoints.all_checkpoints(self._checkpoint(0).parent):
             if folder not in needed:
                 checkpoints.remove(folder)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint. Where it is lost, the Trainer would keep the last weights after a warning.
+
+        Raises:
+            DamagedCheckpointError: the best checkpoint is not as it was written.
+        """
+        best = self._checkpoint(self.state.best_global_step)
+        if damage := processes.on_main(lambda: checkpoints.damage(best)):
+            raise checkpoints.DamagedCheckpointError(
+                f"{best}, the best checkpoint, was lost while the run trained ({damage}): start the run again, which "
+                "trains from a state that has its best checkpoint"
+            )
+        self.state.best_model_checkpoint = str(best)
+        super()._load_best_model()
+        self.best_is_loaded = True
 
     def _checkpoint(self, step: int | None) -> Path:
         return Path(str(self.args.output_dir)) / f"checkpoint-{step}"

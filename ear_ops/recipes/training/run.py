@@ -10,7 +10,7 @@ from typing import Any
 from ear_ops.recipes.training import checkpoints, processes
 from ear_ops.recipes.training.config import CHOICES, TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
-from ear_ops.recipes.training.folder import RunFolderError, claim, load_config, locked, read_json
+from ear_ops.recipes.training.folder import check_model, claim, load_config, locked, read_json
 from ear_ops.recipes.training.scoring import score_run
 from ear_ops.recipes.training.sources import evaluation_texts
 from ear_ops.recipes.training.stages import (
@@ -47,7 +47,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if finished is not None:
             processes.say(f"{folder} holds the finished run of this configuration: nothing to train.")
             return finished
-        if not processes.on_main(lambda: checkpoints.is_complete(folder / "model")):
+        if processes.on_main(lambda: _model_is_missing(folder / "model")):
             _fit(config, folder)
         if processes.on_main(lambda: (folder / "checkpoints").exists()):
             processes.on_main(lambda: checkpoints.remove(folder / "checkpoints"))
@@ -66,20 +66,19 @@ def evaluate(folder: str | Path, split: str | None = None, data_dir: str | None 
 
     Raises:
         ConfigError: `split` is neither.
-        RunFolderError: the folder holds no run or an unfinished one, or scores would be lost.
+        RunFolderError: the folder holds no run, an unfinished one or a damaged model, or scores would be lost.
         DataError: data are missing or malformed.
     """
     if split is not None and split not in CHOICES["eval_split"]:
         raise ConfigError(f"eval_split: expected {' or '.join(CHOICES['eval_split'])}, got {split!r}")
     folder = Path(folder)
     config = load_config(folder)
-    if not checkpoints.is_complete(folder / "model"):
-        raise RunFolderError(f"{folder} holds no complete model: finish the run with `ear-ops train` first")
     if data_dir is not None:
         config.data_dir, config.hub = data_dir, False
     processes.start(config.bf16)
     with ExitStack() as held:
         processes.on_main(lambda: held.enter_context(locked(folder)))
+        processes.on_main(lambda: check_model(folder))
         return score_run(config, folder, split or config.eval_split, again=True)
 
 
@@ -88,6 +87,13 @@ def _open(config: TrainConfig, folder: Path, held: ExitStack) -> dict[str, Any] 
     held.enter_context(locked(folder))
     claim(folder, config)
     return read_json(folder / "results.json") if (folder / "results.json").exists() else None
+
+
+def _model_is_missing(model: Path) -> bool:
+    damage = checkpoints.damage(model)
+    if damage and model.exists():
+        processes.say(f"The saved model is not used: {damage}.")
+    return damage is not None
 
 
 def _fit(config: TrainConfig, folder: Path) -> None:

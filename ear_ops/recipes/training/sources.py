@@ -29,7 +29,8 @@ from ear_ops.data import (
     write_variants,
 )
 from ear_ops.data.pairs import find_split, load_texts
-from ear_ops.recipes.training.config import MINI, TrainConfig
+from ear_ops.recipes.training.checkpoints import digest_of
+from ear_ops.recipes.training.config import MINI, OFFLINE_MODEL, TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
 from ear_ops.recipes.training.stage_settings import DataSettings
 
@@ -139,8 +140,12 @@ def missing_inputs(config: TrainConfig) -> list[str]:
     return missing + [str(Path(folder) / name) for name in dict.fromkeys(absent)]
 
 
-def digests(settings: DataSettings) -> dict[str, str]:
-    """The SHA-256 of each file that decides the training and the choice of the checkpoint, if the file exists."""
+def digests(config: TrainConfig) -> dict[str, str]:
+    """The SHA-256 of each file that decides the training and the choice of the checkpoint, if the file exists.
+
+    A local model has one digest, of all files in its folder.
+    """
+    settings = config.data
     task = get_task(settings.task)
     paths = [settings.variants_file, settings.synonyms]
     if not settings.hub:
@@ -148,12 +153,29 @@ def digests(settings: DataSettings) -> dict[str, str]:
             with suppress(DataError):
                 paths.append(str(find_split(_data_dir(settings), task, split, settings.source_language)))
     present = [path for path in paths if path is not None and Path(path).is_file()]
-    return {path: _digest(path, Path(path).stat().st_mtime_ns) for path in present}
+    return {**{path: _digest(Path(path)) for path in present}, **model_digest(config.model)}
+
+
+def model_digest(model: str) -> dict[str, str]:
+    """The SHA-256 over names and contents of the files in a local model folder; nothing for any other model.
+
+    Subfolders and hidden files do not count, since no model is loaded from them.
+    """
+    if model == OFFLINE_MODEL or not Path(model).is_dir():
+        return {}
+    paths = sorted(path for path in Path(model).iterdir() if path.is_file() and not path.name.startswith("."))
+    lines = "".join(f"{_digest(path)} {path.name}\n" for path in paths)
+    return {model: hashlib.sha256(lines.encode()).hexdigest()}
+
+
+def _digest(path: Path) -> str:
+    status = path.stat()
+    return _digest_of_version(path, status.st_size, status.st_mtime_ns)
 
 
 @cache
-def _digest(path: str, modified: int) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _digest_of_version(path: Path, size: int, modified: int) -> str:
+    return digest_of(path)
 
 
 def evaluation_texts(config: TrainConfig) -> Iterator[str]:

@@ -18,12 +18,12 @@ from ear_ops.attachment import attach
 from ear_ops.data import PairCollator, PairExample, PairViews
 from ear_ops.recipes.training import checkpoints, processes
 from ear_ops.recipes.training.calibration import chosen_weights, measured_ratios, terms_of, with_weights
-from ear_ops.recipes.training.classifiers import initial_model
+from ear_ops.recipes.training.classifiers import check_tokenizer, initial_model
 from ear_ops.recipes.training.convergence import beats_majority, chance_level, collapse_notice, last_quarter
 from ear_ops.recipes.training.errors import ConfigError, refused_settings
 from ear_ops.recipes.training.freezing import freeze_word_embeddings
 from ear_ops.recipes.training.methods import METHODS, Method
-from ear_ops.recipes.training.pair_trainer import PairTrainer
+from ear_ops.recipes.training.pair_trainer import PairTrainer, best_checkpoint
 from ear_ops.recipes.training.sources import TrainingData, load_split_of, load_training_data
 from ear_ops.recipes.training.stage_settings import (
     ClassifierSettings,
@@ -124,9 +124,11 @@ def build_classifier(
         texts: the vocabulary is pruned to these; None leaves it whole.
 
     Raises:
-        ConfigError: the model lacks a layer, length, pooling or set of labels that a setting names.
+        ConfigError: the model lacks a layer, length, pooling or set of labels that a setting names, or its tokenizer
+            does not know the training pairs.
     """
     model, tokenizer = initial_model(settings, texts)
+    check_tokenizer(tokenizer, views.examples, settings.model)
     with refused_settings():
         collate = PairCollator(tokenizer, max_length=settings.max_length, padding=settings.padding)
     regularizers = terms_of(objective)
@@ -156,13 +158,20 @@ def calibrate_objective(
 def train_classifier(
     settings: OptimisationSettings, folder: Path, method: Method, classifier: Classifier, data: RunData
 ) -> Training:
-    """Train from the newest complete checkpoint, or from the start; the model ends as the best checkpoint."""
+    """Train from the newest checkpoint that can be resumed, or from the start; the model ends as the best checkpoint.
+
+    Raises:
+        DamagedCheckpointError: the best checkpoint was lost while the run trained.
+        ConfigError: the batch size is no multiple of the number of processes.
+    """
     trainer = make_trainer(settings, folder, method, classifier, data)
-    newest = processes.on_main(lambda: _newest_checkpoint(folder / "checkpoints"))
+    resumed = processes.on_main(lambda: _checkpoint_to_resume(folder / "checkpoints"))
     try:
-        output = trainer.train(resume_from_checkpoint=newest)
+        output = trainer.train(resume_from_checkpoint=resumed)
     finally:
         trainer.detach()
+    if not trainer.best_is_loaded:
+        raise RuntimeError("training ended without its best checkpoint, so no model can be saved")
     # Takes off the autocast that training leaves on the model, so that it is measured as before training.
     trainer.accelerator.unwrap_model(classifier.model, keep_fp32_wrapper=False)
     state = trainer.state
@@ -173,7 +182,7 @@ def train_classifier(
         best_step=state.best_global_step,
         best_dev_accuracy=state.best_metric,
         seconds=output.metrics["train_runtime"],
-        resumed=newest is not None,
+        resumed=resumed is not None,
     )
 
 
@@ -236,15 +245,29 @@ def make_trainer(
     )
 
 
-def _newest_checkpoint(folder: Path) -> str | None:
-    """Remove incomplete checkpoints, and return the newest complete one, if there is any."""
-    for unfinished in checkpoints.remove_incomplete(folder):
-        processes.say(f"{unfinished.name} was not finished and is not used.")
-    complete = checkpoints.complete_checkpoints(folder)
-    if not complete:
-        return None
-    processes.say(f"Resuming from {complete[-1].name}.")
-    return str(complete[-1])
+def _checkpoint_to_resume(folder: Path) -> str | None:
+    """The newest complete checkpoint whose best checkpoint is complete too, if there is any.
+
+    The other checkpoints are removed where they are incomplete or newer: no run can go on from them.
+    """
+    complete: list[Path] = []
+    for path in checkpoints.all_checkpoints(folder):
+        if damage := checkpoints.damage(path):
+            _remove_unusable(path, damage)
+        else:
+            complete.append(path)
+    while complete:
+        best = best_checkpoint(complete[-1])
+        if best in complete:
+            processes.say(f"Resuming from {complete[-1].name}.")
+            return str(complete[-1])
+        _remove_unusable(complete.pop(), f"{best.name}, the best until then, is lost")
+    return None
+
+
+def _remove_unusable(checkpoint: Path, reason: str) -> None:
+    processes.say(f"{checkpoint.name} is not used: {reason}.")
+    checkpoints.remove(checkpoint)
 
 
 def diagnose_training(

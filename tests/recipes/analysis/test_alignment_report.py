@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from ear_ops.recipes.analysis.states import alignment_by_layer
 from ear_ops.recipes.study.definition import load_study
 from ear_ops.recipes.study.sweep import StudyError, plan_of, sweep
 from ear_ops.recipes.training.errors import ConfigError
-from ear_ops.recipes.training.folder import load_config
+from ear_ops.recipes.training.folder import RunFolderError, load_config
 from ear_ops.recipes.training.run import train
 
 
@@ -107,6 +108,21 @@ def test_a_run_without_its_model_is_named(write_study, parallel_dir: Path, tmp_p
     with pytest.raises(StudyError, match=r"no complete model.*keep_model"):
         analyse([tmp_path / "study" / name], parallel_dir, tmp_path / "analysis")
     assert not (tmp_path / "analysis").exists()
+
+
+def test_a_run_is_not_compared_with_another_model_than_it_began_from(
+    write_study, tiny_model: Path, parallel_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "tiny")
+    study = write_study({"name": "a", "keep_model": True}, method="finetune", epochs=1, model=str(tmp_path / "tiny"))
+    (name,) = sweep(study, tmp_path / "study").finished
+    with open(tmp_path / "tiny" / "config.json", "a") as file:
+        file.write("\n")
+    with pytest.raises(RunFolderError, match=r"began from other contents of .*tiny"):
+        analyse([tmp_path / "study" / name], parallel_dir, tmp_path / "analysis")
+    (tmp_path / "study" / name / "model" / "config.json").unlink()
+    with pytest.raises(StudyError, match=r"no complete model \(config\.json is missing\)"):
+        analyse([tmp_path / "study" / name], parallel_dir, tmp_path / "analysis")
 
 
 def test_figure_4_shows_words_that_the_sentences_use(tmp_path: Path) -> None:

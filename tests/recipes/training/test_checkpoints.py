@@ -28,26 +28,50 @@ def test_a_folder_is_complete_only_with_its_manifest_and_all_its_bytes(tmp_path:
     assert not checkpoints.is_complete(folder)
 
 
-def test_a_torn_manifest_does_not_count(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_damage_and_the_file_is_named(tmp_path: Path) -> None:
     folder = make(tmp_path, 1)
     checkpoints.mark_complete(folder)
-    manifest = folder / checkpoints.MANIFEST
-    manifest.write_text(manifest.read_text()[:-5])
-    assert not checkpoints.is_complete(folder)
+    assert checkpoints.damage(folder) is None
+    (folder / "weights").write_bytes(bytes(9) + b"\x01")
+    assert checkpoints.damage(folder) == "weights is not as it was written"
+    (folder / "weights").unlink()
+    assert checkpoints.damage(folder) == "weights is missing"
 
 
-def test_checkpoints_are_ordered_by_step_and_unfinished_ones_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        b'{"weights": "012',
+        b"[]",
+        b'["weights"]',
+        b"3",
+        b"null",
+        b'"weights"',
+        b"",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"weights": 10}',
+        b'{"weights": {"bytes": 10}}',
+        b'{"weights\\u0000": null}',
+        b'{"sub": null}',
+        b'{"\\ud800": ""}',
+        b"9" * 5000,
+    ],
+    ids=lambda text: repr(text[:16]),
+)
+def test_a_manifest_that_is_none_makes_the_folder_incomplete(tmp_path: Path, manifest: bytes) -> None:
+    folder = make(tmp_path, 1)
+    (folder / checkpoints.MANIFEST).write_bytes(manifest)
+    assert checkpoints.damage(folder) is not None
+
+
+def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
     for step in (9, 10, 100):
-        checkpoints.mark_complete(make(tmp_path, step))
-    unfinished = make(tmp_path, 200)
+        make(tmp_path, step)
     (tmp_path / "checkpoint-best").mkdir()
-    assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == [
-        "checkpoint-9",
-        "checkpoint-10",
-        "checkpoint-100",
-    ]
-    assert checkpoints.remove_incomplete(tmp_path) == [unfinished]
-    assert not unfinished.exists() and (tmp_path / "checkpoint-100").exists()
+    (tmp_path / "checkpoint-11").write_text("no folder")
+    names = [path.name for path in checkpoints.all_checkpoints(tmp_path)]
+    assert names == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
 
 
 def test_a_deletion_cut_short_leaves_an_incomplete_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerState
 
-from ear_ops.recipes.training import checkpoints, run, scoring
+from ear_ops.recipes.training import checkpoints, run, scoring, stages
 from ear_ops.recipes.training.config import TrainConfig
 from ear_ops.recipes.training.pair_trainer import PairTrainer
 
@@ -46,6 +48,10 @@ def expect(undisturbed: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
         folder = undisturbed["folder"] / config.method
         undisturbed[config.method] = outcome(TrainConfig.from_dict(config.to_dict(), output_dir=str(folder)))
     return undisturbed[config.method]
+
+
+def die(*args: Any, **kwargs: Any) -> None:
+    raise Killed
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -124,7 +130,8 @@ def test_a_half_written_folder_is_not_used(
     capsys.readouterr()
     assert outcome(config) == expected
     output = capsys.readouterr().out
-    assert (f"{name} was not finished and is not used." in output) == name.startswith("checkpoint")
+    used = f"{name} is not used" if name != "model" else "The saved model is not used"
+    assert f"{used}: complete.json, which is written last, is missing." in output
     assert (f"Resuming from {resumed}." in output) if resumed else ("Resuming" not in output)
 
 
@@ -135,11 +142,8 @@ def test_a_run_killed_while_it_is_scored_is_not_trained_again(
     config = make_config(method="ear")
     expected = expect(undisturbed, config)
 
-    def dying(*args: Any, **kwargs: Any) -> None:
-        raise Killed
-
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(scoring, function, dying)
+        patch.setattr(scoring, function, die)
         run.train(config)
     with monkeypatch.context() as patch:
         patch.setattr(run, "_fit", lambda *arguments: pytest.fail("trained again"))
@@ -159,13 +163,14 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(make_config, undisturbed, m
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(PairTrainer, "_save_optimizer_and_scheduler", full)
         run.train(config)
-    assert checkpoints.complete_checkpoints(Path(config.output_dir) / "checkpoints")[-1].name == "checkpoint-8"
+    complete = filter(checkpoints.is_complete, checkpoints.all_checkpoints(Path(config.output_dir) / "checkpoints"))
+    assert [path.name for path in complete][-1] == "checkpoint-8"
     assert outcome(config) == expected
 
 
-def test_the_best_checkpoint_survives_an_interruption_and_a_move(
-    make_config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def best_at_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The accuracy on dev is highest at step 4 of 16."""
     on_dev = {4: 0.9, 8: 0.2, 12: 0.4, 16: 0.3}
     evaluate = PairTrainer.evaluate
 
@@ -173,6 +178,12 @@ def test_the_best_checkpoint_survives_an_interruption_and_a_move(
         return {**evaluate(self, *args, **kwargs), "eval_accuracy": on_dev[self.state.global_step]}
 
     monkeypatch.setattr(PairTrainer, "evaluate", fake)
+
+
+@pytest.mark.usefixtures("best_at_4")
+def test_the_best_checkpoint_survives_an_interruption_and_a_move(
+    make_config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     expected = outcome(make_config(output_dir=str(tmp_path / "undisturbed")))
     assert expected["results"]["best"] == {"step": 4, "dev_accuracy": 0.9}
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -182,6 +193,118 @@ def test_the_best_checkpoint_survives_an_interruption_and_a_move(
     assert sorted(kept) == ["checkpoint-16", "checkpoint-4"], "the newest and the best, no others"
     (tmp_path / "run").rename(tmp_path / "moved")
     assert outcome(make_config(output_dir=str(tmp_path / "moved"))) == expected
+
+
+def truncate(checkpoint: Path) -> None:
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    weights = bytearray((checkpoint / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (checkpoint / "model.safetensors").write_bytes(weights)
+
+
+def forget_the_manifest(checkpoint: Path) -> None:
+    (checkpoint / checkpoints.MANIFEST).unlink()
+
+
+@pytest.fixture
+def died_behind_its_best(
+    make_config, undisturbed, monkeypatch: pytest.MonkeyPatch, best_at_4: None
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """A run that died behind step 12, with the best checkpoint at step 4; and the outcome of an undisturbed run."""
+    if "best at 4" not in undisturbed:
+        config = make_config(method="finetune", output_dir=str(undisturbed["folder"] / "best at 4"))
+        undisturbed["best at 4"] = outcome(config)
+    config = make_config(method="finetune")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 14)
+        run.train(config)
+    return config, undisturbed["best at 4"]
+
+
+@pytest.mark.parametrize("lose", [truncate, flip_a_bit, forget_the_manifest, checkpoints.remove])
+def test_a_run_without_its_best_checkpoint_is_trained_again(
+    died_behind_its_best, capsys, lose: Callable[[Path], None]
+) -> None:
+    config, expected = died_behind_its_best
+    lose(Path(config.output_dir) / "checkpoints" / "checkpoint-4")
+    capsys.readouterr()
+    assert outcome(config) == expected
+    output = capsys.readouterr().out
+    assert "checkpoint-12 is not used: checkpoint-4, the best until then, is lost." in output
+    assert "Resuming" not in output
+
+
+def test_an_edited_state_of_the_trainer_is_not_trusted(died_behind_its_best) -> None:
+    config, expected = died_behind_its_best
+    state = Path(config.output_dir) / "checkpoints" / "checkpoint-12" / "trainer_state.json"
+    edited = state.read_text().replace('"best_metric": 0.9', '"best_metric": 0.1')
+    assert edited != state.read_text()
+    state.write_text(edited)
+    assert outcome(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("best", "lost", "resumed"),
+    [
+        ({4: 4, 8: 4}, None, 8),
+        ({4: 4, 8: 4}, 8, 4),
+        ({4: 4, 8: 4, 12: 4}, 4, None),
+        ({4: 4, 8: 8, 12: 8}, 8, 4),
+        ({4: 4, 8: 4, 12: 12}, 4, 12),
+        ({4: 4, 8: 4, 12: 12}, 12, 8),
+    ],
+)
+def test_the_newest_checkpoint_with_its_best_is_resumed(
+    tmp_path: Path, best: dict[int, int], lost: int | None, resumed: int | None
+) -> None:
+    """`best` gives the best step until each checkpoint. No checkpoint that is newer stays behind."""
+    for step, best_step in best.items():
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        TrainerState(best_global_step=best_step).save_to_json(str(folder / "trainer_state.json"))
+        checkpoints.mark_complete(folder)
+    if lost is not None:
+        (tmp_path / f"checkpoint-{lost}" / "trainer_state.json").unlink()
+    path = stages._checkpoint_to_resume(tmp_path)
+    assert path == (None if resumed is None else str(tmp_path / f"checkpoint-{resumed}"))
+    left = [int(folder.name.partition("-")[2]) for folder in checkpoints.all_checkpoints(tmp_path)]
+    assert left == [step for step in best if step != lost and resumed is not None and step <= resumed]
+
+
+@pytest.mark.usefixtures("best_at_4")
+@pytest.mark.parametrize("lose", [flip_a_bit, checkpoints.remove])
+def test_a_best_checkpoint_that_is_lost_while_the_run_trains_stops_it(
+    make_config, monkeypatch: pytest.MonkeyPatch, lose: Callable[[Path], None]
+) -> None:
+    config = make_config(method="finetune")
+    folder = Path(config.output_dir)
+    training_step = PairTrainer.training_step
+
+    def losing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 14:
+            lose(folder / "checkpoints" / "checkpoint-4")
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(PairTrainer, "training_step", losing)
+    with pytest.raises(checkpoints.DamagedCheckpointError, match=r"checkpoint-4, the best checkpoint, was lost"):
+        run.train(config)
+    assert not (folder / "model").exists() and not (folder / "results.json").exists()
+
+
+def test_a_damaged_model_is_trained_again(make_config, undisturbed, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    config = make_config(method="finetune")
+    expected = expect(undisturbed, config)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(scoring, "predict", die)
+        run.train(config)
+    flip_a_bit(Path(config.output_dir) / "model")
+    capsys.readouterr()
+    assert outcome(config) == expected
+    assert "The saved model is not used: model.safetensors is not as it was written." in capsys.readouterr().out
 
 
 # The command line, with steps that leave time to kill it.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,15 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, MBartConfig, MBartModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, MBartConfig, MBartModel, PreTrainedTokenizerFast
 
-from ear_ops.data import DataError
+from ear_ops.data import DataError, PairExample
 from ear_ops.models.classifier import load_classifier
 from ear_ops.recipes.training import run, scoring, stages
-from ear_ops.recipes.training.classifiers import initial_model, trained_model
+from ear_ops.recipes.training.classifiers import check_tokenizer, initial_model, trained_model
 from ear_ops.recipes.training.config import TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
 from ear_ops.recipes.training.folder import RunFolderError, claim, locked, versions
+from ear_ops.recipes.training.methods import METHODS
 from ear_ops.recipes.training.pair_trainer import PairTrainer
 
 
@@ -267,6 +271,66 @@ def test_files_that_changed_since_the_run_began_are_named(make_config, data_dir:
     claim(folder, config)
 
 
+@pytest.mark.parametrize(
+    ("name", "from_file"),
+    [
+        ("xnli/train-en.tsv", False),
+        ("xnli/dev-en.tsv", False),
+        ("xnli/dev-en.tsv", True),
+        ("synonyms.json", False),
+        ("variants.tsv", True),
+        ("model/tokenizer.json", False),
+        ("model/added_tokens.json", False),  # a file that was not there
+    ],
+)
+def test_a_run_does_not_go_on_with_other_contents(
+    make_config, data_dir: Path, tiny_model: Path, tmp_path: Path, name: str, from_file: bool
+) -> None:
+    """`from_file`: the augmented view comes from a variants file."""
+    data = tmp_path / "data"
+    shutil.copytree(data_dir, data)
+    shutil.copytree(tiny_model, data / "model")
+    (data / "variants.tsv").touch()
+    view = {"synonyms": str(data / "synonyms.json"), "variants_file": None}
+    if from_file:
+        view = {"synonyms": None, "variants_file": str(data / "variants.tsv")}
+    config = make_config(data_dir=str(data), model=str(data / "model"), **view)
+    claim(tmp_path / "run", config)
+    (tmp_path / "run" / "training.json").write_text("{}")
+    claim(tmp_path / "run", config)
+    with open(data / name, "a") as file:
+        file.write("\n")
+    changed = data / name if not name.startswith("model/") else data / "model"
+    with pytest.raises(RunFolderError, match=re.escape(f"other contents of {changed}: bring")):
+        claim(tmp_path / "run", config)
+
+
+def test_a_damaged_model_is_not_scored(finished: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    weights = bytearray((folder / "model" / "model.safetensors").read_bytes())
+    weights[-8:] = bytes(8)
+    (folder / "model" / "model.safetensors").write_bytes(weights)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(RunFolderError, match=r"\(model\.safetensors is not as it was written\).*train again"):
+        run.evaluate(folder)
+    (folder / "model" / "complete.json").write_text("[]")
+    with pytest.raises(RunFolderError, match=r"\(complete\.json is not as it was written\).*train again"):
+        run.evaluate(folder)
+    before[folder / "model" / "complete.json"] = b"[]"
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_vocabulary_is_not_restored_from_another_model(make_config, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "tiny")
+    config = make_config(model=str(tmp_path / "tiny"), method="finetune", epochs=1, prune_vocabulary=True)
+    results = run.train(config)
+    assert metrics(run.evaluate(config.output_dir)) == metrics(results)
+    weights = tmp_path / "tiny" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(RunFolderError, match=r"began from other contents of .*tiny"):
+        run.evaluate(config.output_dir)
+
+
 def test_a_model_with_a_decoder_is_evaluated_while_it_trains(make_config, tiny_model: Path, tmp_path: Path) -> None:
     """Its output holds the encoder's states besides the logits."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model, eos_token="[SEP]")
@@ -380,6 +444,56 @@ def test_a_model_that_does_not_fit_is_named_with_its_cause(make_config, finished
     with pytest.raises(ConfigError, match=r"num_labels: .* saved with 3 labels") as error:
         run.train(make_config(model=str(tmp_path / "run" / "model"), data_dir=str(tmp_path), **settings))
     assert type(error.value.__cause__) is ValueError
+
+
+def test_a_model_folder_without_its_tokenizer_is_refused(make_config, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "tiny", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ConfigError, match=r"tiny: its tokenizer has special tokens alone.*vocab\.txt"):
+        run.train(make_config(model=str(tmp_path / "tiny")))
+
+
+def test_a_tokenizer_that_does_not_know_the_training_pairs_is_refused(
+    make_config, data_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data_dir, tmp_path / "data")
+    train = tmp_path / "data" / "xnli" / "train-en.tsv"
+    lines = [line.rsplit("\t", 2) for line in train.read_text().splitlines(keepends=True)]
+    train.write_text("".join(f"{text1.upper()} a1\t{text2.upper()}\t{label}" for text1, text2, label in lines))
+    with pytest.raises(ConfigError, match=r"knows 60 of the \d{3} pieces in 120 texts of the training pairs"):
+        run.train(make_config(data_dir=str(tmp_path / "data")))
+
+
+def test_a_tokenizer_that_leaves_out_what_it_does_not_know_is_refused() -> None:
+    backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    check_tokenizer(tokenizer, [PairExample("ab", "ba xyz", 0)] * 3, "tiny")
+    with pytest.raises(ConfigError, match="the tokenizer of tiny knows 1 of the 1 pieces in 6 texts"):
+        check_tokenizer(tokenizer, [PairExample("xyz", "uvw", 0)] * 2 + [PairExample("ab", "uvw", 0)], "tiny")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "shares"),
+    [(0.0, [8, 7, 6, 5, 4, 3, 2, 1]), (0.5, [0, 2, 4, 6, 8, 6, 4, 2])],
+)
+def test_the_learning_rate_warms_up_and_decays_linearly(make_config, ratio: float, shares: list[int]) -> None:
+    """The shares are eighths of the largest rate, one for each step."""
+    config = make_config(method="finetune", epochs=1, logging_steps=1, learning_rate=8e-3, warmup_ratio=ratio)
+    run.train(config)
+    log = json.loads((Path(config.output_dir) / "training.json").read_text())["log"]
+    rates = [line["learning_rate"] for line in log if "learning_rate" in line]
+    assert rates == pytest.approx([share * 1e-3 for share in shares])
+
+
+def test_the_log_shows_a_loss_that_is_not_a_number(make_config, tmp_path: Path) -> None:
+    config = make_config(method="finetune", epochs=1, learning_rate=1e30, logging_steps=1)
+    data = stages.load_data(config.data, config.evaluation, two_views=False)
+    classifier = stages.build_classifier(config.classifier, config.objective, data.training.views, None)
+    method = METHODS["finetune"](config.objective)
+    trainer = stages.make_trainer(config.optimisation, tmp_path, method, classifier, data)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert math.isfinite(losses[0]) and not math.isfinite(losses[-1])
 
 
 def test_words_replaced_are_counted(finished: TrainConfig) -> None:
