@@ -157,7 +157,7 @@ def kernel() -> str:
     parts = [
         text(190, 30, "plain PyTorch", 17, bold=True),
         text(580, 30, "fused kernel", 17, bold=True),
-        f'<line x1="385" y1="20" x2="385" y2="330" stroke="{BORDER}"/>\n',
+        f'<line x1="385" y1="20" x2="385" y2="335" stroke="{BORDER}"/>\n',
     ]
     large = ["71100210", "18010021", "10611100", "01252010", "00116120", "12001701", "21010162", "01200227"]
     large_aug = ["62110201", "27010111", "11431100", "02162001", "01125110", "11001611", "12010252", "10200226"]
@@ -166,8 +166,8 @@ def kernel() -> str:
         text(105, 64, "P of x", 15, BLUE),
         attention_map(210, 80, 130, large_aug, ORANGE),
         text(275, 64, "T of xᵃ", 15, ORANGE),
-        text(190, 240, "Both matrices are stored,\nand stored again for the backward:\nL · L numbers for every head."),
-        text(190, 305, "sum (P - T)²", 16, GREEN, bold=True),
+        text(190, 254, "Both matrices are stored,\nand stored again for the backward:\nL · L numbers for every head."),
+        text(190, 318, "sum (P - T)²", 16, GREEN, bold=True),
     ]
     for left, rows, colour, name in ((415, large, BLUE, "P of x"), (585, large_aug, ORANGE, "T of xᵃ")):
         tile = [row[2:4] for row in rows[2:4]]
@@ -179,15 +179,16 @@ def kernel() -> str:
             text(left + 65, 64, name, 15, colour),
         ]
     parts += [
-        frame(738, 80, 12, 130, GREEN, PALE[GREEN]),
+        frame(734, 80, 12, 130, GREEN, PALE[GREEN]),
+        text(740, 64, "rows", 14, GREEN),
         text(
             580,
-            240,
+            254,
             "One tile of both views at a time.\nA few numbers are kept for each row:\n6 · L numbers for every head.",
         ),
-        text(580, 305, "sum (P - T)²", 16, GREEN, bold=True),
+        text(580, 318, "sum (P - T)²", 16, GREEN, bold=True),
     ]
-    return picture(770, 345, "Whole attention matrices in plain PyTorch, and tiles of them in a fused kernel", *parts)
+    return picture(770, 350, "Whole attention matrices in plain PyTorch, and tiles of them in a fused kernel", *parts)
 
 
 def flow() -> str:
@@ -201,7 +202,7 @@ def flow() -> str:
         ("ops, functional", "reduction → term", BLUE),
         ("attachment", "sum of weight · term → ear.loss()", GREEN),
     )
-    parts = [text(110, 30, "forward", 16, GREY, bold=True), text(682, 30, "backward", 16, GREEN, bold=True)]
+    parts = [text(340, 30, "forward", 16, GREY, bold=True), text(466, 30, "backward", 16, GREEN, bold=True)]
     for number, (room, what, colour) in enumerate(steps):
         top = 50 + number * 62
         parts += [box(200, top, 400, 44, what, colour), text(188, top + 22, room, 15, colour, "end", bold=True)]
