@@ -121,7 +121,7 @@ def push_and_pull() -> str:
         text(691, 194, "one label for both", 14, GREEN, bold=True),
         text(457, 30, "attention of block 6", 14, GREY),
     ]
-    return picture(770, 370, "Two views of a sentence in one model: push, pull, and one label for both", *parts)
+    return picture(790, 370, "Two views of a sentence in one model: push, pull, and one label for both", *parts)
 
 
 def capture() -> str:
@@ -217,7 +217,7 @@ def flow() -> str:
         text(618, 382, "row statistics\nare read again", 14, GREEN, "start"),
         text(618, 506, "loss.backward()\nstarts here", 14, GREEN, "start"),
     ]
-    return picture(770, 560, "How a tensor flows from a model to a kernel, and how its gradient flows back", *parts)
+    return picture(790, 560, "How a tensor flows from a model to a kernel, and how its gradient flows back", *parts)
 
 
 PICTURES = {"push-and-pull": push_and_pull, "capture": capture, "kernel": kernel, "flow": flow}
