@@ -19,7 +19,7 @@ TORCH_INCLUDES = $(shell $(PY) -c "from torch.utils.cpp_extension import include
 ON_HOST := build/cuda_on_host/ear_ops_cuda_on_host.so
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: all install demo test sanitize check-aarch64 check-cuda cuda-full gpu-check lint format clean
+.PHONY: all install demo test sanitize check-aarch64 check-cuda cuda-full gpu-check lint format docs clean
 all: install
 install: $(INSTALLED)
 
@@ -90,6 +90,13 @@ format: install
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(ENV)/bin/clang-format -i $(CXX_FILES)
+
+# The documentation site, into build/site. A page that is not in its navigation is an error, and so is a dead link. ruff,
+# on the path, formats the signatures.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: export PATH := $(ENV)/bin:$(PATH)
+docs: install
+	$(PY) -m mkdocs build --strict
 
 clean:
 	rm -rf build ear_ops/*.so *.egg-info $(INSTALLED)

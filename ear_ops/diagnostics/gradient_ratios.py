@@ -19,13 +19,24 @@ Batch = Mapping[str, Tensor]  # as `PairCollator` makes it: inputs [2B, L], labe
 
 
 def gradient_ratios(model: Any, regularizers: Sequence[Any], layer: int, batches: Iterable[Batch]) -> dict[str, float]:
-    """Norm of each unweighted term's gradient over that of CE(x) + CE(x^a): at the embedding layer's output, and at the
-    queries and keys of block `layer`. Norms are taken over all batches together. Arguments as for `gradient_squares`.
+    """How strong terms are: the norm of each unweighted term's gradient over that of CE(x) + CE(x^a).
+
+    The norms are taken at the embedding layer's output, and at the queries and keys of block `layer`, over all batches
+    together. Dropout is off, and neither the model nor the random state changes.
+
+    Args:
+        model: a classifier, logits [2B, K]; attached or not.
+        regularizers: their terms, without weights; one of several layers, or of `"middle"`, is as many terms.
+        layer: block whose queries and keys are looked at, counted from 1.
+        batches: of two views, with the B labels, on the model's device.
 
     Returns:
         Ratios by `TERM at embeddings`, `TERM at query`, `TERM at key` and, of both in one norm, `TERM at query and
         key`; a place that the term or the cross-entropy does not reach is left out. A ratio that is asked for by
         `push_ratio` is that of the push at the embeddings, by `pull_ratio` that of the pull at query and key.
+
+    Raises:
+        ValueError: the layer gives no queries and keys.
     """
     squares = gradient_squares(model, regularizers, layer, batches)
     return {
