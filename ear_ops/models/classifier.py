@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
+from json import JSONDecodeError
 from typing import Any, Literal
 
 import torch
@@ -179,7 +181,7 @@ def load_classifier(
     Raises:
         ValueError: an argument is out of range, or the checkpoint was saved with other labels or another pooling.
         OfflineModelError: the package of the offline model is missing or damaged.
-        OSError: there is no model under the name.
+        OSError: there is no model under the name, or a file of its folder is damaged or refused.
     """
     if num_labels < 2:
         raise ValueError(f"num_labels: expected at least 2, got {num_labels}")
@@ -200,21 +202,52 @@ def load_classifier(
     try:
         if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
             raise FileNotFoundError("config.json")
-        config = AutoConfig.from_pretrained(path)
+        with _naming_damaged_files(path):
+            config = AutoConfig.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path)
         _check_labels(config, num_labels, label_names, name_or_path, pooling)
-        tokenizer = AutoTokenizer.from_pretrained(path)
         if isinstance(config, MeanPoolingConfig):
             if pooling == "cls":
                 raise ValueError(f"pooling: {name_or_path} was saved with 'mean', so it has no head for 'cls'")
-            model = MeanPoolingClassifier.from_pretrained(path, **labels, **options)
+            with _naming_damaged_files(path):
+                model = MeanPoolingClassifier.from_pretrained(path, **labels, **options)
         elif pooling == "mean":
-            encoder = AutoModel.from_pretrained(path, **_without_pooler(config), **options)
+            with _naming_damaged_files(path):
+                encoder = AutoModel.from_pretrained(path, **_without_pooler(config), **options)
             model = MeanPoolingClassifier(MeanPoolingConfig(encoder_config=encoder.config, **labels), encoder)
         else:
-            model = AutoModelForSequenceClassification.from_pretrained(path, **labels, **options)
+            with _naming_damaged_files(path):
+                model = AutoModelForSequenceClassification.from_pretrained(path, **labels, **options)
+    except _DamagedFileError:
+        raise
     except OSError as error:
         raise OSError(_not_found(name_or_path)) from error
     return model.eval(), tokenizer
+
+
+class _DamagedFileError(OSError):
+    """A file of a local model folder cannot be read."""
+
+
+@contextmanager
+def _naming_damaged_files(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the folder where transformers cannot read a file of it.
+
+    Each library has errors of its own for that, and tokenizers raises a plain Exception. A ValueError that is not
+    about an encoding passes: it is about the request, such as an architecture that has no classifier.
+    """
+    try:
+        yield
+    except (ImportError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        about_request = isinstance(error, ValueError) and not isinstance(error, (JSONDecodeError, UnicodeError))
+        if about_request or not os.path.isdir(path):
+            raise
+        reason = " ".join(str(error).split())
+        raise _DamagedFileError(
+            f"{path}: a file of this model is damaged, incomplete or refused ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _check_labels(
