@@ -73,6 +73,15 @@ def test_the_interval_is_that_of_the_normal_approximation_where_that_holds() -> 
     assert thrice == pytest.approx((mean, low, high)), "three items that always agree are worth one"
 
 
+def test_a_group_counts_with_all_its_items() -> None:
+    """Groups of one item with a difference of 1, and groups of nine without: the items differ by 0.1 on average."""
+    groups = np.repeat(np.arange(200), [1, 9] * 100)
+    differences = np.repeat([1.0, 0.0] * 100, [1, 9] * 100)
+    mean, low, high = paired_bootstrap(differences, groups)
+    assert mean == pytest.approx(0.1)
+    assert 0.07 < low < 0.1 < high < 0.14, "a mean of means of groups would be 0.5"
+
+
 def test_an_item_is_drawn_in_all_languages_at_once_and_seeds_are_averaged_first() -> None:
     rng = np.random.default_rng(0)
     hard = rng.random(500) < 0.5  # where the runs differ, they do so in both languages
