@@ -46,7 +46,8 @@ def trained_model(settings: ClassifierSettings, folder: Path) -> tuple[Any, Any]
     Where the run pruned its vocabulary, the dropped pieces get their initial embeddings. Training would not have
     changed these: no text holds such a piece, and the configuration refuses weight decay with pruning.
     """
-    model, tokenizer = load_classifier(str(folder / "model"), len(get_task(settings.task).labels))
+    with refused_settings():
+        model, tokenizer = load_classifier(str(folder / "model"), len(get_task(settings.task).labels))
     if not settings.prune_vocabulary:
         return model, tokenizer
     whole_model, whole_tokenizer = initial_model(settings)

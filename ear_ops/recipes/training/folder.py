@@ -24,6 +24,8 @@ from ear_ops.errors import EarOpsError
 from ear_ops.recipes.training import processes
 from ear_ops.recipes.training.checkpoints import write_json
 from ear_ops.recipes.training.config import TrainConfig
+from ear_ops.recipes.training.errors import ConfigError
+from ear_ops.recipes.training.shapes import misfit
 from ear_ops.recipes.training.sources import digests
 
 _INITIAL_FILES = {".lock", "config.json", "config.json.tmp"}  # all that a run leaves that computed nothing
@@ -70,7 +72,7 @@ def claim(folder: Path, config: TrainConfig) -> None:
 
 def changed_files(folder: Path, config: TrainConfig) -> list[str]:
     """The input files whose contents have changed since the run of this folder began. Missing files do not count."""
-    then = read_json(folder / "config.json").get("files", {})  # older versions wrote no digests
+    then = read_json(folder / "config.json", {"files?": {"*": str}}).get("files", {})  # older versions wrote no digests
     return [path for path, digest in digests(config.data).items() if then.get(path, digest) != digest]
 
 
@@ -99,9 +101,12 @@ def load_config(folder: Path) -> TrainConfig:
     if not (folder / "config.json").is_file():
         raise RunFolderError(f"{folder} holds no run: there is no config.json in it")
     saved = read_json(folder / "config.json")
-    if not isinstance(saved, dict) or "config" not in saved:
+    if misfit(saved, {"config": dict}):
         raise RunFolderError(f"{folder} holds no run: its config.json was written by something else")
-    return TrainConfig.from_dict(saved["config"], output_dir=str(folder))
+    try:
+        return TrainConfig.from_dict(saved["config"], output_dir=str(folder))
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.json'}: {error}") from None
 
 
 @contextmanager
@@ -155,13 +160,16 @@ def _commit() -> str:
         return ""
 
 
-def read_json(path: Path) -> Any:
-    """The content of a file. Raises RunFolderError where the file is missing or no JSON."""
+def read_json(path: Path, shape: Any = None) -> Any:
+    """The content of a file. Raises RunFolderError where the file is missing or no JSON, or `misfit` names a fault."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if not path.parent.is_dir():
             raise RunFolderError(f"{os.fspath(path.parent)}: no such folder") from None
         raise RunFolderError(f"{os.fspath(path)} is missing: the run is not finished") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunFolderError(f"{os.fspath(path)} is damaged: {error}") from None
+    if shape is not None and (problem := misfit(content, shape)):
+        raise RunFolderError(f"{os.fspath(path)} is damaged: {problem}")
+    return content

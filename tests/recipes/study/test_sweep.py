@@ -324,7 +324,7 @@ def test_inputs_of_finished_runs_may_be_gone_but_not_changed(
     synonyms.write_text('{"a0": ["b0"]}')
     said: list[str] = []
     sweep(study, tmp_path / "study", say=said.append)
-    assert said == [f"{trained[0]} read other contents of {synonyms}: delete its folder to run it again"]
+    assert said == [f"{trained[0]} read other contents of {synonyms}: delete the folder of a run to run it again"]
     synonyms.unlink()
     sweep(study, tmp_path / "study", say=lambda line: pytest.fail(line))
     assert len(trained) == 1
