@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.run_results import run_results
 
 from ear_ops.recipes.study.definition import load_study
 from ear_ops.recipes.study.paper_tables import TABLES, paper_rows, same_row
@@ -25,29 +26,16 @@ def finish(folder: Path, name: str, settings: dict[str, Any], wrong: dict[str, i
     predictions = {
         language: [(label + (i < wrong[language])) % 3 for i, label in enumerate(LABELS)] for language in LANGUAGES
     }
-    interval = {"low": 0.0, "high": 1.0}
     scores = {
-        language: {"accuracy": 1 - wrong[language] / 15, "correct": 15 - wrong[language], "total": 15} | interval
-        for language in LANGUAGES
+        language: {"accuracy": 1 - count / 15, "correct": 15 - count, "total": 15, "low": 0.0, "high": 1.0}
+        for language, count in wrong.items()
     }
-    settings = {"method": "ear", "preset": "paper", "model": "tiny", "seed": 1, **settings}
-    results = {
-        "task": "xnli",
-        "split": "dev",
-        "regularised": True,
-        "collapsed": False,
-        "replaced": None,
-        "average_other": None,
-        "average": sum(score["accuracy"] for score in scores.values()) / 3,
-        "languages": scores,
-        "best": {"step": 8, "dev_accuracy": scores["en"]["accuracy"]},
-        "steps": 8,
-        "terms": {"cross_entropy": 1.25},
-        "notices": [],
-        "config": settings,
-        "versions": {"python": "3.11"},
-        "date": "2026-01-02",
-    }
+    results = run_results(
+        settings,
+        average=sum(score["accuracy"] for score in scores.values()) / 3,
+        languages=scores,
+        best={"step": 8, "dev_accuracy": scores["en"]["accuracy"]},
+    )
     (folder / name).mkdir(parents=True, exist_ok=True)
     write_json(folder / name / "config.json", {"config": settings})
     log = [{"step": 8, "eval_accuracy": 0.5, "eval_runtime": 2.0}]
