@@ -12,7 +12,7 @@ from support.run_results import run_results
 
 from ear_ops.recipes.study.definition import load_study
 from ear_ops.recipes.study.paper_tables import TABLES, paper_rows, same_row
-from ear_ops.recipes.study.report import differences_table, report
+from ear_ops.recipes.study.report import differences_table, report, scored_items
 from ear_ops.recipes.study.sweep import StudyError, plan_of
 from ear_ops.recipes.tables import markdown_table
 from ear_ops.recipes.training.checkpoints import write_json
@@ -293,3 +293,29 @@ def test_predictions_of_other_languages_than_the_results_have_are_refused(tmp_pa
     write_json(tmp_path / "a" / "predictions.json", {"en": [0] * 15})
     with pytest.raises(StudyError, match=r"predictions\.json has en, and results\.json en, de, sw"):
         differences_table([tmp_path / "a"], tmp_path / "a", None, markdown_table)
+
+
+def test_items_with_the_same_first_sentence_are_a_group(tmp_path: Path) -> None:
+    rows = ["p\th\tneutral", "q\th\tentailment", "p\ti\tneutral", "q\tj\tneutral"]
+    (tmp_path / "dev-en.tsv").write_text("".join(f"{row}\n" for row in rows))
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "predictions.json", {"en": [2, 1, 0, 2]})
+    score = {"accuracy": 0.75, "correct": 3, "total": 4, "low": 0.0, "high": 1.0}
+    scored = scored_items(tmp_path / "run", run_results({"data_dir": str(tmp_path)}, languages={"en": score}))
+    assert scored.groups.tolist() == [0, 1, 0, 1]
+    assert scored.correct["en"].tolist() == [True, True, False, True]
+
+
+def test_runs_are_paired_by_the_seeds_that_both_rows_have(make_report) -> None:
+    """`finetune` has finished seeds 1 and 2, `ear` seeds 2 and 3."""
+
+    def wrong(settings: dict[str, Any]) -> dict[str, int] | None:
+        if settings["seed"] == {"finetune": 3, "ear": 1}[settings["method"]]:
+            return None
+        return dict.fromkeys(LANGUAGES, settings["seed"] + 3 * (settings["method"] == "finetune"))
+
+    content, _ = make_report(
+        {"name": "methods", "table": "1", "grid": {"method": ["finetune", "ear"], "seed": [1, 2, 3]}}, wrong=wrong
+    )
+    difference = content["sections"][0]["rows"][1]["difference"]
+    assert difference["seeds"] == {"2": pytest.approx(0.2)} and difference["average"][0] == pytest.approx(0.2)

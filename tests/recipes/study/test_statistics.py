@@ -97,6 +97,13 @@ def test_an_item_is_drawn_in_all_languages_at_once_and_seeds_are_averaged_first(
     assert both["en"].mean == pytest.approx(1 / 3) and both["average"].mean == pytest.approx(5 / 12)
 
 
+def test_the_other_languages_are_those_that_neither_side_was_trained_on() -> None:
+    right = {"en": [True, True], "de": [True, True], "sw": [True, False]}
+    run, baseline = items(**right), items(**{language: [False, False] for language in right})._replace(source="de")
+    result = accuracy_differences([run], [baseline])
+    assert result["average"].mean == pytest.approx(5 / 6) and result["average_other"].mean == 0.5
+
+
 def test_runs_on_other_items_are_refused() -> None:
     a, b = items(en=[False] * 3), items(en=[False] * 4)
     with pytest.raises(NotComparableError, match="as many items"):
