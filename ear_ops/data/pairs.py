@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ear_ops.data.tasks import TASKS, Task
-from ear_ops.errors import EarOpsError
+from ear_ops.errors import EarOpsError, shown
 
 _SUFFIXES = (".tsv", ".tsv.gz")
 _COLUMNS = ("text1", "text2", "label")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+UNTRANSLATED = "because a text is empty or the marker NS in place of its translation"  # why training leaves a pair out
+_HEADER_WORDS = {"premise", "hypothesis", "hypo", "sentence1", "sentence2", "label", "gold_label"}
 
 
 class DataError(EarOpsError, ValueError):
@@ -64,7 +66,7 @@ def read_rows(path: str | Path, columns: tuple[str, ...], optional: int = 0) -> 
                 if len(fields) not in accepted:
                     raise DataError(
                         f"{path}:{number}: expected {' or '.join(map(str, accepted))} tab-separated columns "
-                        f"({', '.join(columns)}), got {len(fields)}: {_shorten(line)}"
+                        f"({', '.join(columns)}), got {len(fields)}: {shown(line)}{_header_hint(number, fields)}"
                     )
                 yield number, fields
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -77,16 +79,20 @@ def parse_label(path: str | Path, number: int, label: str, task: Task) -> int:
     """Return the class index of the label on line `number` of `path`.
 
     Raises:
-        DataError: the label is empty, or the task does not have it. The message names the file and the line, and
-            another task that has the label.
+        DataError: the label is empty, or the task does not have it. The message names the file and the line. It
+            also names another task that has the label, or what else the label may be.
     """
     if not label:
         raise DataError(f"{path}:{number}: the label is empty; {task.name} has {', '.join(map(repr, task.labels))}")
     try:
         return task.label_id(label)
     except ValueError as error:
-        fitting = [f"; the labels of {name} have it: --task {name}" for name in TASKS if label in TASKS[name].labels]
-        raise DataError(f"{path}:{number}: {error}{''.join(fitting)}") from None
+        hints = [f"; the labels of {name} have it: --task {name}" for name in TASKS if label in TASKS[name].labels]
+        if label == "contradictory" and "contradiction" in task.labels:
+            hints.append(
+                "; the machine-translated files of XNLI spell 'contradiction' like this: replace it in the last column"
+            )
+        raise DataError(f"{path}:{number}: {error}{''.join(hints)}{_header_hint(number, [label])}") from None
 
 
 def read_pairs(path: str | Path, task: Task) -> list[PairExample]:
@@ -161,12 +167,13 @@ def available_languages(data_dir: str | Path, task: Task, split: str) -> list[st
 
 
 def is_untranslated(example: PairExample) -> bool:
-    """Return whether a text is the marker `NS` in any case, which PAWS-X has in place of a missing translation.
+    """Return whether a translation is missing: a text is empty, or it is the marker `NS` in any case.
 
-    Such examples are read and scored like any other. Their label in the file is 0, whatever the English example has.
-    The evaluation also shows the accuracy without them.
+    PAWS-X has the marker in its dev and test files, and empty texts in its machine-translated training files. Their
+    label in the file is 0, whatever the English example has. The reader keeps such examples. The evaluation counts
+    them, and shows the accuracy without them too. The training leaves them out.
     """
-    return example.text1.upper() == "NS" or example.text2.upper() == "NS"
+    return any(text.strip().upper() in ("", "NS") for text in (example.text1, example.text2))
 
 
 def _folders(data_dir: str | Path, task: Task) -> list[Path]:
@@ -176,5 +183,8 @@ def _folders(data_dir: str | Path, task: Task) -> list[Path]:
     return [folder for folder in (data_dir / task.name, data_dir) if folder.is_dir()]
 
 
-def _shorten(text: str, length: int = 60) -> str:
-    return repr(text if len(text) <= length else text[:length] + "...")
+def _header_hint(number: int, fields: list[str]) -> str:
+    """The hint that a wrong first line is a header, where a field is a usual name of a column."""
+    if number > 1 or _HEADER_WORDS.isdisjoint(field.strip().lower() for field in fields):
+        return ""
+    return "; the line looks like a header, which these files do not have: delete it"

@@ -9,14 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import unicodedata
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from ear_ops.data.draws import draw_index
 from ear_ops.data.pairs import DataError
+from ear_ops.errors import shown
 
 MATCHES = ("exact", "normalised")
+
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SENTENCE_END = re.compile(r"[.!?\u2026]\W*$")
 
 
 def load_synonyms(path: str | Path, scale: float = 1.0, seed: int = 0) -> dict[str, list[str]]:
@@ -32,7 +39,8 @@ def load_synonyms(path: str | Path, scale: float = 1.0, seed: int = 0) -> dict[s
         The kept entries in the order of the file.
 
     Raises:
-        DataError: the file is missing, or is not UTF-8, not JSON, or not an object from words to lists of words.
+        DataError: the file is missing, or is not UTF-8, not JSON, or not an object from words to lists of words. Also
+            where a word occurs twice, or has half of a surrogate pair, which is no character.
         ValueError: `scale` is out of range.
     """
     if not 0 < scale <= 1:
@@ -56,7 +64,8 @@ class SynonymAugmenter:
         synonyms: the neighbours of each word, from `load_synonyms`.
         match: how a word is looked up. `"exact"` takes the word as it is, with its case (Huang et al., 2021).
             `"normalised"` then also tries the word in lower case, without leading and trailing punctuation. The drawn
-            word gets the punctuation back. It is capitalised, or all in capitals, where the word was.
+            word gets the punctuation back. It is capitalised, or all in capitals, where the word was. The capital of
+            a single letter, as in `I` and `I'm`, counts only at the beginning of a sentence.
 
     Attributes:
         words: how many words it has seen (runs of characters other than a space).
@@ -89,10 +98,12 @@ class SynonymAugmenter:
 
     def augment(self, text: str, rng: random.Random) -> str:
         """Return `text` with the synonyms that `rng` draws. The result depends on the text and the state of `rng`."""
-        return " ".join([self._draw(word, rng) if word else word for word in text.split(" ")])
+        words = text.split(" ")
+        return " ".join([self._draw(words, index, rng) if word else word for index, word in enumerate(words)])
 
-    def _draw(self, word: str, rng: random.Random) -> str:
+    def _draw(self, words: list[str], index: int, rng: random.Random) -> str:
         self.words += 1
+        word = words[index]
         prefix, core, suffix = "", word, ""
         neighbours = self.synonyms.get(word)
         if neighbours is None and self.match == "normalised":
@@ -106,7 +117,9 @@ class SynonymAugmenter:
             return word
         drawn = neighbours[choice - 1]
         if self.match == "normalised":
-            drawn = prefix + _copy_capitals(core, drawn) + suffix
+            if not _starts_with_lone_letter(core) or _begins_sentence(words[:index]):
+                drawn = _copy_capitals(core, drawn)
+            drawn = prefix + drawn + suffix
         self.replaced += drawn != word
         return drawn
 
@@ -121,6 +134,22 @@ def _split_punctuation(word: str) -> tuple[str, str, str]:
     return word[:start], word[start:end], word[end:]
 
 
+def _starts_with_lone_letter(core: str) -> bool:
+    """Whether a word is like `I` and `I'm`, whose capital says nothing. That of `O'Brien` says that it is a name."""
+    letter, _, rest = core.replace("\u2019", "'").partition("'")
+    return len(letter) == 1 and rest == rest.lower()
+
+
+def _begins_sentence(words_before: list[str]) -> bool:
+    """Whether the next word is the first of a sentence. Words of punctuation alone, such as dashes, do not count."""
+    for word in reversed(words_before):
+        if _SENTENCE_END.search(word):
+            return True
+        if any(character.isalnum() for character in word):
+            return False
+    return True
+
+
 def _copy_capitals(pattern: str, word: str) -> str:
     if len(pattern) > 1 and pattern.isupper():
         return word.upper()
@@ -132,17 +161,39 @@ def _copy_capitals(pattern: str, word: str) -> str:
 def _read_dictionary(path: Path) -> dict[str, list[str]]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected a JSON object from words to lists of neighbours")
+
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        for word, neighbours in pairs:
+            if word in entries:
+                raise DataError(f"{path}: {shown(word)} occurs twice: join its neighbours in one list")
+            entries[word] = neighbours
+        return entries
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=object_of)
+    except DataError:
+        raise
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8: {error}") from None
+    except RecursionError:
+        raise DataError(f"{path}: expected a JSON object from words to lists of neighbours, got a deeper one") from None
+    except ValueError as error:  # such as a number of thousands of digits
+        raise DataError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object from words to lists of neighbours, got {_json_type(content)}")
     for word, neighbours in content.items():
         if not isinstance(neighbours, list) or not all(isinstance(neighbour, str) for neighbour in neighbours):
-            raise DataError(f"{path}: expected a list of words as the neighbours of {word!r}, got {neighbours!r}")
+            raise DataError(
+                f"{path}: expected a list of words as the neighbours of {shown(word)}, got {shown(neighbours)}"
+            )
+    if _ESCAPED_SURROGATE.search(text):
+        for word in chain(content, *content.values()):
+            if any("\ud800" <= character <= "\udfff" for character in word):
+                raise DataError(f"{path}: {shown(word)} has half of a surrogate pair, which is no character")
     return content
 
 
@@ -151,4 +202,4 @@ def _json_type(content: object) -> str:
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()
+    return hashlib.sha256(text.encode()).digest()

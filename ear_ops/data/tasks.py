@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ear_ops.errors import shown
+
 
 @dataclass(frozen=True)
 class Task:
@@ -28,7 +30,9 @@ class Task:
         try:
             return self.labels.index(label)
         except ValueError:
-            raise ValueError(f"unknown label {label!r}: {self.name} has {', '.join(map(repr, self.labels))}") from None
+            raise ValueError(
+                f"unknown label {shown(label)}: {self.name} has {', '.join(map(repr, self.labels))}"
+            ) from None
 
 
 # XTREME (Hu et al., 2020) has this order of labels. So the outputs of a classifier from its scripts mean the same here.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
+from json import JSONDecodeError
 from typing import Any, Literal
 
 import torch
@@ -183,7 +185,7 @@ def load_classifier(
         ValueError: an argument is out of range; the checkpoint was saved with another number of labels or another
             pooling; or its tokenizer has no pieces, because its files are missing.
         OfflineModelError: the package of the offline model is missing or damaged.
-        OSError: there is no model under the name.
+        OSError: there is no model under the name, or a file of its folder is damaged or refused.
     """
     if num_labels < 2:
         raise ValueError(f"num_labels: expected at least 2, got {num_labels}")
@@ -204,25 +206,56 @@ def load_classifier(
     try:
         if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
             raise FileNotFoundError("config.json")
-        config = AutoConfig.from_pretrained(path)
+        with _naming_damaged_files(path):
+            config = AutoConfig.from_pretrained(path)
         _check_head(config, num_labels, name_or_path, pooling)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        with _naming_damaged_files(path):
+            tokenizer = AutoTokenizer.from_pretrained(path)
         _check_pieces(tokenizer, name_or_path)
         if isinstance(config, MeanPoolingConfig) and pooling == "cls":
             raise ValueError(f"pooling: {name_or_path} was saved with 'mean', so it has no head for 'cls'")
         if pooling == "mean" and not isinstance(config, MeanPoolingConfig):
-            encoder = AutoModel.from_pretrained(path, **_without_pooler(config), **options)
+            with _naming_damaged_files(path):
+                encoder = AutoModel.from_pretrained(path, **_without_pooler(config), **options)
             model = MeanPoolingClassifier(MeanPoolingConfig(encoder_config=encoder.config, **labels), encoder)
             loaded = {"missing_keys": ["classifier.weight"]}
         else:
-            model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                path, output_loading_info=True, **labels, **options
-            )
+            with _naming_damaged_files(path):
+                model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                    path, output_loading_info=True, **labels, **options
+                )
+    except _DamagedFileError:
+        raise
     except OSError as error:
         raise OSError(_not_found(name_or_path)) from error
     if label_names is not None:
         _order_rows(model, loaded["missing_keys"], _saved_names(config), label_names, name_or_path)
     return model.eval(), tokenizer
+
+
+class _DamagedFileError(OSError):
+    """A file of a local model folder cannot be read."""
+
+
+@contextmanager
+def _naming_damaged_files(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the folder where transformers cannot read a file of it.
+
+    Each library has errors of its own for that, and tokenizers raises a plain Exception. A ValueError that is not
+    about an encoding passes: it is about the request, such as an architecture that has no classifier.
+    """
+    try:
+        yield
+    except (ImportError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        about_request = isinstance(error, ValueError) and not isinstance(error, (JSONDecodeError, UnicodeError))
+        if about_request or not os.path.isdir(path):
+            raise
+        reason = " ".join(str(error).split())
+        raise _DamagedFileError(
+            f"{path}: a file of this model is damaged, incomplete or refused ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _check_head(

@@ -98,6 +98,8 @@ def read_e5_file(path: str | os.PathLike[str]) -> E5File:
     Raises:
         E5FormatError: the file has another format or version, or it ends too early.
     """
+    if os.path.getsize(path) == 0:
+        raise E5FormatError(f"{path}: expected a file that starts with b'E5S1', got an empty file")
     data = np.memmap(path, mode="r", dtype=np.uint8)
     if bytes(data[:4]) != b"E5S1":
         raise E5FormatError(f"{path}: expected a file that starts with b'E5S1', got {bytes(data[:4])!r}")
@@ -109,18 +111,28 @@ def read_e5_file(path: str | os.PathLike[str]) -> E5File:
         hidden, layers, heads, intermediate, vocab, positions, types, eps, block = cursor.take("7ifi")
         if block != 32:
             raise E5FormatError(f"{path}: expected Q4_0 blocks of 32 weights, got {block}")
+        sizes = {"width": hidden, "layers": layers, "heads": heads, "inner width": intermediate}
+        sizes |= {"vocabulary": vocab, "positions": positions, "types": types}
+        _check_counts(path, low=1, **sizes)
+        if hidden % heads:
+            raise E5FormatError(f"{path}: expected a width that is a multiple of the {heads} heads, got {hidden}")
         num_pieces, bos, eos, pad, unk, blob_bytes = cursor.take("5iQ")
+        _check_counts(path, low=1, pieces=num_pieces)
+        _check_counts(path, low=0, high=num_pieces - 1, bos=bos, eos=eos, pad=pad, unk=unk)
         bounds = cursor.take_array("<u4", num_pieces + 1).tolist()
         scores = cursor.take_array("<f4", num_pieces).tolist()
         blob = cursor.take_array("u1", blob_bytes).tobytes()
         pieces = [blob[start:end].decode() for start, end in pairwise(bounds)]
         replacements = {}
         num_replacements, _ = cursor.take("iI")
+        _check_counts(path, low=0, replacements=num_replacements)
         for _ in range(num_replacements):
             codepoint, length = cursor.take("IB")
             replacements[codepoint] = cursor.take(f"{length}I")
         tensors = {}
-        for _ in range(cursor.take("i")[0]):
+        (num_tensors,) = cursor.take("i")
+        _check_counts(path, low=1, tensors=num_tensors)
+        for _ in range(num_tensors):
             name = cursor.take_array("u1", cursor.take("H")[0]).tobytes().decode()
             tensors[name] = StoredTensor(*cursor.take("BIQQ"))
     except (struct.error, UnicodeDecodeError) as error:
@@ -144,6 +156,14 @@ def read_e5_file(path: str | os.PathLike[str]) -> E5File:
         replacements=replacements,
         tensors=tensors,
     )
+
+
+def _check_counts(path: str | os.PathLike[str], low: int, high: int | None = None, **counts: int) -> None:
+    """Raise E5FormatError where a count or an id of the head is out of range."""
+    for name, count in counts.items():
+        if count < low or (high is not None and count > high):
+            wanted = f"at least {low}" if high is None else f"{low} to {high}"
+            raise E5FormatError(f"{path}: damaged: {name}: expected {wanted}, got {count}")
 
 
 class _Cursor:

@@ -70,7 +70,7 @@ def main() -> None:
     try:
         app()
     except (EarOpsError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(line.strip() for line in str(error).splitlines())}")
     except ImportError as error:
         extra = _missing_extra(error)
         if extra is None:
@@ -116,8 +116,10 @@ def train(**settings: Any) -> None:
     from ear_ops.recipes.training.results import results_text
 
     config = TrainConfig(**settings)
-    shown = {"output_dir": config.output_dir, **config.to_dict()}
-    processes.say(terminal_table(["setting", "value"], [[k, str(v)] for k, v in shown.items() if v is not None]))
+    processes.say(
+        terminal_table(["setting", "value"], [[name, str(value)] for name, value in config.summary().items()])
+    )
+    processes.say(f"The other settings are as by default: {config.output_dir}/config.json will hold them all.\n")
 
     results = _run_module().train(config)
     processes.say(f"\n{results_text(results, terminal_table)}")
@@ -150,10 +152,9 @@ def compare(
     ] = None,
 ) -> None:
     """Print a table of finished runs, with a row for each run and a column for each language."""
-    from ear_ops.recipes.training.folder import read_json
-    from ear_ops.recipes.training.results import comparison
+    from ear_ops.recipes.training.results import comparison, read_results
 
-    runs = [read_json(Path(folder) / "results.json") for folder in folders]
+    runs = [read_results(Path(folder) / "results.json") for folder in folders]
     table = markdown_table if markdown else terminal_table
     print(comparison(runs, table))
     if baseline is not None:

@@ -66,9 +66,12 @@ def test_file_variations_read_the_same(write_file, content, name) -> None:
         ("a\tb\t\r", "the label is empty"),
         ("a\tb\tNeutral", "unknown label 'Neutral': xnli has 'contradiction', 'entailment', 'neutral'"),
         ("a\tb\tneutral ", "unknown label 'neutral ': xnli has 'contradiction', 'entailment', 'neutral'$"),
+        ("a\tb\tcontradictory", "unknown label 'contradictory': .* machine-translated .* spell 'contradiction'"),
+        ("a\tb\t" + "x" * 5000, r"unknown label 'x+\.\.\.x+': xnli has .{,60}$"),
         ("a\tb\t1", "unknown label '1': xnli has .*; the labels of pawsx have it: --task pawsx$"),
         (b"a\tb\xff\tneutral", "not UTF-8"),
     ],
+    ids=lambda value: ascii(value)[:30],
 )
 @pytest.mark.parametrize("name", ["dev-en.tsv", "dev-en.tsv.gz"])
 def test_a_bad_line_is_an_error_with_file_and_line(write_file, line, message, name) -> None:
@@ -77,6 +80,18 @@ def test_a_bad_line_is_an_error_with_file_and_line(write_file, line, message, na
     with pytest.raises(DataError, match=message) as caught:
         read_pairs(path, XNLI)
     assert str(caught.value).startswith(f"{path}:3: ")
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["premise\thypo\tlabel", "id\tsentence1\tsentence2\tlabel", "a\tb\tgold_label"],
+)
+def test_a_header_is_called_one_in_the_first_line_alone(write_file, header) -> None:
+    with pytest.raises(DataError, match=r"dev-en\.tsv:1: .*looks like a header, .*: delete it$"):
+        read_pairs(write_file("dev-en.tsv", f"{header}\na\tb\tneutral\n"), XNLI)
+    with pytest.raises(DataError, match=r"dev-en\.tsv:2: ") as caught:
+        read_pairs(write_file("dev-en.tsv", f"a\tb\tneutral\n{header}\n"), XNLI)
+    assert "looks like" not in str(caught.value)
 
 
 def test_damaged_gzip_is_an_error_with_the_file(tmp_path) -> None:
@@ -155,8 +170,8 @@ def test_texts_need_no_labels(write_file, tmp_path) -> None:
 
 
 def test_untranslated_rows_are_kept_and_recognised(write_file) -> None:
-    path = write_file("dev-ko.tsv", "NS\tNS\t0\nNS\tb\t0\na\tns\t0\nNS.\tb\t0\nThe NS\tSNS\t1\n\tb\t0\n")
-    assert [is_untranslated(example) for example in read_pairs(path, PAWSX)] == [True, True, True, False, False, False]
+    path = write_file("dev-ko.tsv", "NS\tNS\t0\nNS\tb\t0\na\tns\t0\n\t\t0\na\t \t0\nNS.\tb\t0\nThe NS\tSNS\t1\n")
+    assert [is_untranslated(example) for example in read_pairs(path, PAWSX)] == [True] * 5 + [False] * 2
 
 
 def test_the_published_files_have_their_published_sizes(xtreme_data: Path) -> None:

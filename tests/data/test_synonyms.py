@@ -66,6 +66,36 @@ def test_normalised_looks_behind_case_and_punctuation_and_keeps_them(text, other
     assert outcomes(text, "normalised") == {text, other}
 
 
+PRONOUNS = {"i": ["me"], "i'm": ["im"], "a": ["any"], "o'brien": ["o'neill"], "paris": ["london"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("yes I do", "yes me do"),
+        ("yes, (I) do", "yes, (me) do"),
+        ("yes I'm in", "yes im in"),
+        ("yes I\u2019m in", None),
+        ("I do", "Me do"),
+        ("\u201cI do", "\u201cMe do"),
+        ("- I do", "- Me do"),
+        ("Yes. I do", "Yes. Me do"),
+        ("(Yes!) I do", "(Yes!) Me do"),
+        ("Yes ... I do", "Yes ... Me do"),
+        ("I'm in", "Im in"),
+        ("A man", "Any man"),
+        ("plan A works", "plan any works"),
+        ("say I'M in", "say IM in"),
+        ("with O'Brien", "with O'neill"),
+        ("in Paris", "in London"),
+    ],
+)
+def test_the_capital_of_a_single_letter_counts_at_the_beginning_of_a_sentence_alone(text, other) -> None:
+    augmenter = SynonymAugmenter(PRONOUNS, match="normalised")
+    seen = {augmenter.augment(text, random.Random(seed)) for seed in range(40)}
+    assert seen == ({text, other} if other else {text})
+
+
 @pytest.mark.parametrize("text", ["good,good", "un-good", "...", "a", "A.", "goods", "unk", "", "good\u00a0"])
 def test_normalised_does_not_find_what_is_not_there(text) -> None:
     assert outcomes(text, "normalised") == {text}
@@ -170,7 +200,14 @@ def test_a_share_outside_0_to_1_is_an_error(write_file, scale) -> None:
         ('{"a": "b"}', "expected a list of words as the neighbours of 'a', got 'b'"),
         ('{"x": [], "a": ["b", 3]}', r"neighbours of 'a', got \['b', 3\]"),
         (b'{"a": ["\xff"]}', "not UTF-8"),
+        ("[" * 100_000, "expected a JSON object .* got a deeper one"),
+        ('{"a": ' + "[" * 500 + "]" * 500 + "}", r"neighbours of 'a', got \[\[.{,60}$"),
+        ('{"a": ["b"], "c": ' + "1" * 5000 + "}", "not JSON: .*digits"),
+        ('{"a": ["b"], "c\\ud800": []}', r"'c\\ud800' has half of a surrogate pair"),
+        ('{"a": ["b\\udc80"]}', r"'b\\udc80' has half of a surrogate pair"),
+        ('{"a": ["b"], "c": [], "a": ["d"]}', "'a' occurs twice: join its neighbours in one list"),
     ],
+    ids=lambda value: ascii(value)[:30],
 )
 def test_a_bad_dictionary_is_an_error_with_the_path(write_file, content, message) -> None:
     path = write_file("synonyms.json", content)
@@ -196,3 +233,7 @@ def test_the_published_dictionary_and_its_share_of_replaced_words(xtreme_data) -
             assert len(item["augmented"]) == 2
         shares[match] = augmenter.replaced_share
     assert shares == {"exact": pytest.approx(0.355, abs=0.01), "normalised": pytest.approx(0.445, abs=0.01)}
+
+
+def test_a_whole_surrogate_pair_is_a_character(write_file) -> None:
+    assert load_synonyms(write_file("synonyms.json", '{"\\ud83d\\ude00": ["x"]}')) == {"\U0001f600": ["x"]}

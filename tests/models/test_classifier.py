@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -370,3 +371,56 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path, encoder_folder: Path
     (encoder_folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match="holds no complete model"):
         load_classifier(encoder_folder, 3, pooling="mean")
+
+
+class _Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("executed",))
+
+
+def _truncated_weights(folder: Path) -> None:
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+
+
+def _malicious_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": _Malicious()}, folder / "pytorch_model.bin")
+
+
+def _pickle_that_is_none(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"no pickle")
+
+
+def _other_json(name: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).write_text("[1]")
+
+    return write
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _truncated_weights,
+        _malicious_weights,
+        _pickle_that_is_none,
+        _other_json("config.json"),
+        _other_json("tokenizer.json"),
+    ],
+)
+def test_a_damaged_or_refused_file_of_a_model_is_named(
+    encoder_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
+    pooling: Literal["cls", "mean"],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    damage(encoder_folder)
+    with pytest.raises((OSError, ValueError), match=r"damaged, incomplete or refused|Unrecognized model in") as caught:
+        load_classifier(encoder_folder, 3, pooling=pooling)
+    assert str(encoder_folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()

@@ -69,3 +69,46 @@ def test_an_unknown_tensor_dtype_is_an_error(tmp_path: Path, e5_writer: Any) -> 
     (tmp_path / "e5.bin").write_bytes(data.replace(entry + b"\x00", entry + b"\x07"))
     with pytest.raises(E5FormatError, match=r"l0\.aln\.w: expected dtype 0 .* got 7"):
         read_e5_file(tmp_path / "e5.bin").tensor("l0.aln.w")
+
+
+def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "e5.bin").write_bytes(b"")
+    with pytest.raises(E5FormatError, match=r"e5\.bin: .* got an empty file"):
+        read_e5_file(tmp_path / "e5.bin")
+
+
+# From byte 8 on, the file holds seven sizes, a float and the size of a block; from byte 44 on, the pieces and four ids.
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (8, -32, "width: expected at least 1, got -32"),
+        (12, 0, "layers: expected at least 1, got 0"),
+        (16, 3, "a multiple of the 3 heads, got 32"),
+        (24, -1, "vocabulary: expected at least 1, got -1"),
+        (44, -1, "pieces: expected at least 1, got -1"),
+        (44, 2**31 - 1, "damaged at byte"),
+        (48, -1, "bos: expected 0 to 11, got -1"),
+        (60, 12, "unk: expected 0 to 11, got 12"),
+    ],
+)
+def test_a_size_or_an_id_out_of_range_is_an_error(
+    tmp_path: Path, e5_writer: Any, offset: int, value: int, message: str
+) -> None:
+    e5_writer.write(tmp_path / "e5.bin")
+    data = bytearray((tmp_path / "e5.bin").read_bytes())
+    struct.pack_into("<i", data, offset, value)
+    (tmp_path / "e5.bin").write_bytes(data)
+    with pytest.raises(E5FormatError, match=message):
+        read_e5_file(tmp_path / "e5.bin")
+
+
+@pytest.mark.parametrize(("count", "name"), [(2, "replacements"), (21, "tensors")])
+def test_a_negative_count_is_an_error(tmp_path: Path, e5_writer: Any, count: int, name: str) -> None:
+    e5_writer.write(tmp_path / "e5.bin")
+    data = (tmp_path / "e5.bin").read_bytes()
+    table = data.index(struct.pack("<IB", 0x01, 0) + struct.pack("<IB2I", 0xFB01, 2, ord("f"), ord("i")))
+    place = table - 8 if name == "replacements" else table + 18
+    assert data[place : place + 4] == struct.pack("<i", count)
+    (tmp_path / "e5.bin").write_bytes(data[:place] + struct.pack("<i", -2) + data[place + 4 :])
+    with pytest.raises(E5FormatError, match=rf"{name}: expected at least \d, got -2"):
+        read_e5_file(tmp_path / "e5.bin")

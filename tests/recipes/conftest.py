@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,23 @@ def make_config(tiny_model: Path, data_dir: Path, tmp_path: Path):
         return TrainConfig(**{**settings, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `finished` keeps the run that it copies."""
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture
+def finished(make_config, finished_once: Path, tmp_path: Path) -> TrainConfig:
+    """A finished run of `ear` in a folder of the test's own. It is trained once in a session."""
+    from ear_ops.recipes.training import run
+
+    if not (finished_once / "run").exists():
+        run.train(make_config(output_dir=str(finished_once / "run")))
+    shutil.copytree(finished_once / "run", tmp_path / "run")
+    return make_config()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,12 +59,13 @@ def test_options_reach_the_configuration(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert seen == [expected]
 
 
-def test_train_prints_the_configuration_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_prints_the_settings_that_matter_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_run_module", lambda: None)
     output = CliRunner().invoke(cli.app, ["train", "--data-dir", "mini", "--preset", "released"]).output
     lines = dict(line.split(maxsplit=1) for line in output.splitlines() if len(line.split(maxsplit=1)) == 2)
     assert lines["alpha"] == "0.1" and lines["beta"] == "1.0" and lines["reduction"] == "padded_mean"
     assert lines["output_dir"] == "runs/xnli-ear-seed1"
+    assert "eval_batch_size" not in lines and "runs/xnli-ear-seed1/config.json will hold them all" in output
 
 
 @pytest.mark.parametrize(
@@ -223,3 +225,111 @@ def test_a_sweep_with_failed_runs_ends_with_an_error(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sweep, "sweep", lambda study, folder, groups: sweep.Progress([*groups]))
     assert "ear-ops report there" in run("sweep", "studies/one.yaml", "--output-dir", "there")
     assert "runs of a, b in studies/one.yaml" in run("sweep", "studies/one.yaml", "--group", "a", "--group", "b")
+
+
+DEEP = "[" * 100_000
+
+
+def short(content: str | bytes) -> str:
+    """The name of a test with this content."""
+    return ascii(content)[:20]
+
+
+def message_of(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `ear-ops` with these arguments ends with. It is one line, and no traceback."""
+    monkeypatch.setattr(sys, "argv", ["ear-ops", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    message = str(end.value)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", DEEP, '{"task": "xnli"}', "1" * 5000, b"\xff", ""], ids=short)
+@pytest.mark.parametrize("name", ["results.json", "config.json", "training.json", "predictions.json"])
+def test_a_damaged_file_of_a_run_is_named(
+    finished: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, content: str | bytes
+) -> None:
+    folder = Path(finished.output_dir)
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    readers = {
+        "results.json": (["compare", str(folder)], ["evaluate", str(folder)]),
+        "config.json": (["evaluate", str(folder)],),
+        "training.json": (["evaluate", str(folder)],),
+        "predictions.json": (["compare", str(folder), "--baseline", str(folder)],),
+    }
+    if content == "{}" and name == "predictions.json":
+        assert "predictions.json has no language" in message_of(*readers[name], monkeypatch)
+        return
+    for arguments in readers[name]:
+        message = message_of(arguments, monkeypatch)
+        assert str(folder) in message and ("config.json" if name == "config.json" else name) in message
+
+
+def test_a_finished_run_with_damaged_results_is_not_shown(
+    finished: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ear_ops.recipes.training import run as training
+
+    (Path(finished.output_dir) / "results.json").write_text("{}")
+    with pytest.raises(EarOpsError, match=r"results\.json is damaged: steps is missing\. Delete it and start the run"):
+        training.train(finished)
+    (Path(finished.output_dir) / "results.json").unlink()
+    monkeypatch.setattr(training, "_fit", lambda *arguments: pytest.fail("trained again"))
+    assert training.train(finished)["steps"] == 16
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", "[]", DEEP, '{"a": "b"}', '{"a": ["\\ud800"]}', '{"a": ' + "1" * 5000 + "}", b"\xff"],
+    ids=short,
+)
+def test_a_damaged_dictionary_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | bytes) -> None:
+    (tmp_path / "train-en.tsv").write_text("a\tb\tneutral\n")
+    path = tmp_path / "synonyms.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    arguments = ["augment", "--data-dir", str(tmp_path), "--synonyms", str(path), "--output", str(tmp_path / "v.tsv")]
+    if content == "{}":
+        assert "replaced 0 of" in run(*arguments)
+    else:
+        assert str(path) in message_of(arguments, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 600 + "]" * 600, "a: b: c", "groups: 1", "1: 2", "groups: [{name: a, table: [1]}]", b"\xff", "\0"],
+    ids=short,
+)
+@pytest.mark.parametrize("command", ["sweep", "report"])
+def test_a_damaged_study_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | bytes, command: str
+) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    arguments = [str(path), "--output-dir", str(tmp_path / "runs")] if command == "sweep" else [str(tmp_path)]
+    assert str(path) in message_of([command, *arguments], monkeypatch)
+
+
+def test_numbers_that_are_none_are_refused_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = (("--learning-rate", "inf"), ("--learning-rate", "nan"), ("--alpha", "-1"), ("--beta", "-inf"))
+    for option, value in wrong:
+        message = message_of(["train", "--data-dir", "mini", option, value], monkeypatch)
+        assert option.removeprefix("--").replace("-", "_") in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "tokenizer.json", "config.json"])
+def test_a_damaged_model_is_named(
+    finished: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str
+) -> None:
+    folder = Path(finished.output_dir) / "model"
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    if damage == "truncated":
+        (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:200])
+    else:
+        (broken / damage).write_text("[1]")
+    options = ["--data-dir", str(finished.data_dir), "--method", "finetune", "--layer", "1", "--max-length", "24"]
+    message = message_of(
+        ["train", *options, "--model", str(broken), "--output-dir", str(tmp_path / "other")], monkeypatch
+    )
+    assert str(broken) in message

@@ -31,6 +31,7 @@ from typing import Any
 
 import yaml
 
+from ear_ops.errors import shown
 from ear_ops.recipes.study.paper_tables import TABLES
 from ear_ops.recipes.training.config import SETTING_TYPES, TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
@@ -261,6 +262,27 @@ class Study:
             raise ConfigError(f"group {group.name!r}, {settings}: {error}") from None
 
 
+class _RepeatedKeyError(yaml.YAMLError):
+    """A mapping has a key twice. PyYAML would keep the last value without a word."""
+
+
+class _StudyLoader(yaml.SafeLoader):
+    """Loads plain values, and refuses a repeated key."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise _RepeatedKeyError(
+                        f"the key {key.value!r} in line {line} is in line {lines[key.value]} already: keep one of them"
+                    )
+                lines[key.value] = line
+        return node
+
+
 def load_study(path: str | Path) -> Study:
     """Read and check a study.
 
@@ -270,20 +292,24 @@ def load_study(path: str | Path) -> Study:
     path = Path(path)
     try:
         text = _with_environment(path.read_text(encoding="utf-8"), path)
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _StudyLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such study") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8: {error}") from None
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply for a study") from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError comes from a wrong date or a very long number
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected the keys base and groups, got {content!r}")
+        raise ConfigError(f"{path}: expected the keys base and groups, got {shown(content)}")
     _check_keys(content, {"base", "groups"}, str(path))
     base = _settings(content.get("base"), f"{path}: base")
     entries = content.get("groups")
     if not isinstance(entries, list) or not entries:
-        raise ConfigError(f"{path}: groups: expected a list of groups, got {entries!r}")
+        raise ConfigError(f"{path}: groups: expected a list of groups, got {shown(entries)}")
     groups = tuple(_group(entry, f"{path}: group {number}") for number, entry in enumerate(entries, start=1))
     names = [group.name for group in groups]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
@@ -304,8 +330,8 @@ def _typed(name: str, value: Any) -> Any:
         return value
     try:
         return float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name}: expected a number, got {value!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{name}: expected a number, got {shown(value)}") from None
 
 
 def _with_environment(text: str, path: Path) -> str:
@@ -322,22 +348,22 @@ _GROUP_KEYS = {"name", "table", "settings", "cases", "grid", "select", "for", "b
 
 def _group(entry: Any, where: str) -> Group:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise ConfigError(f"{where}: expected a mapping with a name, got {entry!r}")
+        raise ConfigError(f"{where}: expected a mapping with a name, got {shown(entry)}")
     where = f"{where} ({entry['name']})"
     _check_keys(entry, _GROUP_KEYS, where)
     table = entry.get("table")
-    if table is not None and table not in TABLES:
-        raise ConfigError(f"{where}: unknown table {table!r}; known: {', '.join(TABLES)} (in quotes)")
+    if table is not None and table not in list(TABLES):  # a list also takes what has no hash
+        raise ConfigError(f"{where}: unknown table {shown(table)}; known: {', '.join(TABLES)} (in quotes)")
     grid = _settings(entry.get("grid"), f"{where}: grid")
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise ConfigError(f"{where}: grid: {name}: expected a list of values, got {values!r}")
+            raise ConfigError(f"{where}: grid: {name}: expected a list of values, got {shown(values)}")
     cases = entry.get("cases", [{}])
     if not isinstance(cases, list) or not cases:
-        raise ConfigError(f"{where}: cases: expected a list of settings, got {cases!r}")
+        raise ConfigError(f"{where}: cases: expected a list of settings, got {shown(cases)}")
     select = entry.get("select") or []
-    if not isinstance(select, list):
-        raise ConfigError(f"{where}: select: expected a list of settings, got {select!r}")
+    if not isinstance(select, list) or not all(isinstance(name, str) for name in select):
+        raise ConfigError(f"{where}: select: expected a list of names of settings, got {shown(select)}")
     group = Group(
         name=entry["name"],
         table=table,
@@ -349,8 +375,13 @@ def _group(entry: Any, where: str) -> Group:
         baseline=_settings(entry.get("baseline"), f"{where}: baseline"),
         keep_model=entry.get("keep_model", False),
     )
+    for name, value in group.only_for.items():
+        try:
+            _typed(name, value)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: for: {error}") from None
     if not isinstance(group.keep_model, bool):
-        raise ConfigError(f"{where}: keep_model: expected true or false, got {group.keep_model!r}")
+        raise ConfigError(f"{where}: keep_model: expected true or false, got {shown(group.keep_model)}")
     if group.only_for and not group.select:
         raise ConfigError(f"{where}: for: it restricts what `select` chooses, and there is no `select`")
     if missing := [name for name in group.select if name not in group.axes]:
@@ -366,7 +397,7 @@ def _settings(value: Any, where: str) -> Settings:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ConfigError(f"{where}: expected settings of `ear-ops train`, got {value!r}")
+        raise ConfigError(f"{where}: expected settings of `ear-ops train`, got {shown(value)}")
     _check_keys(value, _DEFAULTS.keys() - {"output_dir"}, where)
     return value
 
@@ -374,7 +405,7 @@ def _settings(value: Any, where: str) -> Settings:
 def _check_keys(content: Mapping[str, Any], known: Any, where: str) -> None:
     for name in content:
         if name not in known:
-            raise ConfigError(f"{where}: unknown {name!r}; known: {', '.join(sorted(known))}")
+            raise ConfigError(f"{where}: unknown {shown(name)}; known: {', '.join(sorted(known))}")
 
 
 def _check_cells(group: Group, members: list[Member]) -> None:

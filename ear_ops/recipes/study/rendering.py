@@ -9,6 +9,7 @@ from typing import Any
 from ear_ops.installation import install
 from ear_ops.recipes.study.statistics import DRAWS, Difference, Estimate
 from ear_ops.recipes.tables import markdown_table
+from ear_ops.recipes.training.results import grouped_notices
 
 _AVERAGES = {"average": "avg", "average_other": "avg w/o source", "average_translated": "avg w/o NS"}
 
@@ -94,6 +95,8 @@ def _section(section: dict[str, Any], content: dict[str, Any]) -> list[str]:
     ours = [name for row in section["rows"] for name in row.get("accuracies", {})]
     theirs = [name for row in _paper_rows(section) for name in row["accuracies"] if name != "avg"]
     languages = list(dict.fromkeys(theirs + ours))
+    absent = [name for name in languages if name not in ours] if ours else []
+    languages = [name for name in languages if name not in absent]
     averages = [key for key in _AVERAGES if key == "average" or any(key in row for row in section["rows"])]
     header = [", ".join(section["axes"]), "of", *languages, *(_AVERAGES[key] for key in averages)]
     rows = []
@@ -102,6 +105,8 @@ def _section(section: dict[str, Any], content: dict[str, Any]) -> list[str]:
         rows += [_paper_row(paper_row, languages, averages) for paper_row in row["paper"]]
     rows += [_paper_row(paper_row, languages, averages) for paper_row in section["paper_only"]]
     lines.append(markdown_table(header, rows))
+    if absent:
+        lines += ["", f"No run here has {', '.join(absent)}, which are in the paper's averages."]
     lines += _missing(section) + _differences(section) + _terms(section)
     if section["table"] == "6":
         lines += ["", content["figure_6"] or "![Figure 6](figure-6.png)"]
@@ -138,17 +143,19 @@ def _missing(section: dict[str, Any]) -> list[str]:
 
 def _differences(section: dict[str, Any]) -> list[str]:
     averages = {"average": "avg", "average_other": "avg w/o sources"}
-    rows, missing = [], []
+    rows: list[list[str]] = []
+    without: list[tuple[str, str]] = []
     for row in section["rows"]:
         difference = row.get("difference") or {}
         if "missing" in difference:
-            missing += ["", f"No difference for {_settings_text(row['settings'])}: {difference['missing']}."]
+            without.append((f"No difference for {_settings_text(row['settings'])}", difference["missing"]))
         elif difference:
             first = next(name for name in difference if name not in ("seeds", "over_seeds", *_AVERAGES))
             cells = [points(difference[name]) if name in difference else "" for name in (first, *averages)]
             by_seed = ", ".join(f"{seed}: {100 * value:+.1f}" for seed, value in difference["seeds"].items())
             over_seeds = points(difference["over_seeds"]) if difference["over_seeds"] else ""
             rows.append([_settings_text(row["settings"]), first, *cells, by_seed, over_seeds])
+    missing = [part for line in grouped_notices(without) for part in ("", line)]
     if not rows:
         return missing
     header = ["row", "first language", "difference", *averages.values(), "avg by seed", "avg, over seeds"]
@@ -199,9 +206,8 @@ def _provenance(content: dict[str, Any]) -> list[str]:
     lines += [markdown_table(["setting of all runs", "value"], shared)]
     for versions in content["versions"]:
         lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
-    for run in content["runs"]:
-        for notice in run["notices"]:
-            lines += ["", f"{run['name']}: {notice}."]
+    for line in grouped_notices((run["name"], notice) for run in content["runs"] for notice in run["notices"]):
+        lines += ["", line]
     dates = sorted({run["date"] for run in content["runs"]})
     lines += ["", f"Date: {dates[0]} to {dates[-1]}." if dates else "Date: nothing was run."]
     lines += ["", "## Study", "", "```yaml", content["study"].rstrip(), "```"]

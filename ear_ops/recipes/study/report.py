@@ -24,7 +24,7 @@ from ear_ops.recipes.training.checkpoints import write_atomically, write_json
 from ear_ops.recipes.training.config import MINI
 from ear_ops.recipes.training.errors import NotComparableError
 from ear_ops.recipes.training.folder import RunFolderError, read_json
-from ear_ops.recipes.training.results import source_of
+from ear_ops.recipes.training.results import read_results, source_of
 
 
 @dataclass
@@ -54,7 +54,12 @@ def scored_items(folder: Path, results: dict[str, Any], data_dir: str | None = N
         DataError: the data are missing or malformed.
         StudyError: the run was scored on other data.
     """
-    predictions = read_json(folder / "predictions.json")
+    predictions = read_json(folder / "predictions.json", {"*": [int]})
+    if predictions.keys() != results["languages"].keys():
+        raise StudyError(
+            f"{folder}: predictions.json has {', '.join(predictions) or 'no language'}, and results.json "
+            f"{', '.join(results['languages'])}: score the run again with `ear-ops evaluate`"
+        )
     data_dir = data_dir or results["config"]["data_dir"]
     if data_dir is None:
         raise StudyError(f"{folder}: its data came from the Hub: pass --data-dir with the same data as files")
@@ -99,7 +104,7 @@ def differences_table(folders: Sequence[Path], baseline: Path, data_dir: str | N
         NotComparableError: the runs were not scored on the same items.
     """
     sides = {
-        folder: scored_items(folder, read_json(folder / "results.json"), data_dir) for folder in (*folders, baseline)
+        folder: scored_items(folder, read_results(folder / "results.json"), data_dir) for folder in (*folders, baseline)
     }
     languages = list(sides[baseline].correct)
     header = [f"points over {baseline}", *languages, "avg", "avg w/o sources"]
@@ -325,4 +330,7 @@ def _log(folder: Path) -> list[dict[str, Any]] | None:
     path = folder / "training.json"
     if not path.exists():
         return None
-    return [{k: v for k, v in line.items() if not k.endswith(_MACHINE_SUFFIXES)} for line in read_json(path)["log"]]
+    return [
+        {k: v for k, v in line.items() if not k.endswith(_MACHINE_SUFFIXES)}
+        for line in read_json(path, {"log": [dict]})["log"]
+    ]

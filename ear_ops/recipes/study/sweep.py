@@ -26,8 +26,8 @@ from ear_ops.recipes.training.folder import (
     changed_files,
     check_config,
     locked,
-    read_json,
 )
+from ear_ops.recipes.training.results import read_results
 from ear_ops.recipes.training.sources import missing_inputs
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def results_of(folder: Path, run: Run) -> dict[str, Any] | None:
     if not path.exists():
         return None
     check_config(path.parent, run.config(folder))
-    return read_json(path)
+    return read_results(path)
 
 
 def plan_of(study: Study, folder: Path) -> Plan:
@@ -189,18 +189,21 @@ def _notices(plan: Plan, groups: Sequence[Group], folder: Path) -> list[str]:
     left = [planned for planned in runs if planned not in finished]
     needed = Counter(path for planned in left for path in missing_inputs(planned.config(folder)))
     notices = [f"{path} is not there: {count} runs need it and will fail" for path, count in needed.items()]
+    changed: dict[str, list[str]] = {}
     for planned in finished:
-        if changed := changed_files(folder / planned.name, planned.config(folder)):
-            notices.append(
-                f"{planned.name} read other contents of {', '.join(changed)}: delete its folder to run it again"
-            )
+        if files := changed_files(folder / planned.name, planned.config(folder)):
+            changed.setdefault(", ".join(files), []).append(planned.name)
+    for contents, names in changed.items():
+        notices.append(
+            f"{', '.join(names)} read other contents of {contents}: delete the folder of a run to run it again"
+        )
     return notices
 
 
 def _write_study(study: Study, folder: Path, say: Callable[[str], None]) -> None:
     """Write the study into its folder, for the report. A study that it replaces is kept under another name."""
     path = folder / STUDY_FILE
-    if path.exists() and (before := path.read_text(encoding="utf-8")) != study.text:
+    if path.exists() and (before := path.read_text(encoding="utf-8", errors="replace")) != study.text:
         checkpoints.write_atomically(folder / PREVIOUS_STUDY_FILE, before)
         say(f"{folder} held another study, which is now {PREVIOUS_STUDY_FILE} there; reports will be of the new one.")
     checkpoints.write_atomically(path, study.text)

@@ -23,6 +23,7 @@ from ear_ops.recipes.training.errors import ConfigError, refused_settings
 from ear_ops.recipes.training.folder import read_json
 from ear_ops.recipes.training.method_uses import METHOD_USES
 from ear_ops.recipes.training.methods import METHODS
+from ear_ops.recipes.training.shapes import NUMBER
 from ear_ops.recipes.training.stage_settings import ObjectiveSettings
 from ear_ops.regularizers import AttentionPull, EmbeddingPush
 
@@ -74,7 +75,7 @@ def chosen_weights(
     if not ratios:
         return {}
     if (folder / WEIGHTS_FILE).exists():
-        return read_json(folder / WEIGHTS_FILE)
+        return read_json(folder / WEIGHTS_FILE, {weight: NUMBER for weight in ratios})
     model.to(_training_device())
     terms = terms_of(settings)
     batches = first_batches(WEIGHING_BATCHES, settings.batch_size, model, collate, views)

@@ -71,7 +71,8 @@ def trained_model(settings: ClassifierSettings, folder: Path) -> tuple[Any, Any]
     Raises:
         RunFolderError: the vocabulary is to be restored from a local model whose files have changed since.
     """
-    model, tokenizer = load_classifier(str(folder / "model"), len(get_task(settings.task).labels))
+    with refused_settings():
+        model, tokenizer = load_classifier(str(folder / "model"), len(get_task(settings.task).labels))
     if not settings.prune_vocabulary:
         return model, tokenizer
     check_initial_model(folder, settings.model)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from ear_ops.data.tasks import TASKS
+from ear_ops.errors import shown
 from ear_ops.recipes.training.errors import ConfigError
 from ear_ops.recipes.training.method_uses import METHOD_SETTINGS, METHOD_USES
 from ear_ops.recipes.training.stage_settings import (
@@ -41,6 +44,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval_split": ("dev", "test"),
 }
 
+MAX_SEED = 2**32 - 1  # of NumPy
+
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")  # in a text: no path and no file in UTF-8 can hold these
 _KINDS = {bool: "true or false", float: "a number", int: "a whole number", str: "a text"}
 
 _StageSettings = TypeVar(
@@ -157,7 +163,11 @@ class TrainConfig:
                 kinds.add(int)  # a whole number is a number
             if type(value) not in kinds:
                 wanted = next(words for kind, words in _KINDS.items() if kind in kinds)
-                raise ConfigError(f"{name} must be {wanted}, got {value!r}")
+                raise ConfigError(f"{name} must be {wanted}, got {shown(value)}")
+            if float in kinds and not -sys.float_info.max <= value <= sys.float_info.max:
+                raise ConfigError(f"{name} must be a finite number, got {shown(value)}")
+            if isinstance(value, str) and _UNUSABLE.search(value):
+                raise ConfigError(f"{name} must be a text in UTF-8, got {value!r}")
 
     def _check(self) -> None:
         _check_known("task", self.task, TASKS)
@@ -171,7 +181,7 @@ class TrainConfig:
         for name in ("max_train_examples", "layer"):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), low=1)
-        for name in RATIOS.values():
+        for name in (*RATIOS, *RATIOS.values()):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), low=0)
         if self.compile and "perturbation" in METHOD_USES[self.method].settings:
@@ -181,6 +191,8 @@ class TrainConfig:
             )
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed", "perturbation", "measure_gradients"):
             _check_range(name, getattr(self, name), low=0)
+        if self.seed > MAX_SEED:
+            raise ConfigError(f"seed must be at most {MAX_SEED}, got {shown(self.seed)}")
         if self.weight_decay and self.prune_vocabulary and not self.freeze_embeddings:
             raise ConfigError(
                 f"weight_decay: got {self.weight_decay!r} with prune_vocabulary: decay would change the embeddings of "
@@ -267,6 +279,22 @@ class TrainConfig:
         if not self.two_views:
             idle.append("measure_gradients")
         return [name for name in idle if getattr(self, name) not in (None, usual[name])]
+
+    def summary(self) -> dict[str, Any]:
+        """The settings to look at before a run: what it reads and minimises, and what differs from the defaults."""
+        usual = {setting.name: setting.default for setting in fields(self)} | PRESETS["paper"]
+        usual["pooling"] = "mean" if self.model == OFFLINE_MODEL else None
+        shown_always = {"output_dir", "task", "method", "model", "data_dir"}
+        shown_always |= {"learning_rate", "epochs", "batch_size", "seed"}
+        shown_always |= self.used & PRESETS["paper"].keys() | ({"preset"} if self.used & RATIOS.keys() else set())
+        values = {setting.name: getattr(self, setting.name) for setting in fields(self)}
+        return {
+            name: value
+            for name, value in values.items()
+            if (name in shown_always or value != usual[name])
+            and value is not None
+            and name not in METHOD_SETTINGS - self.used
+        }
 
     @property
     def language_list(self) -> list[str] | None:

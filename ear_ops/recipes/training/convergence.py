@@ -48,27 +48,44 @@ def beats_majority(accuracy: float, labels: Sequence[int]) -> bool:
 
 
 def collapse_notice(
-    terms: dict[str, float], chance: float, steps: int, *, regularised: bool, perturbed: bool = False
+    terms: dict[str, float],
+    chance: float,
+    steps: int,
+    *,
+    regularised: bool,
+    perturbed: bool = False,
+    learnt: bool = False,
 ) -> str | None:
-    """A warning where the mean cross-entropy over the views ended above 99% of the chance level, or is not a number.
+    """A warning where the mean cross-entropy over the views ended above 99% of the chance level, or is not finite.
 
     Args:
         terms: from `last_quarter`.
         chance: from `chance_level`.
         steps: that the run took.
-        regularised: whether the method has regularisers; the advice is then about their weights.
+        regularised: whether the method has regularisers; the advice is then about their weights too.
         perturbed: whether the method perturbs embeddings; the advice is then about the perturbation.
+        learnt: whether the accuracy on dev is above chance. The cross-entropy of perturbed embeddings may then stay
+            high without harm.
     """
     views = [terms[name] for name in CROSS_ENTROPIES if name in terms]
     if not views:
         return None
     mean = sum(views) / len(views)
-    if mean < (1 - TOLERANCE) * chance:
+    if not math.isfinite(mean):
+        weights = "and alpha/beta " if regularised else ""
+        return (
+            f"the training diverged: the mean cross-entropy over its last quarter is {mean}. Only a checkpoint of an "
+            f"earlier step can be of use; lower the learning rate {weights}(this run took {steps} steps)"
+        )
+    if mean < (1 - TOLERANCE) * chance or (perturbed and learnt):
         return None
     if perturbed:
         advice = "the perturbation may be too large; lower it, change the learning rate or train longer"
     elif regularised:
-        advice = "the regulariser may overpower it; lower alpha/beta or choose another preset, or train longer"
+        advice = (
+            "the model has not learnt the task; change the learning rate or train longer. If `finetune` learns it with "
+            "the same settings, the regulariser overpowers the cross-entropy: lower alpha/beta or choose another preset"
+        )
     else:
         advice = "the model has not learnt the task; change the learning rate or train longer"
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import torch
 
 from ear_ops.data.collator import PairCollator
 from ear_ops.data.pairs import PairExample, is_untranslated
+from ear_ops.data.tasks import get_task
 from ear_ops.data.views import PairViews
 
 
@@ -63,6 +64,26 @@ def score(language: str, examples: Sequence[PairExample], predictions: Sequence[
         kept = [hit for hit, example in zip(right, examples, strict=True) if not is_untranslated(example)]
         translated = Score(sum(kept), len(kept)) if kept else None
     return LanguageScore(language, Score(sum(right), len(right)), translated)
+
+
+def one_label_notice(split: str, examples: Mapping[str, Sequence[PairExample]], task: str) -> str | None:
+    """A warning where all items of a language have the same label, or None.
+
+    Args:
+        split: that was read, such as `test`.
+        examples: by language.
+        task: of the examples.
+    """
+    labels = {language: {example.label for example in pairs} for language, pairs in examples.items() if len(pairs) > 1}
+    alone = [
+        f"{language} ({get_task(task).labels[label]!r})" for language, (label, *others) in labels.items() if not others
+    ]
+    if not alone:
+        return None
+    return (
+        f"all items of {task} {split} have one label in {', '.join(alone)}: these are placeholders, as in test files "
+        "that were published without labels, or a part of the data, and numbers from them say nothing"
+    )
 
 
 @torch.inference_mode()

@@ -23,6 +23,8 @@ from typing import Any
 from ear_ops.errors import EarOpsError
 from ear_ops.recipes.training import checkpoints, processes
 from ear_ops.recipes.training.config import TrainConfig
+from ear_ops.recipes.training.errors import ConfigError
+from ear_ops.recipes.training.shapes import misfit
 from ear_ops.recipes.training.sources import digests, model_digest
 
 _INITIAL_FILES = {".lock", "config.json", "config.json.tmp"}  # all that a run leaves that computed nothing
@@ -72,7 +74,7 @@ def changed_files(folder: Path, config: TrainConfig) -> list[str]:
 
     What is missing does not count.
     """
-    then = read_json(folder / "config.json").get("files", {})  # older versions wrote no digests
+    then = _digests_then(folder)
     return [path for path, digest in digests(config).items() if then.get(path, digest) != digest]
 
 
@@ -87,12 +89,17 @@ def check_model(folder: Path) -> None:
 
 def check_initial_model(folder: Path, model: str) -> None:
     """Raise RunFolderError where a run began from a local model whose files have changed since."""
-    then = read_json(folder / "config.json").get("files", {})
+    then = _digests_then(folder)
     for path, digest in model_digest(model).items():
         if then.get(path, digest) != digest:
             raise RunFolderError(
                 f"{folder} holds a run that began from other contents of {path}, which are needed now: bring these back"
             )
+
+
+def _digests_then(folder: Path) -> dict[str, str]:
+    """The digests of the files that the run read when it began; older versions wrote none."""
+    return read_json(folder / "config.json", {"files?": {"*": str}}).get("files", {})
 
 
 def _is_empty(path: Path) -> bool:
@@ -120,9 +127,12 @@ def load_config(folder: Path) -> TrainConfig:
     if not (folder / "config.json").is_file():
         raise RunFolderError(f"{folder} holds no run: there is no config.json in it")
     saved = read_json(folder / "config.json")
-    if not isinstance(saved, dict) or "config" not in saved:
+    if misfit(saved, {"config": dict}):
         raise RunFolderError(f"{folder} holds no run: its config.json was written by something else")
-    return TrainConfig.from_dict(saved["config"], output_dir=str(folder))
+    try:
+        return TrainConfig.from_dict(saved["config"], output_dir=str(folder))
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.json'}: {error}") from None
 
 
 @contextmanager
@@ -176,13 +186,16 @@ def _commit() -> str:
         return ""
 
 
-def read_json(path: Path) -> Any:
-    """The content of a file. Raises RunFolderError where the file is missing or no JSON."""
+def read_json(path: Path, shape: Any = None) -> Any:
+    """The content of a file. Raises RunFolderError where the file is missing or no JSON, or `misfit` names a fault."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if not path.parent.is_dir():
             raise RunFolderError(f"{os.fspath(path.parent)}: no such folder") from None
         raise RunFolderError(f"{os.fspath(path)} is missing: the run is not finished") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunFolderError(f"{os.fspath(path)} is damaged: {error}") from None
+    if shape is not None and (problem := misfit(content, shape)):
+        raise RunFolderError(f"{os.fspath(path)} is damaged: {problem}")
+    return content

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,21 @@ except ModuleNotFoundError:
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ear_ops.integrations.transformers import RegularizedTrainerMixin, StepLoss
 from ear_ops.recipes.training import checkpoints, processes
+from ear_ops.recipes.training.folder import RunFolderError
 from ear_ops.recipes.training.methods import Method
 
 STEPS_SORTED_TOGETHER = 50  # with fewer, the pairs of a step differ in length; with more, the order is less random
@@ -115,9 +125,55 @@ class EvaluationSteps(TrainerCallback):
         control.should_log = control.should_log or due
 
 
+def log_line(step: int, logs: Mapping[str, Any]) -> str:
+    """The entries of the log in one line, such as `step 50: loss 1.099, learning_rate 2e-05, epoch 0.25`."""
+    texts = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in logs.items()}
+    return f"step {step}: {', '.join(f'{name} {text}' for name, text in texts.items() if name != 'total_flos')}"
+
+
+class ProgressWithLines(ProgressCallback):
+    """The progress bar of the Trainer, with the log as plain lines: the Trainer prints a dict of quoted numbers."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.write(log_line(state.global_step, logs or {}))
+
+
+class PlainLines(TrainerCallback):
+    """The log as plain lines, where there is no progress bar."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            print(log_line(state.global_step, logs or {}), flush=True)
+
+
+@contextmanager
+def _naming_damaged_files(checkpoint: str | Path | None) -> Iterator[None]:
+    """Name the checkpoint where the Trainer cannot read a file of it, or torch refuses to.
+
+    Raises:
+        RunFolderError: in place of the errors of the libraries.
+    """
+    try:
+        yield
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise RunFolderError(
+            f"{checkpoint}: a file of this checkpoint is damaged or refused ({type(error).__name__}: {reason}): delete "
+            "the folder, and the run goes on from the checkpoint before, or from the start"
+        ) from error
+
+
 def best_checkpoint(checkpoint: Path) -> Path:
     """The checkpoint beside `checkpoint` that was the best when that one was written."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    with _naming_damaged_files(checkpoint):
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     return checkpoint.with_name(f"checkpoint-{state.best_global_step}")
 
 
@@ -170,6 +226,9 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
             callbacks=[*run_callbacks, *callbacks],
             **kwargs,
         )
+        for theirs, ours in ((ProgressCallback, ProgressWithLines), (PrinterCallback, PlainLines)):
+            if self.pop_callback(theirs) is not None:
+                self.add_callback(ours)
         self.method = method
         self.order = order
         self.prunes_checkpoints = evaluations_per_epoch is not None
@@ -177,6 +236,17 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         self.compiled = compiled
         self._compiled_model: Any = None
         self._step, self._part = 0, -1  # of the last batch: the optimiser step, and the number of the batch in it
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does.
+
+        Raises:
+            RunFolderError: a file of the checkpoint to go on from cannot be read.
+        """
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            with _naming_damaged_files(resume_from_checkpoint):
+                TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_loss(self, model: Any, inputs: dict[str, Any]) -> StepLoss:
         """The loss of the method. The labels are [B], while the inputs may have 2B rows."""
@@ -214,6 +284,18 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         if self.state.best_global_step:  # the folder of the run may have been moved since
             self.state.best_model_checkpoint = str(self._checkpoint(self.state.best_global_step))
         return progress
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _naming_damaged_files(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _naming_damaged_files(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _naming_damaged_files(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)

@@ -2,12 +2,68 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from ear_ops.data.pairs import UNTRANSLATED
 from ear_ops.recipes.tables import Table, markdown_table, text_table
 from ear_ops.recipes.training.errors import NotComparableError
 from ear_ops.recipes.training.evaluation import LanguageScore, Score
+from ear_ops.recipes.training.folder import RunFolderError, read_json
+from ear_ops.recipes.training.shapes import NUMBER, misfit
+
+_SCORE = {"accuracy": NUMBER, "correct": int, "total": int, "low": NUMBER, "high": NUMBER}
+_RATIOS = {"*": NUMBER}
+TRAINING = {  # what `training.json` holds; older versions lack the optional keys
+    "steps": int,
+    "pairs?": (type(None), int),
+    "untranslated?": int,
+    "best": {"step": (type(None), int), "dev_accuracy": NUMBER},
+    "terms": {"*": NUMBER},
+    "collapsed": bool,
+    "notices": [str],
+    "replaced": (type(None), {"summary": str}),
+    "gradient_ratios?": (type(None), {"before": _RATIOS, "after": _RATIOS}),
+    "weights?": {"*": NUMBER},
+    "timing?": (type(None), dict),
+}
+_RESULTS = {
+    **TRAINING,
+    "task": str,
+    "split": str,
+    "regularised": bool,
+    "average": NUMBER,
+    "average_other": (type(None), NUMBER),
+    "average_translated?": NUMBER,
+    "languages": {"*": {**_SCORE, "translated?": _SCORE}},
+    "config": {
+        "method": str,
+        "preset": str,
+        "model": str,
+        "seed": int,
+        "source_language?": str,
+        "data_dir": (type(None), str),
+    },
+    "versions": {"*": str},
+    "date": str,
+}
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The content of a `results.json`.
+
+    Raises:
+        RunFolderError: the file is missing, or its content is not what a run writes.
+    """
+    content: dict[str, Any] = read_json(path)
+    problem = misfit(content, _RESULTS) or ("" if content["languages"] else "it names no language")
+    if problem:
+        raise RunFolderError(
+            f"{path} is damaged: {problem}. Delete it and start the run again: a kept model is only scored"
+        )
+    return content
 
 
 def summarise(scores: Sequence[LanguageScore], source_language: str = "en") -> dict[str, Any]:
@@ -88,10 +144,32 @@ def comparison(runs: Sequence[dict[str, Any]], table: Table = text_table) -> str
         scores = [run["languages"].get(language) for language in languages]
         cells = [_percent(score["accuracy"]) if score else "" for score in scores]
         rows.append([name, *cells, *(_percent(run_averages.get(key)) for key in shown)])
-    notes = [f"* collapsed: {run['notices'][0]}" for run in runs if run["collapsed"]]
+    notices = [(name, notice) for run, name in zip(runs, _run_names(runs), strict=True) for notice in run["notices"]]
+    notes = grouped_notices(notices)
     if len(shared) < len(languages):
         notes.append(f"Averages are over the languages that all runs have: {', '.join(shared) or 'none'}.")
     return "\n".join([table(header, rows), *notes])
+
+
+def grouped_notices(notices: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each kind of notice, in place of a line for each run.
+
+    Notices are of one kind where they differ in their numbers alone. The line holds the first of them.
+
+    Args:
+        notices: the name of a run and a notice of it, as often as there are such pairs.
+    """
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for name, notice in notices:
+        kinds.setdefault(re.sub(r"\b[0-9a-f]{10}\b|\d[\d.,]*", "0", notice), []).append((name, notice))
+    lines = []
+    for (name, notice), *others in kinds.values():
+        names = "; ".join(other_name for other_name, _ in others)
+        if all(other == notice for _, other in others):
+            lines.append(f"{'; '.join([name, names]) if names else name}: {notice}.")
+        else:
+            lines.append(f"{name}: {notice}. With other numbers also: {names}.")
+    return lines
 
 
 def _language_table(results: dict[str, Any], table: Table) -> str:
@@ -128,7 +206,9 @@ def _remarks(results: dict[str, Any], table: Table) -> list[str]:
         remarks.append("Gradient norms of the unweighted terms over cross-entropy's, before and after training:")
         remarks.append(_ratio_table(results["gradient_ratios"], table))
     if results.get("pairs"):
-        remarks.append(f"Trained on {results['pairs']:,} pairs.")
+        count = results.get("untranslated")
+        left_out = f"; {count:,} more were left out, {UNTRANSLATED}" if count else ""
+        remarks.append(f"Trained on {results['pairs']:,} pairs{left_out}.")
     if results.get("best"):
         best = results["best"]
         accuracy = _percent(best["dev_accuracy"])

@@ -10,7 +10,8 @@ from typing import Any
 from ear_ops.recipes.training import checkpoints, processes
 from ear_ops.recipes.training.config import CHOICES, TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
-from ear_ops.recipes.training.folder import check_model, claim, load_config, locked, read_json
+from ear_ops.recipes.training.folder import check_model, claim, load_config, locked
+from ear_ops.recipes.training.results import read_results
 from ear_ops.recipes.training.scoring import score_run
 from ear_ops.recipes.training.sources import evaluation_texts
 from ear_ops.recipes.training.stages import (
@@ -86,7 +87,7 @@ def _open(config: TrainConfig, folder: Path, held: ExitStack) -> dict[str, Any] 
     """Lock and claim the folder, and return the results if the run is finished."""
     held.enter_context(locked(folder))
     claim(folder, config)
-    return read_json(folder / "results.json") if (folder / "results.json").exists() else None
+    return read_results(folder / "results.json") if (folder / "results.json").exists() else None
 
 
 def _model_is_missing(model: Path) -> bool:

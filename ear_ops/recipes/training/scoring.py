@@ -13,10 +13,11 @@ from ear_ops.models.classifier import load_classifier
 from ear_ops.recipes.training import checkpoints, processes
 from ear_ops.recipes.training.classifiers import trained_model
 from ear_ops.recipes.training.config import RATIOS, TrainConfig
-from ear_ops.recipes.training.evaluation import predict, score
+from ear_ops.recipes.training.errors import refused_settings
+from ear_ops.recipes.training.evaluation import one_label_notice, predict, score
 from ear_ops.recipes.training.folder import RunFolderError, read_json, versions
 from ear_ops.recipes.training.method_uses import METHOD_USES
-from ear_ops.recipes.training.results import results_markdown, summarise
+from ear_ops.recipes.training.results import TRAINING, read_results, results_markdown, summarise
 from ear_ops.recipes.training.sources import load_split_of
 from ear_ops.recipes.training.stage_settings import EvaluationSettings
 
@@ -48,7 +49,8 @@ def score_run(config: TrainConfig, folder: Path, split: str, again: bool = False
         processes.on_main(lambda: _check_nothing_is_lost(folder / f"results{suffix}.json", examples))
         model, tokenizer = trained_model(config.classifier, folder)
     else:
-        model, tokenizer = load_classifier(str(folder / "model"), len(get_task(config.task).labels))
+        with refused_settings():
+            model, tokenizer = load_classifier(str(folder / "model"), len(get_task(config.task).labels))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     predictions = _predict_languages(config.evaluation, model, tokenizer, examples, split)
     return processes.on_main(lambda: _write_results(config, folder, split, suffix, examples, predictions))
@@ -78,7 +80,7 @@ def _check_nothing_is_lost(path: Path, examples: Examples) -> None:
     """Raise RunFolderError where the results in `path` count items that `examples` does not have."""
     if not path.exists():
         return
-    before = {language: score["total"] for language, score in read_json(path)["languages"].items()}
+    before = {language: score["total"] for language, score in read_results(path)["languages"].items()}
     now = {language: len(examples.get(language, ())) for language in before}
     changed = [
         f"{language}: {before[language]} there, {now[language]} in the data"
@@ -95,13 +97,15 @@ def _check_nothing_is_lost(path: Path, examples: Examples) -> None:
 def _write_results(
     config: TrainConfig, folder: Path, split: str, suffix: str, examples: Examples, predictions: Predictions
 ) -> dict[str, Any]:
-    training = read_json(folder / "training.json")
+    training = read_json(folder / "training.json", TRAINING)
     task = get_task(config.task)
     scores = [score(language, pairs, predictions[language], task=task.name) for language, pairs in examples.items()]
     notices = list(training["notices"])
     missing = [language for language in task.languages if language not in examples] if config.languages is None else []
     if missing:
         notices.append(f"no {split} data for {', '.join(missing)}: not in the averages")
+    if notice := one_label_notice(split, examples, config.task):
+        notices.append(notice)
     results = {
         "task": config.task,
         "split": split,
@@ -110,7 +114,8 @@ def _write_results(
         **summarise(scores, config.source_language),
         "best": training["best"],
         "steps": training["steps"],
-        "pairs": training.get("pairs"),  # older versions wrote neither this nor the ratios and weights
+        "pairs": training.get("pairs"),  # older versions wrote neither this nor the next three
+        "untranslated": training.get("untranslated", 0),
         "terms": training["terms"],
         "gradient_ratios": training.get("gradient_ratios"),
         "weights": training.get("weights", {}),
@@ -119,7 +124,7 @@ def _write_results(
         "config": config.to_dict(),
         "versions": versions(),
         "date": date.today().isoformat(),
-        "timing": training["timing"],
+        "timing": training.get("timing"),
     }
     checkpoints.write_json(folder / f"predictions{suffix}.json", predictions)
     checkpoints.write_atomically(folder / f"results{suffix}.md", results_markdown(results))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from ear_ops.data import (
     DataError,
@@ -21,6 +22,7 @@ from ear_ops.data import (
     VariantViews,
     available_languages,
     get_task,
+    is_untranslated,
     load_hub_split,
     load_split,
     load_synonyms,
@@ -28,11 +30,13 @@ from ear_ops.data import (
     read_variants,
     write_variants,
 )
-from ear_ops.data.pairs import find_split, load_texts
+from ear_ops.data.pairs import UNTRANSLATED, find_split, load_texts
 from ear_ops.recipes.training.checkpoints import digest_of
 from ear_ops.recipes.training.config import MINI, OFFLINE_MODEL, TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
 from ear_ops.recipes.training.stage_settings import DataSettings
+
+_Row = TypeVar("_Row")
 
 
 @dataclass
@@ -43,11 +47,13 @@ class TrainingData:
         views: the pairs.
         groups: the variants that a file gives, if there is one.
         replaced: counts of replaced words in the first epoch, where the augmenter draws the variants.
+        untranslated: how many pairs of the file are left out, because a translation is missing.
     """
 
     views: PairViews
     groups: list[VariantGroup] | None
     replaced: dict[str, int | float | str] | None
+    untranslated: int
 
     @property
     def labels(self) -> list[int]:
@@ -77,17 +83,32 @@ def load_training_data(settings: DataSettings, two_views: bool) -> TrainingData:
     """
     task = get_task(settings.task)
     if settings.variants_file is not None:
-        groups = read_variants(settings.variants_file, task)[: settings.max_train_examples]
+        every_group = read_variants(settings.variants_file, task)
+        groups, untranslated = _translated(every_group, lambda group: group.original, settings.max_train_examples)
         if settings.variants == "all":
             groups = one_row_per_variant(groups)
         if two_views:
-            return TrainingData(VariantViews(groups, seed=settings.seed), groups, None)
-        return TrainingData(PairViews([group.original for group in groups]), None, None)
-    examples = _load(settings, task, "train", settings.source_language)[: settings.max_train_examples]
+            return TrainingData(VariantViews(groups, seed=settings.seed), groups, None, untranslated)
+        return TrainingData(PairViews([group.original for group in groups]), None, None, untranslated)
+    examples, untranslated = _training_pairs(settings, task)
     if not two_views:
-        return TrainingData(PairViews(examples), None, None)
+        return TrainingData(PairViews(examples), None, None, untranslated)
     views = PairViews(examples, load_augmenter(settings), seed=settings.seed)
-    return TrainingData(views, None, _count_replaced(views))
+    return TrainingData(views, None, _count_replaced(views), untranslated)
+
+
+def _training_pairs(settings: DataSettings, task: Task) -> tuple[list[PairExample], int]:
+    """The first pairs of the training file that are translated, and how many pairs of the file are not."""
+    examples = _load(settings, task, "train", settings.source_language)
+    return _translated(examples, lambda example: example, settings.max_train_examples)
+
+
+def _translated(rows: list[_Row], pair_of: Callable[[_Row], PairExample], limit: int | None) -> tuple[list[_Row], int]:
+    """The first `limit` rows whose pair is translated, and how many of all rows are not."""
+    kept = [row for row in rows if not is_untranslated(pair_of(row))]
+    if not kept:
+        raise DataError(f"all {len(rows):,} training pairs are left out, {UNTRANSLATED}")
+    return kept[:limit], len(rows) - len(kept)
 
 
 def load_augmenter(settings: DataSettings) -> SynonymAugmenter:
@@ -218,10 +239,13 @@ def write_variants_file(settings: DataSettings, path: str, num_variants: int | N
         raise ConfigError(f"num_variants must be at least 1, got {num_variants}")
     if not path.endswith((".tsv", ".tsv.gz")):
         raise ConfigError(f"output: expected a file name that ends in .tsv or .tsv.gz, got {path!r}")
-    examples = _load(settings, task, "train", settings.source_language)[: settings.max_train_examples]
+    examples, untranslated = _training_pairs(settings, task)
     augmenter = load_augmenter(settings)
     lines = write_variants(path, examples, task, augmenter, num_variants, seed=settings.seed)
-    return f"{path}: {lines:,} lines, {num_variants} variants of {len(examples):,} pairs; {augmenter.summary()}."
+    left_out = f"; {untranslated:,} pairs left out, {UNTRANSLATED}" if untranslated else ""
+    return (
+        f"{path}: {lines:,} lines, {num_variants} variants of {len(examples):,} pairs{left_out}; {augmenter.summary()}."
+    )
 
 
 def _load(settings: DataSettings, task: Task, split: str, language: str) -> list[PairExample]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from transformers import TrainingArguments
 
 from ear_ops.attachment import attach
 from ear_ops.data import PairCollator, PairExample, PairViews
+from ear_ops.data.pairs import UNTRANSLATED
 from ear_ops.recipes.training import checkpoints, processes
 from ear_ops.recipes.training.calibration import chosen_weights, measured_ratios, terms_of, with_weights
 from ear_ops.recipes.training.classifiers import check_tokenizer, initial_model
 from ear_ops.recipes.training.convergence import beats_majority, chance_level, collapse_notice, last_quarter
 from ear_ops.recipes.training.errors import ConfigError, refused_settings
+from ear_ops.recipes.training.evaluation import one_label_notice
 from ear_ops.recipes.training.freezing import freeze_word_embeddings
 from ear_ops.recipes.training.methods import METHODS, Method
 from ear_ops.recipes.training.pair_trainer import PairTrainer, best_checkpoint
@@ -105,8 +107,17 @@ def load_data(settings: DataSettings, evaluation: EvaluationSettings, two_views:
     """
     training = load_training_data(settings, two_views)
     dev = load_split_of(settings, "dev", [settings.source_language])[settings.source_language]
-    load_split_of(settings, evaluation.eval_split, evaluation.language_list)
+    scored = load_split_of(settings, evaluation.eval_split, evaluation.language_list)
     processes.say(f"{len(training.views):,} training pairs, {len(dev):,} for choosing the checkpoint.")
+    if training.untranslated:
+        processes.say(f"{training.untranslated:,} pairs are left out of training, {UNTRANSLATED}.")
+    source = settings.source_language
+    read: dict[str, dict[str, Sequence[PairExample]]] = {"train": {source: training.views.examples}}
+    read["dev"] = {source: dev}
+    read[evaluation.eval_split] = {**read.get(evaluation.eval_split, {}), **scored}
+    for split, examples in read.items():
+        if (notice := one_label_notice(split, examples, settings.task)) and processes.rank() == 0:
+            logger.warning("%s", notice)
     if training.replaced:
         processes.say(f"Augmented view, first epoch: {training.replaced['summary']}.")
     return RunData(training, dev)
@@ -275,16 +286,14 @@ def diagnose_training(
 ) -> Diagnosis:
     """Look for a cross-entropy that stayed at chance, and measure the gradient ratios after training."""
     terms = last_quarter(training.log, training.planned_steps)
-    perturbed = "perturbation" in method.uses
     collapse = collapse_notice(
         terms,
         chance_level(data.training.labels),
         training.planned_steps,
         regularised=bool(method.regularizers()),
-        perturbed=perturbed,
+        perturbed="perturbation" in method.uses,
+        learnt=beats_majority(training.best_dev_accuracy or 0.0, [example.label for example in data.dev]),
     )
-    if perturbed and beats_majority(training.best_dev_accuracy or 0.0, [example.label for example in data.dev]):
-        collapse = None  # the cross-entropy of perturbed embeddings may stay high without harm
     if collapse and processes.rank() == 0:
         logger.warning("%s", collapse)
     ratios = measured_ratios(settings, classifier.model, classifier.collate, data.training.views)
@@ -302,6 +311,7 @@ def save_training(
     content = {
         "steps": training.steps,
         "pairs": len(data.training.views),
+        "untranslated": data.training.untranslated,
         "best": {"step": training.best_step, "dev_accuracy": training.best_dev_accuracy},
         "terms": diagnosis.terms,
         "collapsed": diagnosis.collapse is not None,

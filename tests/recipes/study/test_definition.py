@@ -233,6 +233,15 @@ def test_environment_variables_are_put_in(tmp_path: Path, monkeypatch: pytest.Mo
         ({"name": "a", "grid": {"beta": 1}}, ["grid: beta", "list"]),
         ({"name": "a", "settings": {"output_dir": "x"}}, ["output_dir"]),
         ({"name": "a", "table": "7"}, ["table '7'", "A.1"]),
+        ({"name": "a", "table": ["1"]}, ["group 1 (a)", "unknown table ['1']"]),
+        ({"name": "a", "select": [["beta"]]}, ["group 1 (a): select", "names of settings", "[['beta']]"]),
+        ({"name": "a", "grid": {"beta": [[1]]}}, ["group 'a'", "beta: expected a number, got [1]"]),
+        ({"name": "a", "grid": {"beta": [10**400]}}, ["group 'a'", "beta: expected a number"]),
+        ({"name": "a", "grid": {"beta": [float("nan")]}}, ["group 'a'", "beta must be a finite number"]),
+        (
+            {"name": "a", "grid": {"beta": [1]}, "select": ["beta"], "for": {"alpha": [1]}},
+            ["group 1 (a): for: alpha: expected a number, got [1]"],
+        ),
         ({"name": "a", "select": ["beta"]}, ["select", "beta", "does not vary"]),
         ({"name": "a", "grid": {"beta": [1]}, "select": "beta"}, ["group 1 (a): select", "list", "'beta'"]),
         (
@@ -272,7 +281,18 @@ def test_a_mistake_is_named_with_its_place(write_study, group: dict, words: list
         ("base: {}\ngroups: []", ["groups", "list"]),
         ("base: {}\ngroups: [{name: a}, {name: a}]", ["a more than once"]),
         ("basis: {}", ["'basis'"]),
+        ("base: {}\ngroups:\n  - name: a\ngroups:\n  - name: b", ["key 'groups' in line 4 is in line 2 already"]),
+        (
+            "base: {}\ngroups: [{name: a, grid: {seed: [1],\n seed: [2]}}]",
+            ["key 'seed' in line 3", "line 2 already"],
+        ),
+        ("base: {seed: 1, seed: 1}\ngroups: [{name: a}]", ["key 'seed' in line 1"]),
+        ("[" * 600 + "]" * 600, ["nested too deeply"]),
+        ("{a: " * 600 + "}" * 600, ["nested too deeply"]),
+        ("base: {seed: 1" + "0" * 5000 + "}", ["not YAML", "digits"]),
+        ("base: 2001-99-99", ["not YAML", "month"]),
     ],
+    ids=lambda value: ascii(value)[:30],
 )
 def test_a_file_that_is_no_study_is_named(tmp_path: Path, text: str, words: list[str]) -> None:
     (tmp_path / "s.yaml").write_text(text)
@@ -281,3 +301,14 @@ def test_a_file_that_is_no_study_is_named(tmp_path: Path, text: str, words: list
     assert all(word in str(error.value) for word in ["s.yaml", *words])
     with pytest.raises(ConfigError, match="no such study"):
         load_study(tmp_path / "none.yaml")
+
+
+def test_a_merged_mapping_may_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        "base: {data_dir: mini}\n"
+        "groups:\n"
+        "  - name: a\n    settings: &shared {method: finetune, seed: 1}\n"
+        "  - name: b\n    settings: {<<: *shared, seed: 2}\n"
+    )
+    assert settings(load_study(path), "method", "seed") == [("finetune", 1), ("finetune", 2)]

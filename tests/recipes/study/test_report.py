@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.run_results import run_results
 
 from ear_ops.recipes.study.definition import load_study
 from ear_ops.recipes.study.paper_tables import TABLES, paper_rows, same_row
-from ear_ops.recipes.study.report import differences_table, report
-from ear_ops.recipes.study.sweep import plan_of
+from ear_ops.recipes.study.report import differences_table, report, scored_items
+from ear_ops.recipes.study.sweep import StudyError, plan_of
 from ear_ops.recipes.tables import markdown_table
 from ear_ops.recipes.training.checkpoints import write_json
 
@@ -26,23 +27,15 @@ def finish(folder: Path, name: str, settings: dict[str, Any], wrong: dict[str, i
         language: [(label + (i < wrong[language])) % 3 for i, label in enumerate(LABELS)] for language in LANGUAGES
     }
     scores = {
-        language: {"accuracy": 1 - wrong[language] / 15, "correct": 15 - wrong[language], "total": 15}
-        for language in LANGUAGES
+        language: {"accuracy": 1 - count / 15, "correct": 15 - count, "total": 15, "low": 0.0, "high": 1.0}
+        for language, count in wrong.items()
     }
-    results = {
-        "task": "xnli",
-        "split": "dev",
-        "collapsed": False,
-        "average": sum(score["accuracy"] for score in scores.values()) / 3,
-        "languages": scores,
-        "best": {"step": 8, "dev_accuracy": scores["en"]["accuracy"]},
-        "steps": 8,
-        "terms": {"cross_entropy": 1.25},
-        "notices": [],
-        "config": settings,
-        "versions": {"python": "3.11"},
-        "date": "2026-01-02",
-    }
+    results = run_results(
+        settings,
+        average=sum(score["accuracy"] for score in scores.values()) / 3,
+        languages=scores,
+        best={"step": 8, "dev_accuracy": scores["en"]["accuracy"]},
+    )
     (folder / name).mkdir(parents=True, exist_ok=True)
     write_json(folder / name / "config.json", {"config": settings})
     log = [{"step": 8, "eval_accuracy": 0.5, "eval_runtime": 2.0}]
@@ -101,7 +94,9 @@ def test_means_deviations_and_the_paper_stand_in_one_table(make_report) -> None:
     assert (
         lines[row].startswith("| **finetune** | here, dev, seeds 1, 2, 3 | 60.0 ± 0.0 |") and "46.7 ± 6.7" in lines[row]
     )
-    assert lines[row + 1].startswith("| finetune | paper, mBERT | 80.8 | 64.3 |")
+    assert lines[row + 1].startswith("| finetune | paper, mBERT | 80.8 | 70 | 49.7 |")
+    assert lines[row - 2].startswith("| method | of | en | de | sw | avg |"), "no run has the paper's other languages"
+    assert "No run here has ar, bg, el, es, fr, hi, ru, th, tr, ur, vi, zh, which are in the paper's averages." in text
     assert lines[row + 1].endswith("65.4 |  |")
     assert lines[row + 2].startswith("| finetune | paper, XLM-R | 84 |")
     assert "| **adv** | here: not run |" in text
@@ -275,3 +270,52 @@ def test_the_data_of_the_package_hold_every_table() -> None:
     assert sorted(path.stem for path in folder.glob("*.csv")) == sorted(f"table-{table}" for table in TABLES)
     for path in folder.glob("*.csv"):
         assert len({len(line) for line in csv.reader(path.open())}) == 1, path
+
+
+def test_a_group_without_runs_shows_every_language_of_the_paper(make_report) -> None:
+    _, text = make_report({"name": "a", "table": "1", "grid": {"method": ["ear"]}}, wrong=lambda settings: None)
+    assert "| method | of | en | ar | bg | de |" in text and "No run here has" not in text
+
+
+def test_the_same_notice_of_many_runs_is_one_line(make_report, tmp_path: Path) -> None:
+    make_report({"name": "a", "grid": {"seed": [1, 2, 3]}}, wrong=lambda settings: dict.fromkeys(LANGUAGES, 5))
+    names = []
+    for path in sorted((tmp_path / "study").glob("*/results.json")):
+        write_json(path, {**json.loads(path.read_text()), "notices": ["no dev data for ar: not in the averages"]})
+        names.append(path.parent.name)
+    report(tmp_path / "study")
+    text = (tmp_path / "study" / "report.md").read_text()
+    assert text.count("no dev data") == 1 and f"{'; '.join(names)}: no dev data for ar" in text
+
+
+def test_predictions_of_other_languages_than_the_results_have_are_refused(tmp_path: Path, data_dir: Path) -> None:
+    finish(tmp_path, "a", {"data_dir": str(data_dir)}, dict.fromkeys(LANGUAGES, 3))
+    write_json(tmp_path / "a" / "predictions.json", {"en": [0] * 15})
+    with pytest.raises(StudyError, match=r"predictions\.json has en, and results\.json en, de, sw"):
+        differences_table([tmp_path / "a"], tmp_path / "a", None, markdown_table)
+
+
+def test_items_with_the_same_first_sentence_are_a_group(tmp_path: Path) -> None:
+    rows = ["p\th\tneutral", "q\th\tentailment", "p\ti\tneutral", "q\tj\tneutral"]
+    (tmp_path / "dev-en.tsv").write_text("".join(f"{row}\n" for row in rows))
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "predictions.json", {"en": [2, 1, 0, 2]})
+    score = {"accuracy": 0.75, "correct": 3, "total": 4, "low": 0.0, "high": 1.0}
+    scored = scored_items(tmp_path / "run", run_results({"data_dir": str(tmp_path)}, languages={"en": score}))
+    assert scored.groups.tolist() == [0, 1, 0, 1]
+    assert scored.correct["en"].tolist() == [True, True, False, True]
+
+
+def test_runs_are_paired_by_the_seeds_that_both_rows_have(make_report) -> None:
+    """`finetune` has finished seeds 1 and 2, `ear` seeds 2 and 3."""
+
+    def wrong(settings: dict[str, Any]) -> dict[str, int] | None:
+        if settings["seed"] == {"finetune": 3, "ear": 1}[settings["method"]]:
+            return None
+        return dict.fromkeys(LANGUAGES, settings["seed"] + 3 * (settings["method"] == "finetune"))
+
+    content, _ = make_report(
+        {"name": "methods", "table": "1", "grid": {"method": ["finetune", "ear"], "seed": [1, 2, 3]}}, wrong=wrong
+    )
+    difference = content["sections"][0]["rows"][1]["difference"]
+    assert difference["seeds"] == {"2": pytest.approx(0.2)} and difference["average"][0] == pytest.approx(0.2)

@@ -73,6 +73,15 @@ def test_the_interval_is_that_of_the_normal_approximation_where_that_holds() -> 
     assert thrice == pytest.approx((mean, low, high)), "three items that always agree are worth one"
 
 
+def test_a_group_counts_with_all_its_items() -> None:
+    """Groups of one item with a difference of 1, and groups of nine without: the items differ by 0.1 on average."""
+    groups = np.repeat(np.arange(200), [1, 9] * 100)
+    differences = np.repeat([1.0, 0.0] * 100, [1, 9] * 100)
+    mean, low, high = paired_bootstrap(differences, groups)
+    assert mean == pytest.approx(0.1)
+    assert 0.07 < low < 0.1 < high < 0.14, "a mean of means of groups would be 0.5"
+
+
 def test_an_item_is_drawn_in_all_languages_at_once_and_seeds_are_averaged_first() -> None:
     rng = np.random.default_rng(0)
     hard = rng.random(500) < 0.5  # where the runs differ, they do so in both languages
@@ -86,6 +95,13 @@ def test_an_item_is_drawn_in_all_languages_at_once_and_seeds_are_averaged_first(
     none = items(en=[False] * 3, de=[False] * 3)
     both = accuracy_differences([flipped, none], [none, none])
     assert both["en"].mean == pytest.approx(1 / 3) and both["average"].mean == pytest.approx(5 / 12)
+
+
+def test_the_other_languages_are_those_that_neither_side_was_trained_on() -> None:
+    right = {"en": [True, True], "de": [True, True], "sw": [True, False]}
+    run, baseline = items(**right), items(**{language: [False, False] for language in right})._replace(source="de")
+    result = accuracy_differences([run], [baseline])
+    assert result["average"].mean == pytest.approx(5 / 6) and result["average_other"].mean == 0.5
 
 
 def test_runs_on_other_items_are_refused() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.run_results import run_results
 
 from ear_ops.data import DataError
 from ear_ops.recipes.study import sweep as sweep_module
@@ -60,7 +61,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         with locked(folder):
             claim(folder, config)
             names.append(folder.name)
-            results = {"average": 0.5, "best": {"dev_accuracy": 0.5, "step": 1}}
+            results = run_results(config.to_dict())
             checkpoints.write_json(folder / "results.json", results)
             return results
 
@@ -324,7 +325,7 @@ def test_inputs_of_finished_runs_may_be_gone_but_not_changed(
     synonyms.write_text('{"a0": ["b0"]}')
     said: list[str] = []
     sweep(study, tmp_path / "study", say=said.append)
-    assert said == [f"{trained[0]} read other contents of {synonyms}: delete its folder to run it again"]
+    assert said == [f"{trained[0]} read other contents of {synonyms}: delete the folder of a run to run it again"]
     synonyms.unlink()
     sweep(study, tmp_path / "study", say=lambda line: pytest.fail(line))
     assert len(trained) == 1

@@ -26,14 +26,34 @@ def test_chance_is_the_entropy_of_the_labels() -> None:
     assert chance_level([0, 0, 0, 1]) == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
 
 
-@pytest.mark.parametrize("value", [math.log(3), 1.2, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [math.log(3), 1.2])
 def test_a_cross_entropy_at_chance_is_noticed(value: float) -> None:
     terms = last_quarter(log([(50, 1.0, 1.0), (100, value, value)]), max_steps=100)
     notice = collapse_notice(terms, math.log(3), 100, regularised=True)
     assert notice is not None
     assert "cross-entropy stayed at chance" in notice
-    assert "the regulariser may overpower it; lower alpha/beta or choose another preset" in notice
+    assert "If `finetune` learns it with the same settings, the regulariser overpowers" in notice
+    assert "lower alpha/beta or choose another preset" in notice
     assert "alpha" not in (collapse_notice(terms, math.log(3), 100, regularised=False) or "alpha")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_a_loss_that_is_not_a_number_is_no_chance_level(value: float, perturbed: bool) -> None:
+    terms = last_quarter(log([(50, 1.0, 1.0), (90, 1.0, 1.0), (100, value, value)]), max_steps=100)
+    for regularised in (False, True):
+        notice = collapse_notice(terms, math.log(3), 100, regularised=regularised, perturbed=perturbed, learnt=True)
+        assert notice is not None and "the training diverged" in notice and "chance" not in notice
+        assert f"over its last quarter is {value}" in notice and "lower the learning rate" in notice
+        assert ("alpha/beta" in notice) is regularised
+
+
+def test_perturbed_embeddings_may_stay_at_chance_where_dev_says_that_the_model_has_learnt() -> None:
+    terms = {"cross_entropy": 1.2}
+    for perturbed, learnt in ((True, False), (False, True)):
+        notice = collapse_notice(terms, math.log(3), 9, regularised=False, perturbed=perturbed, learnt=learnt)
+        assert notice is not None and ("perturbation" in notice) is perturbed
+    assert collapse_notice(terms, math.log(3), 9, regularised=False, perturbed=True, learnt=True) is None
 
 
 def test_a_run_that_learnt_is_left_in_peace() -> None:

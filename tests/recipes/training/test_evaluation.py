@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ear_ops.data import PairExample
 from ear_ops.models.classifier import load_classifier
-from ear_ops.recipes.training.evaluation import predict, score, wilson_interval
+from ear_ops.recipes.training.evaluation import one_label_notice, predict, score, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -86,3 +86,10 @@ def test_predictions_come_back_in_the_order_of_the_pairs(tiny_model) -> None:
     assert [len(batch) for batch in seen] == [3, 3, 1] and list(chain(*seen)) == sorted(chain(*seen))
     predict(recorder, tokenizer, examples, max_length=24, batch_size=3, bf16=True)
     assert autocast[3:] == [True] * 3
+
+
+def test_a_language_whose_labels_are_all_the_same_is_named() -> None:
+    mixed, same = [PairExample("a", "b", 0), PairExample("a", "b", 1)], [PairExample("a", "b", 1)] * 2
+    assert one_label_notice("test", {"en": mixed, "ko": same[:1]}, "pawsx") is None, "one item has one label"
+    notice = one_label_notice("test", {"en": mixed, "ko": same, "de": same}, "pawsx")
+    assert notice is not None and notice.startswith("all items of pawsx test have one label in ko ('1'), de ('1'): ")

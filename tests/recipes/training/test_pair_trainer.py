@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,19 @@ def test_every_method_takes_the_same_originals_in_the_same_step(make_config, tmp
     assert first != second and sorted(first) == sorted(second), "another order in the second epoch"
     variants = {x: xa for batch in seen["ear"][:8] for x, xa in batch}
     assert any(variants[x] != xa for batch in seen["ear"][8:] for x, xa in batch), "other variants in the second epoch"
+
+
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_the_log_is_plain_lines_with_and_without_a_progress_bar(
+    make_config, tmp_path: Path, capsys, disable_tqdm: bool
+) -> None:
+    changes = {"disable_tqdm": disable_tqdm, "logging_steps": 2, "max_steps": 2}
+    trainer = make_trainer(make_config(method="finetune"), tmp_path, **changes)
+    trainer.train()
+    trainer.detach()
+    output = capsys.readouterr().out
+    assert re.search(r"step 2: loss \d\.\d+, grad_norm \d\.\d+, learning_rate ", output)
+    assert output.count("step 2: loss") == 1 and "{" not in output and "total_flos" not in output
 
 
 def test_checkpoints_are_kept_unless_the_trainer_chooses_when_to_save(make_config, tmp_path: Path) -> None:

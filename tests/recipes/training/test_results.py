@@ -8,6 +8,7 @@ from ear_ops.recipes.tables import markdown_table
 from ear_ops.recipes.training.evaluation import LanguageScore, Score
 from ear_ops.recipes.training.results import (
     comparison,
+    grouped_notices,
     results_markdown,
     results_text,
     summarise,
@@ -101,7 +102,10 @@ def test_runs_side_by_side() -> None:
     assert lines[0].split() == ["run", "en", "ko", "avg"]
     assert lines[2].split() == ["finetune,", "seed", "1", "80.0", "60.0", "80.0"]
     assert lines[3].startswith("ear (paper), seed 1 *") and lines[4].split()[3:] == ["80.0", "80.0"]
-    assert lines[-2:] == ["* collapsed: at chance", "Averages are over the languages that all runs have: en."]
+    assert lines[-2:] == [
+        "ear (paper), seed 1 *: at chance.",
+        "Averages are over the languages that all runs have: en.",
+    ]
     assert comparison(runs, markdown_table).startswith("| run | en | ko |")
 
 
@@ -119,3 +123,22 @@ def test_only_runs_of_one_task_and_split_compare() -> None:
         comparison([make_results(), make_results(translated=True)])
     with pytest.raises(ValueError, match="split"):
         comparison([make_results(), make_results(split="test")])
+
+
+def test_notices_that_differ_in_numbers_alone_are_one_line() -> None:
+    chance = "cross-entropy stayed at chance: its mean is {} (this run took {} steps)"
+    notices = [(f"xnli-ear-seed{i}", chance.format(1.09 + i / 100, 300 * i)) for i in (1, 2, 3)]
+    notices += [(f"xnli-ear-seed{i}", "no dev data for ar, bg: not in the averages") for i in (1, 2)]
+    notices += [("xnli-adv-seed1", "no dev data for zh: not in the averages")]
+    assert grouped_notices(notices) == [
+        f"xnli-ear-seed1: {chance.format(1.1, 300)}. With other numbers also: xnli-ear-seed2; xnli-ear-seed3.",
+        "xnli-ear-seed1; xnli-ear-seed2: no dev data for ar, bg: not in the averages.",
+        "xnli-adv-seed1: no dev data for zh: not in the averages.",
+    ]
+
+
+def test_pairs_that_were_left_out_stand_beside_the_count() -> None:
+    assert "Trained on 60 pairs." in results_text(make_results(pairs=60, untranslated=0))
+    assert "Trained on 60 pairs; 1,200 more were left out, because" in results_text(
+        make_results(pairs=60, untranslated=1200)
+    )

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainerState
 
 from ear_ops.recipes.training import checkpoints, run, scoring, stages
 from ear_ops.recipes.training.config import TrainConfig
+from ear_ops.recipes.training.folder import RunFolderError
 from ear_ops.recipes.training.pair_trainer import PairTrainer
 
 
@@ -340,3 +342,27 @@ def test_kill_9(make_config, tmp_path: Path) -> None:
     assert not (Path(config.output_dir) / "model").exists(), "it was killed while training"
     assert outcome(config) == expected
     assert run.train(config)["timing"]["resumed"]
+
+
+class _Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("executed",))
+
+
+def test_a_file_of_a_checkpoint_that_cannot_be_read_is_named(
+    make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(method="finetune", epochs=1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, 5)
+        run.train(config)
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Path(config.output_dir) / "checkpoints" / "checkpoint-4"
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "trainer_state.json"):
+        whole = (checkpoint / name).read_bytes()
+        torch.save({"state": _Malicious()}, checkpoint / name)
+        checkpoints.mark_complete(checkpoint)
+        with pytest.raises(RunFolderError, match=r"checkpoint-4: a file of this checkpoint is damaged or") as error:
+            run.train(config)
+        assert "\n" not in str(error.value) and not (tmp_path / "executed").exists()
+        (checkpoint / name).write_bytes(whole)

@@ -32,20 +32,6 @@ def metrics(results: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in results.items() if name not in ("date", "timing", "versions")}
 
 
-@pytest.fixture(scope="module")
-def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("shared")
-
-
-@pytest.fixture
-def finished(make_config, shared_folder: Path, tmp_path: Path) -> TrainConfig:
-    """A finished run of `ear` in a folder of the test's own; it is trained once."""
-    if not (shared_folder / "run").exists():
-        run.train(make_config(output_dir=str(shared_folder / "run")))
-    shutil.copytree(shared_folder / "run", tmp_path / "run")
-    return make_config()
-
-
 def results_of(config: TrainConfig) -> dict[str, Any]:
     return json.loads((Path(config.output_dir) / "results.json").read_text())
 
@@ -390,6 +376,26 @@ def test_pawsx_shows_the_accuracy_without_untranslated_rows(tiny_model, make_con
     assert "without NS" in (tmp_path / "run" / "results.md").read_text()
 
 
+def test_pairs_without_text_are_not_trained_on_and_labels_that_say_nothing_are_named(
+    make_config, data_dir: Path, tmp_path: Path, capsys, caplog
+) -> None:
+    shutil.copytree(data_dir / "xnli", tmp_path / "data")
+    with open(tmp_path / "data" / "train-en.tsv", "a") as file:
+        file.write("\t\tneutral\nNS\ta1\tneutral\n")
+    swahili = tmp_path / "data" / "dev-sw.tsv"
+    swahili.write_text("".join(line.rpartition("\t")[0] + "\tneutral\n" for line in swahili.read_text().splitlines()))
+    with caplog.at_level(logging.WARNING):
+        results = run.train(make_config(data_dir=str(tmp_path / "data"), method="finetune", epochs=1))
+    assert (results["pairs"], results["untranslated"]) == (60, 2)
+    output = capsys.readouterr().out
+    assert "2 pairs are left out of training, because a text is empty or the marker NS" in output
+    assert re.search(r"^step 3: loss \d\.\d+, grad_norm ", output, re.M) and "{'" not in output
+    text = (tmp_path / "run" / "results.md").read_text()
+    assert "Trained on 60 pairs; 2 more were left out, because a text is empty" in text
+    notice = "all items of xnli dev have one label in sw ('neutral'): these are placeholders"
+    assert caplog.text.count(notice) == 1 and notice in results["notices"][-1] and notice in text
+
+
 def test_missing_data_are_noticed_before_training(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PairTrainer, "train", lambda *arguments, **options: pytest.fail("trained"))
     with pytest.raises(DataError, match=r"dev-fr\.tsv") as error:
@@ -562,7 +568,7 @@ def test_bf16_trains_and_scores_under_autocast(make_config, tmp_path: Path, monk
 def test_a_model_that_beats_the_majority_may_fail_on_perturbed_embeddings(
     make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, collapsed: bool
 ) -> None:
-    monkeypatch.setattr(stages, "collapse_notice", lambda *args, **kwargs: "cross-entropy stayed at chance")
+    monkeypatch.setattr(stages, "chance_level", lambda labels: 0.0)
     monkeypatch.setattr(stages, "beats_majority", lambda accuracy, labels: accuracy >= 0 and len(labels) == 15)
     results = run.train(make_config(output_dir=str(tmp_path / "run"), epochs=1, method=method))
     assert results["collapsed"] is collapsed and results["pairs"] == 60

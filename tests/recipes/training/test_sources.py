@@ -135,3 +135,26 @@ def test_what_a_run_needs_and_is_not_there_shows_without_reading(make_config, da
 def test_variants_need_a_dictionary(make_config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no words to replace: pass --synonyms"):
         write_variants_file(make_config(method="finetune", synonyms=None).data, str(tmp_path / "v.tsv"))
+
+
+@pytest.mark.parametrize("two_views", [False, True])
+def test_untranslated_pairs_are_left_out_and_counted(
+    make_config, data_dir: Path, tmp_path: Path, two_views: bool
+) -> None:
+    rows = ["\t\t0", "a0 a1\tb0\t1", "a0\tNS\t0", "a2\tb1\t0", "a3\tb2\t1"]
+    (tmp_path / "train-ko.tsv").write_text("".join(f"{row}\n" for row in rows))
+    settings = {"task": "pawsx", "data_dir": str(tmp_path), "source_language": "ko", "max_train_examples": 2}
+    data = load_training_data(make_config(**settings).data, two_views)
+    assert [example.text1 for example in data.views.examples] == ["a0 a1", "a2"] and data.untranslated == 2
+    path = str(tmp_path / "variants.tsv")
+    message = write_variants_file(make_config(**settings).data, path, num_variants=2)
+    assert "4 lines, 2 variants of 2 pairs; 2 pairs left out, because a text is empty or the marker NS" in message
+    with open(path, "a") as file:
+        file.write("\tb\t0\t\tb\t0\n" * 2)
+    with_file = load_training_data(make_config(**settings, synonyms=None, variants_file=path).data, two_views)
+    assert with_file.views.examples == data.views.examples and with_file.untranslated == 1
+    if two_views:
+        assert with_file.views[0]["augmented"] in {data.views[0]["augmented"], *with_file.groups[0].variants}
+    (tmp_path / "train-ko.tsv").write_text(f"{rows[0]}\n")
+    with pytest.raises(DataError, match="all 1 training pairs are left out, because a text is empty"):
+        load_training_data(make_config(**settings).data, two_views)

@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from ear_ops.models.classifier import OFFLINE_MODEL as CLASSIFIER_OFFLINE_MODEL
-from ear_ops.recipes.training.config import OFFLINE_MODEL, PRESETS, TrainConfig
+from ear_ops.recipes.training.config import OFFLINE_MODEL, PRESETS, SETTING_TYPES, TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
 
 
@@ -97,7 +97,14 @@ def test_the_offline_model_has_the_name_that_the_loader_knows() -> None:
         ({"layer": 0}, ["layer", "at least 1"]),
         ({"warmup_ratio": 1.0}, ["warmup_ratio", "below 1"]),
         ({"dictionary_scale": 0.0}, ["dictionary_scale", "above 0"]),
-        ({"learning_rate": float("nan")}, ["learning_rate"]),
+        ({"learning_rate": float("nan")}, ["learning_rate must be a finite number, got nan"]),
+        ({"learning_rate": float("inf")}, ["learning_rate must be a finite number, got inf"]),
+        ({"pull_ratio": 10**400}, ["pull_ratio must be a finite number"]),
+        ({"alpha": -1.0}, ["alpha must be at least 0, got -1.0"]),
+        ({"beta": -0.1}, ["beta must be at least 0, got -0.1"]),
+        ({"seed": 2**32}, ["seed must be at most 4294967295, got 4294967296"]),
+        ({"data_dir": "a\udcff"}, ["data_dir must be a text in UTF-8", r"'a\udcff'"]),
+        ({"model": "a\0b"}, ["model must be a text in UTF-8"]),
         ({"data_dir": None}, ["--data-dir", "train-en.tsv", "mini", "--hub"]),
         ({"hub": True}, ["hub", "data_dir"]),
         ({"variants": "all"}, ["--variants-file"]),
@@ -117,6 +124,25 @@ def test_a_bad_setting_is_named_with_what_is_possible(settings: dict[str, object
     with pytest.raises(ConfigError) as error:
         TrainConfig(**{"data_dir": "mini", **settings})
     assert all(word in str(error.value) for word in words)
+
+
+def test_no_number_may_be_infinite_or_missing() -> None:
+    numbers = [name for name, kind in SETTING_TYPES.items() if kind is float or float in get_args(kind)]
+    assert {"learning_rate", "alpha", "beta", "max_grad_norm", "weight_decay", "perturbation"} <= set(numbers)
+    for name in numbers:
+        for value in (float("inf"), float("-inf"), float("nan")):
+            with pytest.raises(ConfigError, match=f"{name} must be a finite number, got {value}"):
+                TrainConfig(data_dir="mini", **{name: value})
+
+
+def test_the_summary_leaves_out_what_is_as_usual_and_what_the_method_ignores() -> None:
+    common = ["task", "method", "model", "output_dir", "data_dir", "learning_rate", "epochs", "seed", "batch_size"]
+    assert set(TrainConfig(data_dir="mini", method="finetune").summary()) == set(common)
+    weights = ["preset", "alpha", "beta", "layer", "reduction"]
+    assert set(TrainConfig(data_dir="mini").summary()) == {*common, *weights}
+    released = TrainConfig(data_dir="mini", preset="released", bf16=True, max_length=64, perturbation=0.7).summary()
+    assert set(released) == {*common, *weights, "padding", "bf16", "max_length"}
+    assert (released["alpha"], released["padding"], released["max_length"]) == (0.1, "max_length", 64)
 
 
 def test_round_trip_leaves_out_the_folder_alone() -> None:
