@@ -168,7 +168,7 @@ class _Enter(ModelHook):
         self.recorder, self.path = recorder, path
         names = list(inspect.signature(module.forward).parameters)
         self.positions = {name: names.index(name) if name in names else None for name in MASKS}
-        self.positions.update({name: names.index(name) for name in names if may_be_padding(name)})
+        self.positions.update({name: names.index(name) for name in names if may_be_padding(name, module)})
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], received: Any) -> None:
         recorder = self.recorder
@@ -188,7 +188,7 @@ class _Enter(ModelHook):
                 name: args[position] if position is not None and position < len(args) else received.get(name)
                 for name, position in self.positions.items()
             }
-            arguments.update({name: value for name, value in received.items() if may_be_padding(name)})
+            arguments.update({name: value for name, value in received.items() if may_be_padding(name, module)})
             recorder.record.masks[self.path] = {name: TensorCall(value) for name, value in arguments.items()}
             if self.positions["attention_mask"] is not None:
                 recorder.record.masked_models.add(self.path)

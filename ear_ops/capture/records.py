@@ -63,7 +63,7 @@ class AttentionCall:
                 self.unsupported = name
         self.position_ids: Any = kwargs.get("position_ids")
         self._received_mask = attention_mask  # a site may put a tensor in place of a mask object
-        self.versions = tuple(_version(tensor) for _, tensor in self.taken)
+        self.versions = tuple(tensor_version(tensor) for _, tensor in self.taken)
         self.grad_enabled = torch.is_grad_enabled()
 
     @property
@@ -123,7 +123,7 @@ class TensorCall:
     def __init__(self, tensor: Any, source: Any = None) -> None:
         self.tensor = tensor
         self.source = source
-        self.version = _version(tensor)
+        self.version = tensor_version(tensor)
         self.grad_enabled = torch.is_grad_enabled()
 
     @property
@@ -176,7 +176,7 @@ class Record:
         received = self.masks.get(model, {}).get(name)
         if received is None:
             return None
-        if received.version is not None and _version(received.tensor) != received.version:
+        if received.version is not None and tensor_version(received.tensor) != received.version:
             raise RuntimeError(
                 f"{what}: the {name} that the model received was changed in place afterwards, so the loss would use "
                 f"the mask of another batch; call loss() before the buffer is filled again, or give each forward a "
@@ -221,17 +221,19 @@ class Record:
                 f'(gradient_checkpointing_kwargs={{"use_reentrant": False}})'
             )
         for (name, tensor), version in zip(calls[index].taken, calls[index].versions, strict=True):
-            if version is not None and _version(tensor) != version:
+            if version is not None and tensor_version(tensor) != version:
                 raise RuntimeError(f"{what}: the {name} that was taken here was changed in place afterwards{_HINT}")
         return calls[index]
 
 
-def may_be_padding(name: str) -> bool:
-    """Whether an argument called ``name`` may say which tokens are padding, or which are not."""
+def may_be_padding(name: str, module: nn.Module | None = None) -> bool:
+    """Whether an argument called ``name``, of ``module``, may say which tokens are padding, or which are not."""
+    if name.startswith("memory_") or (name == "mask" and isinstance(module, nn.TransformerEncoder)):
+        return False  # of what a decoder attends to; of positions, the same for all rows
     return name in ("mask", "masks", "input_mask", "token_mask", "pad_mask") or name.endswith("padding_mask")
 
 
-def _version(tensor: Any) -> int | None:
+def tensor_version(tensor: Any) -> int | None:
     """The count of in-place changes, None where there is none."""
     if not isinstance(tensor, Tensor) or torch.compiler.is_compiling() or tensor.is_inference():
         return None

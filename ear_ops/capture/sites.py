@@ -22,6 +22,7 @@ from ear_ops.capture.masks import (
     padding_mask,
     tensor_mask,
 )
+from ear_ops.capture.nested import padded
 from ear_ops.capture.readings import AttentionInputs, AttentionMaps, HiddenStates
 from ear_ops.capture.records import AttentionCall, Record, SoftmaxCall, TensorCall, may_be_padding
 from ear_ops.capture.taps.hooks import ModelHook, add_tap, remove_tap
@@ -225,7 +226,7 @@ class HiddenSite:
     def install(self, listener: Listener) -> list[Undo]:
         undo: list[Undo] = []
         for block in self.place.modules:
-            masks = _MaskTap(listener, self._mask_key, block)
+            masks = MaskTap(listener, self._mask_key, block)
             undo.append(block.register_forward_pre_hook(masks, with_kwargs=True).remove)
             if self.side == "input":
                 before = _InputTap(listener, self._tap_key)
@@ -236,6 +237,8 @@ class HiddenSite:
 
     def read(self, record: Record, what: str) -> HiddenStates:
         tensor = record.call(self._tap_key, what, self.place.call, self.place.calls).tensor
+        if isinstance(tensor, Tensor) and tensor.is_nested:
+            return HiddenStates(*padded(tensor))
         states = _expect_tensor(tensor, "[B, L, C]", f"{what}: the {self.side} of {self.place.path}")
         rows, length = states.shape[:2]
         return HiddenStates(states, find_padding(record, self.model, self._mask_key, rows, length, what))
@@ -265,8 +268,8 @@ class _InputTap(ModelHook):
             record.add(self.key, TensorCall(args[0] if args else kwargs.get("hidden_states")))
 
 
-class _MaskTap(ModelHook):
-    """Forward pre-hook of a block: the masks that it received, for models that were passed by."""
+class MaskTap(ModelHook):
+    """Forward pre-hook of a block, or of what is around it: the masks that it received by name."""
 
     def __init__(self, listener: Listener, key: str, block: nn.Module) -> None:
         self.listener, self.key = listener, key
@@ -280,7 +283,7 @@ class _MaskTap(ModelHook):
         record.masks[self.key] = {
             name: TensorCall(value)
             for name, value in received.items()
-            if name == "attention_mask" or may_be_padding(name)
+            if name == "attention_mask" or may_be_padding(name, module)
         }
 
 
