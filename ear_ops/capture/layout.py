@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ear_ops.capture.multihead import MultiheadSite
-from ear_ops.capture.sites import AttentionSite, HiddenSite, Place, ProjectionSite
+from ear_ops.capture.sites import AttentionSite, HiddenSite, Place, ProjectionSite, Surroundings
 from ear_ops.capture.taps.inside import computes_attention
 from ear_ops.capture.taps.interface import uses_interface
 from ear_ops.capture.taps.multihead import is_multihead
@@ -161,10 +161,14 @@ class Layout:
                 f"layer: {path} (nn.MultiheadAttention) has {adds}=True, which adds a key that is no token; the losses "
                 f"compare tokens and do not support it"
             )
+        around = self._surroundings(path)
+        is_cross = _is_cross_attention(path, module) or module is getattr(around.module, "multihead_attn", None)
+        return MultiheadSite(place, self._receiver(path), around, is_cross)
+
+    def _surroundings(self, path: str) -> Surroundings:
         kinds = nn.TransformerEncoder, nn.TransformerDecoderLayer
-        around = next((parent for parent in reversed(self._parents(path)) if isinstance(parent, kinds)), None)
-        is_second = isinstance(around, nn.TransformerDecoderLayer) and module is around.multihead_attn
-        return MultiheadSite(place, self._receiver(path), around, is_second or _is_cross_attention(path, module))
+        around = (parent for parent in reversed(self._parents(path)) if isinstance(parent, kinds))
+        return Surroundings(path, next(around, None))
 
     def projections(
         self,
@@ -205,12 +209,12 @@ class Layout:
     def embeddings(self) -> HiddenSite:
         """What enters the first block: the embedding layer's output, LayerNorm and dropout included."""
         block = self.block(1, argument="model")  # whoever asks for embeddings has no layer to give
-        return HiddenSite(block, "input", self._receiver(block.path))
+        return HiddenSite(block, "input", self._receiver(block.path), self._surroundings(block.path))
 
     def hidden_states(self, layer: int) -> HiddenSite:
         """What leaves block ``layer``, counted from 1, before any final norm of the model."""
         block = self.block(layer)
-        return HiddenSite(block, "output", self._receiver(block.path))
+        return HiddenSite(block, "output", self._receiver(block.path), self._surroundings(block.path))
 
     @property
     def depth(self) -> int:

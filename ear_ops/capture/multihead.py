@@ -6,7 +6,7 @@ Unlike models of transformers, it gets its masks itself, so they say what is pad
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from ear_ops.capture.masks import (
 from ear_ops.capture.nested import padded
 from ear_ops.capture.readings import AttentionInputs
 from ear_ops.capture.records import AttentionCall, Record
-from ear_ops.capture.sites import Listener, MaskTap, Place, Undo
+from ear_ops.capture.sites import Listener, Place, Surroundings, Undo
 from ear_ops.capture.taps.multihead import MultiheadCall, MultiheadTap
 
 
@@ -40,34 +40,32 @@ class MultiheadSite:
     Args:
         place: where it is.
         model: path of the model that receives the masks.
-        around: the ``nn.TransformerEncoder`` or ``nn.TransformerDecoderLayer`` that it is a part of, or None.
+        around: what it is a part of.
         cross_attention: its queries are other tokens than its keys, which its name says.
     """
 
-    def __init__(self, place: Place, model: str, around: nn.Module | None, cross_attention: bool) -> None:
+    def __init__(self, place: Place, model: str, around: Surroundings, cross_attention: bool) -> None:
         self.place, self.model, self.around, self.cross_attention = place, model, around, cross_attention
 
     @property
-    def _mask_key(self) -> str:
-        return f"masks around:{self.place.path}"
+    def _tap_key(self) -> str:
+        """Of this site alone: nothing tells a call that two taps saw from two calls with the very same queries."""
+        return f"multihead:{self.place.path}:{id(self)}"
 
     def install(self, listener: Listener) -> list[Undo]:
-        tap = MultiheadTap(listener, self.place.path)
+        tap = MultiheadTap(listener, self._tap_key)
         undo = [module.register_forward_pre_hook(tap, with_kwargs=True).remove for module in self.place.modules]
-        if self.around is not None:
-            masks = MaskTap(listener, self._mask_key, self.around)
-            undo.append(self.around.register_forward_pre_hook(masks, with_kwargs=True).remove)
-        return undo
+        return [*undo, *self.around.install(listener)]
 
     def read(self, record: Record, what: str) -> AttentionInputs:
-        call: MultiheadCall = record.call(self.place.path, what, self.place.call, self.place.calls)
+        call: MultiheadCall = record.call(self._tap_key, what, self.place.call, self.place.calls)
         if call.query.dim() != 3:
             raise ValueError(
                 f"{what}: expected an nn.MultiheadAttention to get batches, [B, L, E] or [L, B, E], got the shape "
                 f"{list(call.query.shape)}; add the dimension of the batch with unsqueeze"
             )
         if call.query.is_nested:
-            inputs, mask = padded(call.query, self._nested_length(record, what))
+            inputs, mask = padded(call.query, self.around.nested_length(record, what))
             query, key = call.heads(inputs, inputs, what)
             return AttentionInputs(query, key, mask, mask, attn_bias=None)
         inputs, inputs_key = (
@@ -81,11 +79,6 @@ class MultiheadSite:
             record.structures[known] = self._masks(record, call, query, key, what)
         masks: _Masks = record.structures[known]
         return AttentionInputs(query, key, masks.key_mask, masks.query_mask, masks.attn_bias, is_causal=masks.is_causal)
-
-    def _nested_length(self, record: Record, what: str) -> int | None:
-        """The length to which the rows of a nested tensor were padded, where the encoder made it of padded ones."""
-        padding = record.mask(self._mask_key, what, "src_key_padding_mask")
-        return None if padding is None else padding.shape[1]
 
     def _masks(self, record: Record, call: MultiheadCall, query: Tensor, key: Tensor, what: str) -> _Masks:
         rows, lengths = query.shape[0], (query.shape[2], key.shape[2])
@@ -149,7 +142,7 @@ class MultiheadSite:
         if call.of_same_tokens:
             return key_mask
         if self.cross_attention or lengths[0] != lengths[1]:
-            received: Any = record.mask(self._mask_key, what, "tgt_key_padding_mask")
+            received = self.around.mask(record, what, "tgt_key_padding_mask")
             return None if received is None else real_tokens(received)
         if key_mask is not None and not bool(key_mask.all()):
             raise ValueError(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ear_ops.capture.pending import PendingResult
+
 _HINT = (
     ", so the loss would use what was written there. In a model write x = x + y in place of x += y; between two "
     "forwards, or a forward and its loss(), overwrite no buffer that the first one used: give each view a cache "
@@ -140,8 +142,10 @@ class Record:
     """One forward of the root module.
 
     Attributes:
+        training: the root module was in training mode.
         grad_enabled: the grad mode in which the forward began.
         complete: the forward has ended; KeyboardInterrupt ends it without a hook.
+        result: what the forward returned; None where it was compiled.
         masks: the masks that each model inside received by name, by the model's path.
         masked_models: paths of the models that take an ``attention_mask`` by name and were called.
         mask_override: takes the place of the ``attention_mask`` that models received, where it is not None.
@@ -150,9 +154,11 @@ class Record:
         structures: what the attention masks of this forward say, kept for the next layer by :mod:`.sites`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, training: bool = True) -> None:
+        self.training = training
         self.grad_enabled = torch.is_grad_enabled()
         self.complete = False
+        self.result: PendingResult | None = None
         self.masks: dict[str, dict[str, TensorCall]] = {}
         self.masked_models: set[str] = set()
         self.mask_override: Tensor | None = None

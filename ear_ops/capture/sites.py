@@ -65,6 +65,33 @@ class Place(NamedTuple):
     calls: int = 1
 
 
+class Surroundings:
+    """The ``nn.TransformerEncoder`` or ``nn.TransformerDecoderLayer`` around a place, whose masks say more of it.
+
+    ``module``: None where there is neither.
+    """
+
+    def __init__(self, path: str, module: nn.Module | None) -> None:
+        self.module = module
+        self._key = f"masks around:{path}"
+
+    def install(self, listener: Listener) -> list[Undo]:
+        if self.module is None:
+            return []
+        tap = MaskTap(listener, self._key, self.module)
+        return [self.module.register_forward_pre_hook(tap, with_kwargs=True).remove]
+
+    def mask(self, record: Record, what: str, name: str) -> Tensor | None:
+        """What the module received as ``name``, or None."""
+        received: Tensor | None = record.mask(self._key, what, name)
+        return received
+
+    def nested_length(self, record: Record, what: str) -> int | None:
+        """The length of the padded rows of which the encoder made nested ones; None: the caller made them."""
+        padding = self.mask(record, what, "src_key_padding_mask")
+        return None if padding is None else padding.shape[1]
+
+
 class AttentionSite:
     """An attention module.
 
@@ -212,8 +239,8 @@ class ProjectionSite:
 class HiddenSite:
     """The hidden states that enter (``"input"``) or leave (``"output"``) the block at ``place``."""
 
-    def __init__(self, place: Place, side: str, model: str) -> None:
-        self.place, self.side, self.model = place, side, model
+    def __init__(self, place: Place, side: str, model: str, around: Surroundings) -> None:
+        self.place, self.side, self.model, self.around = place, side, model, around
 
     @property
     def _tap_key(self) -> str:
@@ -224,7 +251,7 @@ class HiddenSite:
         return f"masks:{self.place.path}"
 
     def install(self, listener: Listener) -> list[Undo]:
-        undo: list[Undo] = []
+        undo = self.around.install(listener)
         for block in self.place.modules:
             masks = MaskTap(listener, self._mask_key, block)
             undo.append(block.register_forward_pre_hook(masks, with_kwargs=True).remove)
@@ -238,7 +265,7 @@ class HiddenSite:
     def read(self, record: Record, what: str) -> HiddenStates:
         tensor = record.call(self._tap_key, what, self.place.call, self.place.calls).tensor
         if isinstance(tensor, Tensor) and tensor.is_nested:
-            return HiddenStates(*padded(tensor))
+            return HiddenStates(*padded(tensor, self.around.nested_length(record, what)))
         states = _expect_tensor(tensor, "[B, L, C]", f"{what}: the {self.side} of {self.place.path}")
         rows, length = states.shape[:2]
         return HiddenStates(states, find_padding(record, self.model, self._mask_key, rows, length, what))

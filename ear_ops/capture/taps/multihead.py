@@ -84,7 +84,7 @@ class MultiheadCall:
         )
 
     def heads(self, query: Tensor, key: Tensor, what: str) -> tuple[Tensor, Tensor]:
-        """Queries ``[B, H, L, D]`` and keys ``[B, H, S, D]`` of the inputs, in the precision of the call.
+        """Queries ``[B, H, L, D]`` and keys ``[B, H, S, D]`` of the inputs, in the precision and grad mode of the call.
 
         Args:
             query, key: the inputs, ``[B, L, E]`` and ``[B, S, E_k]``.
@@ -93,18 +93,17 @@ class MultiheadCall:
         Raises:
             RuntimeError: the memory of the weights was freed after the forward.
         """
-        if self.weight is not None:
-            size = self.weight.shape[0] // 3
-            weights = self.weight[:size], self.weight[size : 2 * size]
-        else:
-            weights = self.query_weight, self.key_weight
-        if any(weight.numel() and not weight.untyped_storage().size() for weight in weights):
+        if not (self.query_weight if self.weight is None else self.weight).untyped_storage().size():
             raise RuntimeError(
                 f"{what}: the weights of the nn.MultiheadAttention were freed after the forward, so its queries and "
                 f"keys cannot be projected again; with FSDP, shard its block with reshard_after_forward=False"
             )
+        weights = (self.query_weight, self.key_weight) if self.weight is None else self.weight.chunk(3)[:2]
         biases = (None, None) if self.bias is None else self.bias.chunk(3)[:2]
-        with torch.autocast(query.device.type, self.autocast, enabled=self.autocast is not None):
+        with (
+            torch.set_grad_enabled(self.grad_enabled and torch.is_grad_enabled()),
+            torch.autocast(query.device.type, self.autocast, enabled=self.autocast is not None),
+        ):
             projected, projected_key = (
                 F.linear(states, weight, bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
                 for states, weight, bias in zip((query, key), weights, biases, strict=True)
