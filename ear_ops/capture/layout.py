@@ -61,9 +61,9 @@ class Layout:
             ]
             if not inside:
                 raise ValueError(
-                    f"layer: {described} has no self-attention that is an nn.MultiheadAttention or calls the attention "
-                    f"interface of transformers, scaled_dot_product_attention or softmax, so its attention cannot be "
-                    f"taken; if it is a plain softmax(scale * Q K^T), name the projections with query=, key= and "
+                    f"layer: {described} has no self-attention that calls the attention interface of transformers, "
+                    f"scaled_dot_product_attention or softmax, or is an nn.MultiheadAttention, so its attention cannot "
+                    f"be taken; if it is a plain softmax(scale * Q K^T), name the projections with query=, key= and "
                     f"num_heads="
                 )
             if len(inside) > 1:
