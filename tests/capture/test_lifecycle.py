@@ -678,3 +678,31 @@ def test_a_compiled_model_that_ran_several_times_warns(tools, fullgraph):
             ear.loss()
         del kept
     torch.compiler.reset()
+
+
+def test_the_last_kind_of_record_counts(tools):
+    """A forward of both views, or two named views: whichever began first and was not taken is gone."""
+    model, batch = tools.build_model("bert"), tools.build_batch()
+    other = {name: rows[:4] for name, rows in tools.build_batch(seed=2).items()}
+
+    def named(ear, view, rows):
+        with ear.view(view):
+            model(**{name: tensor[rows] for name, tensor in batch.items()})
+
+    with attach(model, TERMS) as ear:
+        model(**batch)
+        expected = ear.loss()
+        model(**other)
+        named(ear, "original", slice(3))
+        named(ear, "augmented", slice(3, 6))
+        torch.testing.assert_close(ear.loss(), expected)
+        model(**other)
+        named(ear, "augmented", slice(3, 6))
+        with pytest.raises(RuntimeError, match="only the augmented view was recorded"):
+            ear.loss()
+        for first, second in (("original", "augmented"), ("augmented", "original")):
+            named(ear, first, slice(3))
+            model(**other)
+            named(ear, second, slice(3, 6))
+            with pytest.raises(RuntimeError, match=f"only the {second} view was recorded"):
+                ear.loss()
