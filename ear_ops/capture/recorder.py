@@ -162,12 +162,12 @@ class Recorder:
         trained = [record for record in replaced if record is not None and record.complete and record.training]
         results = [record.result for record in trained if record.grad_enabled]
         del replaced, trained  # they may hold what they would be found to wait for
-        if recorded and not self.without_grad and any(result is None or result.waits() for result in results):
+        if recorded and any(result is None or result.waits() for result in results):
             self.untaken = True
 
-    def end(self, failed: bool, output: Any) -> None:
-        """The forward has ended; a failed one leaves no record."""
-        if failed:
+    def end(self, output: Any) -> None:
+        """The forward has ended; one that failed, its output None, leaves no record."""
+        if output is None:
             self.both = self.original = self.augmented = None
         elif self.record is not None:
             self.record.complete = True
@@ -222,7 +222,7 @@ class _Leave(ModelHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.recorder.open == self.path:
-            self.recorder.end(output is None, output)
+            self.recorder.end(output)
 
 
 def _in_backward() -> bool:

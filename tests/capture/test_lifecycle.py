@@ -623,9 +623,11 @@ def test_forwards_of_a_teacher_do_not_warn_and_those_of_its_student_do(tools):
         assert "ear.view" not in str(caught[0].message)
 
 
-def test_a_model_that_checkpointing_runs_again_whole_is_recorded_once(tools):
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_a_model_that_checkpointing_runs_again_whole_is_recorded_once(tools, early_stop):
     model, batch = tools.build_model("bert"), tools.build_batch()
-    with no_warning(), attach(model, TERMS) as ear:
+    stopping = torch.utils.checkpoint.set_checkpoint_early_stop(early_stop)
+    with no_warning(), stopping, attach(model, TERMS) as ear:
         for _ in range(2):
             out = torch.utils.checkpoint.checkpoint(model, **batch, use_reentrant=False)
             total = out.logits.square().sum() + ear.loss()

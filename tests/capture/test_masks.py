@@ -305,3 +305,12 @@ def test_queries_behind_cached_keys_are_the_last_of_the_tokens():
     real, real_aug = mask.bool().chunk(2)
     counted = (real & real_aug)[:, None, 3:, None] & (real | real_aug)[:, None, None, :]
     torch.testing.assert_close(loss, (maps - maps_aug)[counted.expand_as(maps)].square().mean(), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_that_is_longer_than_the_queries_alone_stays(causal):
+    """Two queries behind cached keys: a window of 3 hides keys from them, though all queries fit into it."""
+    call = call_with(allowed(causal, window=3)[:, :, -2:], query_length=2, is_causal=causal, sliding_window=3)
+    assert attention_structure(call, KEYS, KEYS[:, -2:], "x") == Structure(causal, 3)
+    call = call_with(KEYS, "flash_attention_2", query_length=2, is_causal=False, sliding_window=3)
+    assert attention_structure(call, KEYS, KEYS[:, -2:], "x") == Structure(False, 3)
