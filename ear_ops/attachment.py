@@ -53,6 +53,7 @@ class Attachment:
         self._teacher = teacher
         self._components: dict[str, Tensor] = {}
         self._warned: set[str] = set()
+        self._warned_of_untaken = False
         self._model_name = type(recorder.root).__name__
         self._copied = False
 
@@ -88,10 +89,13 @@ class Attachment:
         for regularizer in self.regularizers:
             if regularizer.uses_word_ids and word_ids is None:
                 raise TypeError(f"{regularizer.name}: it compares words, so it needs ear.loss(word_ids=...)")
+        untaken = self._recorder.untaken
         try:
             records = self._take()
         except RuntimeError as error:
             raise RuntimeError(f"{', '.join(r.name for r in self.regularizers)}: {error}") from None
+        if untaken:
+            self._warn_of_untaken()
         if attention_mask is not None:
             self._replace_masks([record for record, _ in records], attention_mask)
         total: Tensor | None = None
@@ -129,6 +133,17 @@ class Attachment:
         if self._teacher is not None:
             raise RuntimeError(f"view: {name!r} was asked for, but the teacher's forward is the other view")
         return self._recorder.recording_view(name)
+
+    @property
+    def untaken(self) -> bool:
+        """Whether a training forward was replaced by a later one, with no :meth:`loss` between and no backward yet."""
+        return self._recorder.untaken
+
+    def forget(self) -> None:
+        """Drop what was recorded: for a forward that belongs to no :meth:`loss`, such as one of another task."""
+        self._recorder.forget()
+        if self._teacher is not None:
+            self._teacher.forget()
 
     def detach(self) -> None:
         """Take everything off the model again; a second call does nothing."""
@@ -210,6 +225,17 @@ class Attachment:
         if len(set(rows)) > 1:
             both = "the views" if self._teacher is None else "the model and its teacher"
             raise ValueError(f"{name}: expected equally many rows in {both}, got {rows[0]} and {rows[1]}")
+
+    def _warn_of_untaken(self) -> None:
+        if self._warned_of_untaken:
+            return
+        self._warned_of_untaken = True
+        views = "" if self._teacher is not None else 'name two forwards with ear.view("original") and "augmented", '
+        warnings.warn(
+            f"{self._model_name} ran several times before one loss(), which takes the last forward alone: put all rows "
+            f"into one batch, {views}or call ear.forget() after each forward that loss() should leave out",
+            stacklevel=3,
+        )
 
     def _warn_if_constant(self, name: str, term: Tensor) -> None:
         if term.requires_grad or name in self._warned or not torch.is_grad_enabled():

@@ -3,17 +3,19 @@
 One idea a file:
 
 * :mod:`.layout` finds the places in a model, :mod:`.layers` reads how a user asks for layers.
-* :mod:`.sites` are places; they tap a module and read the record of a forward.
+* :mod:`.sites` are places; they tap a module and read the record of a forward. :mod:`.multihead` is one of them.
 * :mod:`.taps` hang on modules and take tensors.
 * :mod:`.records` hold what the taps took in one forward; :mod:`.recorder` begins and ends them.
 * :mod:`.masks` turns the model's masks into those of the losses.
 * :mod:`.readings` are what a loss gets.
+* :mod:`.nested` writes nested tensors as padded ones.
 * :mod:`.teacher` finds the places of a second model and ties its forward to the same batch.
 """
 
 from __future__ import annotations
 
 from ear_ops.capture.layout import Layout, find_attention, unwrap
+from ear_ops.capture.multihead import MultiheadSite
 from ear_ops.capture.readings import (
     AttentionInputs,
     AttentionMaps,
@@ -33,6 +35,7 @@ __all__ = [
     "HiddenSite",
     "HiddenStates",
     "Layout",
+    "MultiheadSite",
     "Place",
     "ProjectionSite",
     "Record",

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ear_ops.capture.sites import AttentionSite, HiddenSite, Place, ProjectionSite
+from ear_ops.capture.multihead import MultiheadSite
+from ear_ops.capture.sites import AttentionSite, HiddenSite, Place, ProjectionSite, Surroundings
 from ear_ops.capture.taps.inside import computes_attention
 from ear_ops.capture.taps.interface import uses_interface
+from ear_ops.capture.taps.multihead import is_multihead
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -44,7 +46,7 @@ class Layout:
         self._modules = dict(root.named_modules())
         self._paths = {module: path for path, module in self._modules.items()}
 
-    def attention(self, layer: int | str) -> AttentionSite:
+    def attention(self, layer: int | str) -> AttentionSite | MultiheadSite:
         """The self-attention inside block ``layer``, counted from 1, or the attention at or inside a module path."""
         if isinstance(layer, str):
             return self._attention_at(layer)
@@ -60,8 +62,9 @@ class Layout:
             if not inside:
                 raise ValueError(
                     f"layer: {described} has no self-attention that calls the attention interface of transformers, "
-                    f"scaled_dot_product_attention or softmax, so its attention cannot be taken; if it is a plain "
-                    f"softmax(scale * Q K^T), name the projections with query=, key= and num_heads="
+                    f"scaled_dot_product_attention or softmax, or is an nn.MultiheadAttention, so its attention cannot "
+                    f"be taken; if it is a plain softmax(scale * Q K^T), name the projections with query=, key= and "
+                    f"num_heads="
                 )
             if len(inside) > 1:
                 names = ", ".join(attention.path for attention in inside)
@@ -112,7 +115,7 @@ class Layout:
             prefix, wrapped = f"{prefix}module.", inside
             yield prefix
 
-    def _attention_at(self, path: str) -> AttentionSite:
+    def _attention_at(self, path: str) -> AttentionSite | MultiheadSite:
         path = self.full_path(path)
         if path not in self._modules:
             raise ValueError(f"layer: {type(self.root).__name__} has no module {path!r}; {self._known()}")
@@ -130,8 +133,10 @@ class Layout:
         listed = ", ".join(paths[:3]) + (f", ... ({len(paths)} in all)" if len(paths) > 3 else "")
         return f"attentions of this model: {listed}" if paths else "this model has no attention that can be taken"
 
-    def _site(self, place: Place, attention: Attention) -> AttentionSite:
+    def _site(self, place: Place, attention: Attention) -> AttentionSite | MultiheadSite:
         path, module, computes_itself = attention
+        if is_multihead(module):
+            return self._multihead_site(place, path, module)
         if getattr(module, "sinks", None) is not None:
             raise ValueError(
                 f"layer: {path} ({type(module).__name__}) has attention sinks, which the losses do not support"
@@ -148,6 +153,22 @@ class Layout:
         query_mask = "decoder_attention_mask" if in_decoder else "attention_mask"
         key_mask = "attention_mask" if cross else query_mask
         return AttentionSite(place, model, key_mask, query_mask, inside=computes_itself)
+
+    def _multihead_site(self, place: Place, path: str, module: Any) -> MultiheadSite:
+        adds = "add_bias_kv" if module.bias_k is not None else "add_zero_attn" if module.add_zero_attn else None
+        if adds is not None:
+            raise ValueError(
+                f"layer: {path} (nn.MultiheadAttention) has {adds}=True, which adds a key that is no token; the losses "
+                f"compare tokens and do not support it"
+            )
+        around = self._surroundings(path)
+        is_cross = _is_cross_attention(path, module) or module is getattr(around.module, "multihead_attn", None)
+        return MultiheadSite(place, self._receiver(path), around, is_cross)
+
+    def _surroundings(self, path: str) -> Surroundings:
+        kinds = nn.TransformerEncoder, nn.TransformerDecoderLayer
+        around = (parent for parent in reversed(self._parents(path)) if isinstance(parent, kinds))
+        return Surroundings(path, next(around, None))
 
     def projections(
         self,
@@ -188,12 +209,12 @@ class Layout:
     def embeddings(self) -> HiddenSite:
         """What enters the first block: the embedding layer's output, LayerNorm and dropout included."""
         block = self.block(1, argument="model")  # whoever asks for embeddings has no layer to give
-        return HiddenSite(block, "input", self._receiver(block.path))
+        return HiddenSite(block, "input", self._receiver(block.path), self._surroundings(block.path))
 
     def hidden_states(self, layer: int) -> HiddenSite:
         """What leaves block ``layer``, counted from 1, before any final norm of the model."""
         block = self.block(layer)
-        return HiddenSite(block, "output", self._receiver(block.path))
+        return HiddenSite(block, "output", self._receiver(block.path), self._surroundings(block.path))
 
     @property
     def depth(self) -> int:
@@ -299,7 +320,7 @@ def find_attention(path: str, module: nn.Module) -> list[Attention]:
     inner = [(_join(path, name), child) for name, child in module.named_modules()]
     through_interface = [Attention(name, child, False) for name, child in inner if uses_interface(child)]
     return through_interface or [
-        Attention(name, child, True) for name, child in inner if computes_attention(name, child)
+        Attention(name, child, True) for name, child in inner if is_multihead(child) or computes_attention(name, child)
     ]
 
 

@@ -62,9 +62,9 @@ def padding_mask(received: Any, attention_mask: Any, rows: int, length: int, wha
             return (mask != 0).expand(rows, length)
     for mask in sources:
         if mask.dim() == 4 and mask.shape[-1] == length and mask.shape[-2] == 1 < length:
-            return _allowed(mask).flatten(1, 2).any(1).expand(rows, length)  # one row for all queries
+            return allowed_entries(mask).flatten(1, 2).any(1).expand(rows, length)  # one row for all queries
         if mask.dim() == 4 and mask.shape[-1] == mask.shape[-2] == length:
-            return _real_keys(_allowed(mask), what).expand(rows, length)
+            return _real_keys(allowed_entries(mask), what).expand(rows, length)
     if received is None and attention_mask is None:
         return None
     mask = received if received is not None else attention_mask
@@ -104,8 +104,7 @@ def find_padding(record: Record, model: str, block: str | None, rows: int, lengt
         for name in record.masks.get(path, {}):
             padding = record.mask(path, what, name)
             if name.endswith("key_padding_mask") and isinstance(padding, Tensor):  # as in torch.nn: True is padding
-                is_padding = padding < 0 if padding.is_floating_point() else padding != 0
-                return padding_mask(~is_padding, None, rows, length, what)
+                return padding_mask(real_tokens(padding), None, rows, length, what)
     for path in paths:
         for name in record.masks.get(path, {}):
             mask = record.mask(path, what, name)
@@ -159,7 +158,7 @@ def attention_structure(
         )
     if mask.is_floating_point() and bool(((mask != 0) & (mask > _FORBIDDEN)).any()):
         return Structure(dense=True)  # numbers other than "attend" and "do not": a bias
-    allowed = _allowed(mask)  # [B, 1 or H, L, S]
+    allowed = allowed_entries(mask)  # [B, 1 or H, L, S]
     for structure in dict.fromkeys(
         Structure(is_causal, window)
         for is_causal in (stated.is_causal, not stated.is_causal)
@@ -262,7 +261,12 @@ def _real_keys(allowed: Tensor, what: str) -> Tensor:
     return real | (full.all(1) | (disputed & by_right))[:, None]
 
 
-def _allowed(mask: Tensor) -> Tensor:
+def real_tokens(key_padding_mask: Tensor) -> Tensor:
+    """``[B, S]`` bool of a mask of torch.nn, in which True, or a number that forbids, is padding."""
+    return allowed_entries(key_padding_mask if key_padding_mask.is_floating_point() else key_padding_mask == 0)
+
+
+def allowed_entries(mask: Tensor) -> Tensor:
     """Where a mask given to a model lets a query attend."""
     if mask.is_floating_point():
         return mask > _FORBIDDEN

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ear_ops.capture.pending import PendingResult
 from ear_ops.capture.records import Record, TensorCall, may_be_padding
 from ear_ops.capture.sites import AttentionSite, Site
 from ear_ops.capture.taps import interface
@@ -36,6 +37,7 @@ class Recorder:
         open: path of the module whose forward is running, None outside (``""`` is root).
         begun: path of the module whose forward began the record that waits to be taken.
         interrupted: path of a module inside that was called by itself while a record of the root waited, or None.
+        untaken: a training forward whose result waits for its backward was replaced by another one before it was taken.
     """
 
     def __init__(self, root: nn.Module, sites: Sequence[Site], *, without_grad: bool = False) -> None:
@@ -48,6 +50,7 @@ class Recorder:
         self.open: str | None = None
         self.begun: str | None = None
         self.interrupted: str | None = None
+        self.untaken = False
         self.both: Record | None = None  # one forward that holds both views
         self.original: Record | None = None
         self.augmented: Record | None = None
@@ -73,8 +76,14 @@ class Recorder:
     def remove(self) -> None:
         """Take everything off again, in any order with other recorders; a second call does nothing."""
         self.attached = False
-        self.record = self.both = self.original = self.augmented = None
+        self.record = None
+        self.forget()
         self._undo.close()
+
+    def forget(self) -> None:
+        """Drop what was recorded and not taken."""
+        self.both = self.original = self.augmented = self.begun = self.interrupted = None
+        self.untaken = False
 
     @contextlib.contextmanager
     def recording_view(self, view: str) -> Iterator[None]:
@@ -96,7 +105,7 @@ class Recorder:
             RuntimeError: nothing, or only one of two views, was recorded.
         """
         both, original, augmented, interrupted = self.both, self.original, self.augmented, self.interrupted
-        self.both = self.original = self.augmented = self.begun = self.interrupted = None
+        self.forget()
         if not self.attached:
             raise RuntimeError("the regularisers were detached, so no forward was recorded")
         if interrupted is not None:
@@ -129,6 +138,7 @@ class Recorder:
         """
         recorded = self.without_grad or self.view is not None or torch.is_grad_enabled()
         recorded = recorded and not torch.compiler.is_exporting()  # its tensors hold nothing
+        recorded = recorded and not _in_backward()  # checkpointing of the whole model runs it again
         if path and self.begun == "" and (self.both or self.original or self.augmented):
             if not recorded:
                 return
@@ -136,23 +146,33 @@ class Recorder:
         else:
             self.interrupted = None
         self.open = self.begun = path
-        self.record = Record() if recorded else None
+        self.record = Record(self.root.training) if recorded else None
         if self.view is None:
+            replaced = [self.both, self.original, self.augmented]
             self.original = self.augmented = None
             self.both = self.record
         else:
+            # A forward outside of views may be another loss's: the views say which two forwards to compare.
+            replaced = [self.original if self.view == "original" else self.augmented]
             self.both = None
             if self.view == "original":
                 self.original = self.record
             else:
                 self.augmented = self.record
+        trained = [record for record in replaced if record is not None and record.complete and record.training]
+        results = [record.result for record in trained if record.grad_enabled]
+        del replaced, trained  # they may hold what they would be found to wait for
+        if recorded and any(result is None or result.waits() for result in results):
+            self.untaken = True
 
-    def end(self, failed: bool) -> None:
-        """The forward has ended; a failed one leaves no record."""
-        if failed:
+    def end(self, output: Any) -> None:
+        """The forward has ended; one that failed, its output None, leaves no record."""
+        if output is None:
             self.both = self.original = self.augmented = None
         elif self.record is not None:
             self.record.complete = True
+            if not torch.compiler.is_compiling():
+                self.record.result = PendingResult(output)
         self.open = None
         self.record = None
 
@@ -168,7 +188,7 @@ class _Enter(ModelHook):
         self.recorder, self.path = recorder, path
         names = list(inspect.signature(module.forward).parameters)
         self.positions = {name: names.index(name) if name in names else None for name in MASKS}
-        self.positions.update({name: names.index(name) for name in names if may_be_padding(name)})
+        self.positions.update({name: names.index(name) for name in names if may_be_padding(name, module)})
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], received: Any) -> None:
         recorder = self.recorder
@@ -188,7 +208,7 @@ class _Enter(ModelHook):
                 name: args[position] if position is not None and position < len(args) else received.get(name)
                 for name, position in self.positions.items()
             }
-            arguments.update({name: value for name, value in received.items() if may_be_padding(name)})
+            arguments.update({name: value for name, value in received.items() if may_be_padding(name, module)})
             recorder.record.masks[self.path] = {name: TensorCall(value) for name, value in arguments.items()}
             if self.positions["attention_mask"] is not None:
                 recorder.record.masked_models.add(self.path)
@@ -202,7 +222,11 @@ class _Leave(ModelHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.recorder.open == self.path:
-            self.recorder.end(failed=output is None)
+            self.recorder.end(output)
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _batch_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

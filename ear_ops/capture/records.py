@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ear_ops.capture.pending import PendingResult
+
 _HINT = (
     ", so the loss would use what was written there. In a model write x = x + y in place of x += y; between two "
     "forwards, or a forward and its loss(), overwrite no buffer that the first one used: give each view a cache "
@@ -63,7 +65,7 @@ class AttentionCall:
                 self.unsupported = name
         self.position_ids: Any = kwargs.get("position_ids")
         self._received_mask = attention_mask  # a site may put a tensor in place of a mask object
-        self.versions = tuple(_version(tensor) for _, tensor in self.taken)
+        self.versions = tuple(tensor_version(tensor) for _, tensor in self.taken)
         self.grad_enabled = torch.is_grad_enabled()
 
     @property
@@ -123,7 +125,7 @@ class TensorCall:
     def __init__(self, tensor: Any, source: Any = None) -> None:
         self.tensor = tensor
         self.source = source
-        self.version = _version(tensor)
+        self.version = tensor_version(tensor)
         self.grad_enabled = torch.is_grad_enabled()
 
     @property
@@ -140,8 +142,10 @@ class Record:
     """One forward of the root module.
 
     Attributes:
+        training: the root module was in training mode.
         grad_enabled: the grad mode in which the forward began.
         complete: the forward has ended; KeyboardInterrupt ends it without a hook.
+        result: what the forward returned; None where it was compiled.
         masks: the masks that each model inside received by name, by the model's path.
         masked_models: paths of the models that take an ``attention_mask`` by name and were called.
         mask_override: takes the place of the ``attention_mask`` that models received, where it is not None.
@@ -150,9 +154,11 @@ class Record:
         structures: what the attention masks of this forward say, kept for the next layer by :mod:`.sites`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, training: bool = True) -> None:
+        self.training = training
         self.grad_enabled = torch.is_grad_enabled()
         self.complete = False
+        self.result: PendingResult | None = None
         self.masks: dict[str, dict[str, TensorCall]] = {}
         self.masked_models: set[str] = set()
         self.mask_override: Tensor | None = None
@@ -176,7 +182,7 @@ class Record:
         received = self.masks.get(model, {}).get(name)
         if received is None:
             return None
-        if received.version is not None and _version(received.tensor) != received.version:
+        if received.version is not None and tensor_version(received.tensor) != received.version:
             raise RuntimeError(
                 f"{what}: the {name} that the model received was changed in place afterwards, so the loss would use "
                 f"the mask of another batch; call loss() before the buffer is filled again, or give each forward a "
@@ -221,17 +227,19 @@ class Record:
                 f'(gradient_checkpointing_kwargs={{"use_reentrant": False}})'
             )
         for (name, tensor), version in zip(calls[index].taken, calls[index].versions, strict=True):
-            if version is not None and _version(tensor) != version:
+            if version is not None and tensor_version(tensor) != version:
                 raise RuntimeError(f"{what}: the {name} that was taken here was changed in place afterwards{_HINT}")
         return calls[index]
 
 
-def may_be_padding(name: str) -> bool:
-    """Whether an argument called ``name`` may say which tokens are padding, or which are not."""
+def may_be_padding(name: str, module: nn.Module | None = None) -> bool:
+    """Whether an argument called ``name``, of ``module``, may say which tokens are padding, or which are not."""
+    if name.startswith("memory_") or (name == "mask" and isinstance(module, nn.TransformerEncoder)):
+        return False  # of what a decoder attends to; of positions, the same for all rows
     return name in ("mask", "masks", "input_mask", "token_mask", "pad_mask") or name.endswith("padding_mask")
 
 
-def _version(tensor: Any) -> int | None:
+def tensor_version(tensor: Any) -> int | None:
     """The count of in-place changes, None where there is none."""
     if not isinstance(tensor, Tensor) or torch.compiler.is_compiling() or tensor.is_inference():
         return None

@@ -22,6 +22,7 @@ from ear_ops.capture.masks import (
     padding_mask,
     tensor_mask,
 )
+from ear_ops.capture.nested import padded
 from ear_ops.capture.readings import AttentionInputs, AttentionMaps, HiddenStates
 from ear_ops.capture.records import AttentionCall, Record, SoftmaxCall, TensorCall, may_be_padding
 from ear_ops.capture.taps.hooks import ModelHook, add_tap, remove_tap
@@ -62,6 +63,33 @@ class Place(NamedTuple):
     modules: tuple[nn.Module, ...]
     call: int = 0
     calls: int = 1
+
+
+class Surroundings:
+    """The ``nn.TransformerEncoder`` or ``nn.TransformerDecoderLayer`` around a place, whose masks say more of it.
+
+    ``module``: None where there is neither.
+    """
+
+    def __init__(self, path: str, module: nn.Module | None) -> None:
+        self.module = module
+        self._key = f"masks around:{path}"
+
+    def install(self, listener: Listener) -> list[Undo]:
+        if self.module is None:
+            return []
+        tap = MaskTap(listener, self._key, self.module)
+        return [self.module.register_forward_pre_hook(tap, with_kwargs=True).remove]
+
+    def mask(self, record: Record, what: str, name: str) -> Tensor | None:
+        """What the module received as ``name``, or None."""
+        received: Tensor | None = record.mask(self._key, what, name)
+        return received
+
+    def nested_length(self, record: Record, what: str) -> int | None:
+        """The length of the padded rows of which the encoder made nested ones; None: the caller made them."""
+        padding = self.mask(record, what, "src_key_padding_mask")
+        return None if padding is None else padding.shape[1]
 
 
 class AttentionSite:
@@ -211,8 +239,8 @@ class ProjectionSite:
 class HiddenSite:
     """The hidden states that enter (``"input"``) or leave (``"output"``) the block at ``place``."""
 
-    def __init__(self, place: Place, side: str, model: str) -> None:
-        self.place, self.side, self.model = place, side, model
+    def __init__(self, place: Place, side: str, model: str, around: Surroundings) -> None:
+        self.place, self.side, self.model, self.around = place, side, model, around
 
     @property
     def _tap_key(self) -> str:
@@ -223,9 +251,9 @@ class HiddenSite:
         return f"masks:{self.place.path}"
 
     def install(self, listener: Listener) -> list[Undo]:
-        undo: list[Undo] = []
+        undo = self.around.install(listener)
         for block in self.place.modules:
-            masks = _MaskTap(listener, self._mask_key, block)
+            masks = MaskTap(listener, self._mask_key, block)
             undo.append(block.register_forward_pre_hook(masks, with_kwargs=True).remove)
             if self.side == "input":
                 before = _InputTap(listener, self._tap_key)
@@ -236,6 +264,8 @@ class HiddenSite:
 
     def read(self, record: Record, what: str) -> HiddenStates:
         tensor = record.call(self._tap_key, what, self.place.call, self.place.calls).tensor
+        if isinstance(tensor, Tensor) and tensor.is_nested:
+            return HiddenStates(*padded(tensor, self.around.nested_length(record, what)))
         states = _expect_tensor(tensor, "[B, L, C]", f"{what}: the {self.side} of {self.place.path}")
         rows, length = states.shape[:2]
         return HiddenStates(states, find_padding(record, self.model, self._mask_key, rows, length, what))
@@ -265,8 +295,8 @@ class _InputTap(ModelHook):
             record.add(self.key, TensorCall(args[0] if args else kwargs.get("hidden_states")))
 
 
-class _MaskTap(ModelHook):
-    """Forward pre-hook of a block: the masks that it received, for models that were passed by."""
+class MaskTap(ModelHook):
+    """Forward pre-hook of a block, or of what is around it: the masks that it received by name."""
 
     def __init__(self, listener: Listener, key: str, block: nn.Module) -> None:
         self.listener, self.key = listener, key
@@ -280,7 +310,7 @@ class _MaskTap(ModelHook):
         record.masks[self.key] = {
             name: TensorCall(value)
             for name, value in received.items()
-            if name == "attention_mask" or may_be_padding(name)
+            if name == "attention_mask" or may_be_padding(name, module)
         }
 
 

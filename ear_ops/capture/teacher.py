@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ear_ops.capture.layout import Layout, unwrap
+from ear_ops.capture.multihead import MultiheadSite
 from ear_ops.capture.records import Record
 from ear_ops.capture.sites import AttentionSite, HiddenSite, ProjectionSite
 
@@ -34,7 +35,7 @@ class TeacherLayout(Layout):
         self.student = student
         self.layer_map = layer_map
 
-    def attention(self, layer: int | str) -> AttentionSite:
+    def attention(self, layer: int | str) -> AttentionSite | MultiheadSite:
         mapped = self._teacher_path(layer) if isinstance(layer, str) else self._teacher_layer(layer)
         return self._named(super().attention, mapped)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_ops.capture import AttentionInputs, Layout, Recorder, unwrap
+from ear_ops.capture import AttentionInputs, Layout, MultiheadSite, Recorder, unwrap
 from ear_ops.functional import robust_cross_entropy
 
 Batch = Mapping[str, Tensor]  # as `PairCollator` makes it: inputs [2B, L], labels [B]
@@ -96,7 +96,8 @@ def gradient_squares(
                 places = {"embeddings": embeddings.read(record, "embeddings")[0]}
                 for site in attention:
                     queries = site.read(record, "attention")
-                    if not isinstance(queries, AttentionInputs):
+                    # Those of an nn.MultiheadAttention are projected anew, and the cross-entropy passes them by.
+                    if isinstance(site, MultiheadSite) or not isinstance(queries, AttentionInputs):
                         raise ValueError(
                             f"layer: layer {layer} computes its attention itself and gives no queries and keys"
                         )

@@ -60,6 +60,7 @@ class RegularizedTrainerMixin(_Trainer):
             :func:`ear_ops.attach` raises it. In training: labels fit neither pairs nor rows. Or they are classes of all
             rows, on the CPU, that differ between the views of a pair, as in a batch with one view. In evaluation: a
             batch holds both views. Or ``train_sampling_strategy`` needs lengths that the items do not have.
+        RuntimeError: in training, the Trainer runs the model several times for one loss.
     """
 
     def __init__(
@@ -101,12 +102,22 @@ class RegularizedTrainerMixin(_Trainer):
             inputs: the batch, a dictionary of its own; ``word_ids`` in it go to the regularisers and not to the model.
         """
         word_ids = inputs.pop("word_ids", None)
+        if self.attached is not None:
+            self.attached.forget()
         if self.teacher is not None:
             with torch.no_grad():
                 self.teacher(**self._inputs_of_teacher(self.teacher, inputs))
         else:
             inputs = self._with_labels_of_both_views(inputs)
         task_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if self.attached is not None and self.attached.untaken:
+            raise RuntimeError(
+                f"{type(self).__name__} ran the model several times for one loss, as Trainers do that have a forward "
+                f"for each column of the data. The regularisers and the loss of both views need one forward, with x "
+                f"in its first half of rows and its augmentation in the second. Override training_loss: run the two "
+                f'views under self.attached.view("original") and self.attached.view("augmented"), and return a '
+                f"StepLoss of the task loss plus self.attached.loss()"
+            )
         terms = {"task_loss": task_loss}
         loss = task_loss if self.teacher is not None else 2 * task_loss  # the mean over 2B rows: CE(x) + CE(x^a)
         if self.attached is not None:

@@ -39,6 +39,7 @@ class MeanPoolingConfig(PretrainedConfig):
 
     Args:
         encoder_config: the configuration of any encoder that ``AutoModel`` knows. A dict must have a ``model_type``.
+            Settings of the encoder may also be set on this configuration itself: a new encoder is built with them.
         classifier_dropout: the probability of the dropout before the linear layer. Default: ``hidden_dropout_prob`` of
             the encoder, or 0.1 where the encoder has none.
     """
@@ -97,6 +98,7 @@ class MeanPoolingClassifier(PreTrainedModel):
     def __init__(self, config: MeanPoolingConfig, encoder: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         if encoder is None:
+            _pass_on_settings(config)
             encoder = AutoModel.from_config(config.encoder_config, **_without_pooler(config.encoder_config))
         self.encoder = encoder
         self.dropout = nn.Dropout(config.classifier_dropout)
@@ -204,6 +206,8 @@ def load_classifier(
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     model: PreTrainedModel
     try:
+        if str(path).lower() == OFFLINE_MODEL and not os.path.isdir(path):
+            raise FileNotFoundError(path)  # the Hub would be asked again and again for most of a minute
         if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
             raise FileNotFoundError("config.json")
         with _naming_damaged_files(path):
@@ -339,6 +343,14 @@ def _not_found(name_or_path: str | os.PathLike[str]) -> str:
         f"{name_or_path}: not a local folder (looked in {os.getcwd()}), and not on the Hugging Face Hub or in its "
         f"local cache (offline, misspelt, or private). The model that needs no download is {OFFLINE_MODEL!r}"
     )
+
+
+def _pass_on_settings(config: MeanPoolingConfig) -> None:
+    """Give the encoder the settings of encoders, such as `num_hidden_layers`, that were set on `config` itself."""
+    for name, value in vars(config).items():
+        is_of_both = name.startswith("_") or name == "classifier_dropout" or hasattr(type(config), name)
+        if not is_of_both and hasattr(config.encoder_config, name):
+            setattr(config.encoder_config, name, value)
 
 
 def _without_pooler(config: PretrainedConfig) -> dict[str, bool]:

