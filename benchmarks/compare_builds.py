@@ -37,6 +37,7 @@ from torch import Tensor
 
 Case = dict[str, Any]  # one call of a loss, and of its backward where any input requires grad; see `AXES`
 
+# The operators that are compared, and their differentiable inputs.
 INPUTS = {"qk_attention_mse": ("query", "key"), "attention_mse": ("attn",), "pooled_distance": ("hidden",)}
 WANTED = {"all": slice(None), "first": slice(1), "last": slice(-1, None), "alternate": slice(0, 4, 2), "none": slice(0)}
 AXES: dict[str, tuple] = {  # the first value is the default; a loss that has no such argument ignores it
@@ -341,7 +342,10 @@ def main() -> int:
     parser.add_argument("new", type=Path, metavar="NEW_CHECKOUT")
     parser.add_argument("--rounds", type=int, default=30, help="of timings, in threes; 0: none")
     parser.add_argument("--out", type=Path, help="write everything as JSON")
+    parser.add_argument("--ops", default=",".join(INPUTS), help="compare only these operators")
     options = parser.parse_args()
+    for op in INPUTS.keys() - options.ops.split(","):
+        del INPUTS[op]
     base, new = Build(options.base), Build(options.new)
     report = {"base": base.commit, "new": new.commit, "rounds": options.rounds, **new.ask("facts")}
     print("\n".join(f"{name}: {value}" for name, value in report.items()), flush=True)
