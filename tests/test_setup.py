@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -312,10 +313,20 @@ def test_what_is_missing_is_told_and_fails_only_where_kernels_were_asked_for(
 
 BUILD_BACKEND = """
 import sys
-sys.modules["torch"] = None  # as in an isolated build environment
 from setuptools import build_meta
-print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
+getattr(build_meta, sys.argv[1])("dist")
 """
+WITHOUT_TORCH = 'import sys\nsys.modules["torch"] = None  # as in an isolated build environment\n'
+
+
+def call_build_backend(project: Path, program: str, hook: str = "build_wheel") -> Path:
+    """Call a hook as pip and uv do, and return the wheel that it made."""
+    for name in ("README.md", "LICENSE"):
+        write(project / name, "")
+    result = subprocess.run([sys.executable, "-c", program, hook], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (project / "dist").glob("*.whl")
+    return wheel
 
 
 @pytest.mark.parametrize("choice", ["auto", "none"])
@@ -323,17 +334,13 @@ print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
 def test_a_package_without_kernels_says_why(
     project: Path, monkeypatch: pytest.MonkeyPatch, hook: str, choice: str
 ) -> None:
-    """By the hooks that pip and uv call. What earlier builds left, which Python would prefer, is removed."""
+    """What earlier builds left, which Python would prefer, is removed."""
     monkeypatch.setenv("EAR_OPS_BUILD", choice)
-    write(project / "README.md", "")
-    write(project / "LICENSE", "")
     for folder in (project, project / "build" / "lib"):
         for name in ("_C_cpu.cpython-310.so", "_C_cuda.abi3.so", "_build_info.cpython-310.so"):
             write(folder / "ear_ops" / name, "of an earlier build")
-    result = subprocess.run([sys.executable, "-c", BUILD_BACKEND, hook, "dist"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    wheel = call_build_backend(project, WITHOUT_TORCH + BUILD_BACKEND, hook)
     if hook == "build_wheel":
-        (wheel,) = (project / "dist").glob("*.whl")
         assert wheel.name.endswith("-py3-none-any.whl")
         shutil.unpack_archive(wheel, project / "lib", "zip")
     folder = project / "lib" if hook == "build_wheel" else project
@@ -358,6 +365,21 @@ def test_an_unknown_choice_is_refused(project: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("EAR_OPS_BUILD", "gpu")
     with pytest.raises(SystemExit, match="EAR_OPS_BUILD: expected one of auto, cpu, cuda, none, got 'gpu'"):
         load(project / "setup.py")
+
+
+@needs_compiler
+def test_the_wheel_of_a_release_is_for_one_torch_and_every_python(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EAR_OPS_BUILD", "cpu")
+    monkeypatch.setenv("EAR_OPS_WHEEL", "1")
+    wheel = call_build_backend(project, BUILD_BACKEND)
+    release = ".".join(torch.__version__.split(".")[:2])
+    version = load(project / "setup.py").version()
+    assert re.match(rf"ear_ops-{re.escape(f'{version}+torch{release}')}-cp310-abi3-\w+\.whl$", wheel.name), wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"ear_ops/_C_cpu.abi3.so", "ear_ops/_build_info.py"} <= set(names)
+    assert not any("cpython" in name for name in names)
 
 
 # --- builds after other builds --------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""The source distribution holds what is needed to build and test: every tracked file but those of a checkout alone."""
+"""What a release needs: one version, every source in build.toml, every file in the source distribution."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
+import ear_ops
 
 ROOT = Path(__file__).parents[1]
 LEFT_OUT = (".ci/", ".github/", ".gitignore", ".pre-commit-config.yaml")
@@ -44,3 +47,21 @@ def test_the_sdist_holds_every_tracked_file(tmp_path: Path) -> None:
         packed = {member.name.partition("/")[2] for member in archive if member.isfile()}
     packed = {name for name in packed if not name.startswith("ear_ops.egg-info/")} - ADDED
     assert packed == {name for name in names if not name.startswith(LEFT_OUT)}
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [("pyproject.toml", r'^version = "(.+)"$'), ("CITATION.cff", r"^version: (.+)$")],
+)
+def test_the_version_is_the_same_everywhere(name: str, pattern: str) -> None:
+    assert re.findall(pattern, (ROOT / name).read_text(), re.MULTILINE) == [ear_ops.__version__]
+
+
+def test_build_toml_lists_every_source_once() -> None:
+    """It has no patterns."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    build = tomllib.loads((ROOT / "build.toml").read_text())
+    listed = [name for part in (build["torch"], *build["kernel"].values()) for name in part["src"]]
+    kinds = (".h", ".cuh", ".cpp", ".cu")
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.suffix in kinds}
+    assert sorted(listed) == sorted(sources - {"csrc/module.cpp"})  # the build facts
