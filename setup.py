@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import pprint
 import re
 import shlex
 import shutil
@@ -222,10 +221,9 @@ def write_header(folder: Path, not_built: dict[str, str]) -> Path:
 
 def write_module(package: Path, not_built: dict[str, str]) -> None:
     """Write ``_build_info.py``, which takes the place of the binary."""
-    facts = textwrap.indent(pprint.pformat(build_facts(not_built), sort_dicts=False), "    ").strip()
-    doc = "Facts recorded when the package was built; setup.py wrote this file."
+    doc = '"""Facts recorded when the package was built; setup.py wrote this file."""'
+    text = f"{doc}\n\n\ndef facts() -> dict:\n    return {build_facts(not_built)!r}\n"
     package.mkdir(parents=True, exist_ok=True)
-    text = f'"""{doc}"""\n\nfrom typing import Any\n\n\ndef facts() -> dict[str, Any]:\n    return {facts}\n'
     (package / "_build_info.py").write_text(text, encoding="utf-8")
 
 

@@ -43,15 +43,17 @@ def rebuild() -> str:
 
 
 def hidden_copy() -> Path | None:
-    """The folder of an installed ``ear_ops`` other than this one; None where there is no other."""
+    """The folder of an installed ``ear_ops`` in whose place this source tree runs; None where there is none."""
+    if any(_CHECKOUT.glob("ear_ops-*.dist-info")):  # these files are installed themselves
+        return None
     elsewhere = [path for path in sys.path if Path(path).resolve() != _CHECKOUT]
-    for distribution in metadata.distributions(name="ear-ops", path=elsewhere):
-        facts = _facts(distribution)
-        editable = facts.get("dir_info", {}).get("editable")
-        folder = Path(_path(facts["url"]), "ear_ops") if editable else Path(str(distribution.locate_file("ear_ops")))
-        if folder.resolve() != _CHECKOUT / "ear_ops":
-            return folder
-    return None
+    distribution = next(iter(metadata.distributions(name="ear-ops", path=elsewhere)), None)
+    if distribution is None:
+        return None
+    facts = _facts(distribution)
+    editable = facts.get("dir_info", {}).get("editable")
+    folder = Path(_path(facts["url"]), "ear_ops") if editable else Path(str(distribution.locate_file("ear_ops")))
+    return None if folder.resolve() == _CHECKOUT / "ear_ops" else folder
 
 
 def _distribution() -> metadata.Distribution | None:

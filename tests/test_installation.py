@@ -118,7 +118,8 @@ def write_installed(site: Path, editable: Path | None = None) -> None:
 def test_the_installed_copy_that_these_files_hide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """From inside a checkout Python takes the source tree, and a report would be silently on that."""
     checkout, site, other = tmp_path / "checkout", tmp_path / "site", tmp_path / "other"
-    write_installed(checkout)  # such as the egg-info that a build leaves
+    (checkout / "ear_ops.egg-info").mkdir(parents=True)  # a build leaves it
+    (checkout / "ear_ops.egg-info" / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: ear-ops\nVersion: 0.2.0\n")
     editable = {"editable of this": checkout, "editable of another": other}.get(kind)
     if kind != "none":
         write_installed(site, editable)
@@ -131,3 +132,12 @@ def test_the_installed_copy_that_these_files_hide(tmp_path: Path, monkeypatch: p
     assert len(told) == (hidden is not None)
     if hidden:
         assert f"{PACKAGE}, which hides the installed {hidden}; for a report on that one, run this in" in told[0]
+
+
+def test_an_installed_copy_hides_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as in an environment that sees the packages of another one."""
+    for name in ("environment", "system"):
+        write_installed(tmp_path / name)
+    monkeypatch.setattr(installation, "_CHECKOUT", tmp_path / "environment")
+    monkeypatch.setattr("sys.path", [str(tmp_path / "environment"), str(tmp_path / "system")])
+    assert installation.hidden_copy() is None
