@@ -34,12 +34,13 @@ def rebuild() -> str:
     source = _source()
     pip = _pip()
     command = f"{pip} install --no-build-isolation --no-cache-dir --force-reinstall --no-deps"
+    with_tools = f"{pip} install {_BUILD_TOOLS} && {command}"
     if source is None:
-        return f"reinstall ear-ops with {command} {_UNKNOWN}"
+        return f"reinstall ear-ops with: {with_tools} {_UNKNOWN}"
     options, place = source
     if place.endswith(".whl"):  # built for one torch
-        return f"install the wheel of ear-ops for this torch, or build its source distribution with {command}"
-    return f"reinstall with: {pip} install {_BUILD_TOOLS} && {command} {options}{shlex.quote(place)}"
+        return f"install the wheel of ear-ops for this torch, or its source distribution with: {with_tools} FILE"
+    return f"reinstall with: {with_tools} {options}{shlex.quote(place)}"
 
 
 def hidden_copy() -> Path | None:

@@ -72,7 +72,7 @@ def test_a_wheel_is_replaced_by_another_one(tmp_path: Path, monkeypatch: pytest.
     """Its kernels are for one torch."""
     facts = {"url": "file:///tmp/ear_ops-0.2.0+torch2.13-cp310-abi3-linux_x86_64.whl", "archive_info": {}}
     installed_from(monkeypatch, tmp_path, facts)
-    assert re.match("install the wheel of ear-ops for this torch, or build its source", installation.rebuild())
+    assert installation.rebuild().startswith("install the wheel of ear-ops for this torch, or its source distribution")
 
 
 def test_the_command_is_that_of_the_installer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
