@@ -19,7 +19,7 @@ TORCH_INCLUDES = $(shell $(PY) -c "from torch.utils.cpp_extension import include
 ON_HOST := build/cuda_on_host/ear_ops_cuda_on_host.so
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: all install demo test sanitize check-aarch64 check-cuda cuda-full gpu-check lint format docs clean
+.PHONY: all install demo test sanitize check-aarch64 check-cuda cuda-full gpu-check wheels lint format docs clean
 all: install
 install: $(INSTALLED)
 
@@ -80,6 +80,13 @@ cuda-full: install
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
 
+# The source distribution, and from it the wheel for the installed torch and every Python from 3.10.
+wheels: install
+	rm -rf dist
+	$(PY) setup.py --quiet sdist
+	EAR_OPS_WHEEL=1 EAR_OPS_BUILD=$(or $(EAR_OPS_BUILD),cpu) $(PY) -m pip wheel --no-build-isolation --no-deps \
+		--no-cache-dir --wheel-dir dist dist/*.tar.gz
+
 lint: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -99,4 +106,4 @@ docs: install
 	$(PY) -m mkdocs build --strict
 
 clean:
-	rm -rf build ear_ops/*.so *.egg-info $(INSTALLED)
+	rm -rf build dist ear_ops/*.so ear_ops/_build_info.py *.egg-info $(INSTALLED)

@@ -3,10 +3,14 @@
 ``EAR_OPS_BUILD`` chooses the kernels. ``auto`` (default) builds CPU kernels where a C++ compiler works, and CUDA
 kernels where torch has CUDA and there is an nvcc. Kernels that do not build are left out, each kind alone; the build
 prints and records the reason. ``cpu`` builds the CPU kernels or fails. ``cuda`` builds both kinds or fails; it needs
-neither a GPU nor a torch with CUDA. ``none`` builds nothing.
+neither a GPU nor a torch with CUDA. ``none`` builds nothing. What was built, and why the rest was not, is recorded in
+``ear_ops._build_info``: a binary where pybind11 is installed, else a Python file.
 
 ``EAR_OPS_CUDA_ARCHITECTURES`` names what the CUDA kernels are compiled for, ``80 90`` by default. The last name
 without a letter is also compiled to PTX, which later GPUs translate. A name such as ``90a`` never is.
+
+``EAR_OPS_WHEEL=1`` makes the wheel that a release publishes: for every Python from 3.10, and with a version that names
+the torch that it is for, such as ``0.2.0+torch2.13``.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,17 +31,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 
 HERE = Path(__file__).parent
 BUILD = os.environ.get("EAR_OPS_BUILD", "auto")
 CHOICES = ("auto", "cpu", "cuda", "none")
+WHEEL = os.environ.get("EAR_OPS_WHEEL") == "1"
 CPU, CUDA, FACTS = "ear_ops._C_cpu", "ear_ops._C_cuda", "ear_ops._build_info"
 KERNELS = {"cpu": CPU, "cuda": CUDA}  # as the build facts name them
 LEFT_OUT = {
     CPU: "the CPU kernels were not built; plain PyTorch runs in their place",
     CUDA: "the CUDA kernels were not built; plain PyTorch runs in their place",
-    FACTS: "the build facts were not built; kernels do not load without them, and plain PyTorch runs",
+    FACTS: "the build facts were not compiled; a Python file holds them",
 }
+WINDOWS = os.name == "nt"
 
 
 def architecture(name: str) -> str:
@@ -76,15 +85,8 @@ def why_nothing() -> str | None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        return "torch is not installed in the build environment (install it first, then use pip's --no-build-isolation)"
-    try:
-        import pybind11  # noqa: F401
-    except ImportError:
-        return (
-            "pybind11 is not installed in the build environment "
-            "(run `pip install ninja 'pybind11>=2.13'`, then use pip's --no-build-isolation)"
-        )
-    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
+        return "built without torch in the build environment"
+    if not WINDOWS and shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
         return "no C++ compiler was found"
     return None
 
@@ -97,6 +99,13 @@ def cuda_home() -> Path | None:
     return next((Path(home) for home in homes if home and all((Path(home) / part).exists() for part in parts)), None)
 
 
+def cuda_release(home: Path) -> str | None:
+    """The release of a toolkit, such as ``13.0``; None where its nvcc does not say."""
+    version = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True)
+    release = re.search(r"release (\d+\.\d+)", version.stdout)
+    return release and release[1]
+
+
 def why_no_cuda() -> str | None:
     """Why no CUDA kernels are to be built, None where they are."""
     import torch
@@ -105,76 +114,128 @@ def why_no_cuda() -> str | None:
         return "EAR_OPS_BUILD=cpu was set"
     if BUILD == "auto" and torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
-    if cuda_home() is None:
+    if (home := cuda_home()) is None:
         return "no CUDA toolkit (nvcc, headers) is on PATH, in CUDA_HOME or in /usr/local/cuda"
+    release, wanted = cuda_release(home), torch.version.cuda
+    if release and wanted and release.split(".")[0] != wanted.split(".")[0]:
+        return (
+            f"nvcc in {home} is of CUDA {release} and torch {torch.__version__} is of CUDA {wanted}; "
+            f"set CUDA_HOME to a toolkit of CUDA {wanted.split('.')[0]}"
+        )
     return None
 
 
 # --- the extensions -------------------------------------------------------------------------------------------------
 
 
-def compiler_flags() -> list[str]:
-    import torch
-
+def compiler_flags(windows: bool = WINDOWS) -> list[str]:
+    """The flags of MSVC, else those of GCC and Clang. torch adds the language standard."""
+    if windows:
+        return ["/O2"]
     flags = ["-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-attributes"]
     if "-O" not in os.environ.get("CFLAGS", ""):  # which comes first on the command line, so would lose
         flags.append("-O3")
-    if torch.backends.openmp.is_available():
-        flags.append("-fopenmp")  # at::parallel_for runs through it
     return flags
+
+
+def cuda_flags(windows: bool = WINDOWS) -> list[str]:
+    """The flags of nvcc."""
+    host = "/O2,/MD" if windows else "-fPIC,-fvisibility=hidden"
+    return ["-std=c++17", "-O3", f"-Xcompiler={host}", *generate_code(CUDA_ARCHITECTURES)]
+
+
+def cuda_runtime(windows: bool = WINDOWS) -> dict[str, list[str]]:
+    """The CUDA runtime, which is linked in, so that the kernels load where there is no driver."""
+    home = cuda_home()
+    if windows:
+        return {"library_dirs": [str(home / "lib" / "x64")], "libraries": ["cudart_static"]}
+    link = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    return {"library_dirs": [str(home / "lib64")], "extra_link_args": link}
 
 
 def extensions() -> list:
     """The extensions to build; the build facts come last, because they say what was built."""
-    import pybind11
     from torch.utils.cpp_extension import CppExtension
 
-    flags = compiler_flags()
     headers = relative("**/*.h") + relative("**/*.cuh")
-    planned = [CppExtension(CPU, relative("cpu/**/*.cpp"), depends=headers, extra_compile_args=flags)]
+    # The kernels are libraries for torch's loader. They hold nothing of Python, so they serve every Python version.
+    options = {"extra_compile_args": compiler_flags(), "py_limited_api": True}
+    planned = [CppExtension(CPU, relative("cpu/**/*.cpp"), depends=headers, **options)]
     if why_no_cuda() is None:
-        # The CUDA runtime is linked in, so that the module loads where there is no driver.
-        extension = CppExtension(
-            CUDA,
-            relative("cuda/**/*.cpp"),
-            depends=headers + relative("cuda/**/*.cu"),
-            extra_compile_args=flags,
-            library_dirs=[str(cuda_home() / "lib64")],
-            extra_link_args=["-lcudart_static", "-ldl", "-lrt", "-lpthread"],
-        )
+        sources, depends = relative("cuda/**/*.cpp"), headers + relative("cuda/**/*.cu")
+        extension = CppExtension(CUDA, sources, depends=depends, **cuda_runtime(), **options)
         extension.cuda_sources = relative("cuda/**/*.cu")
         planned.append(extension)
-    include = [pybind11.get_include()]
-    planned.append(Extension(FACTS, ["csrc/module.cpp"], include, extra_compile_args=flags, language="c++"))
+    if not WHEEL:  # whose facts must serve every Python version, too
+        try:
+            import pybind11
+        except ImportError:
+            return planned
+        include = [pybind11.get_include()]
+        planned.append(
+            Extension(FACTS, ["csrc/module.cpp"], include, extra_compile_args=compiler_flags(), language="c++")
+        )
     return planned
 
 
-def build_facts(not_built: dict[str, str]) -> dict[str, str]:
-    """What csrc/module.cpp hands out; ``not_built`` maps the kinds of kernels left out to their reasons."""
-    import torch
+# --- the build facts ------------------------------------------------------------------------------------------------
 
+
+def compiler() -> str:
+    """What the C++ compiler says of itself, empty where it says nothing."""
+    command = [*shlex.split(os.environ.get("CXX", "c++")), "--version"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+    except OSError:
+        return ""
+
+
+def build_facts(not_built: dict[str, str]) -> dict:
+    """What ``ear_ops._build_info.facts()`` returns; ``not_built`` maps kinds of kernels to why they were left out."""
+    built = [kind for kind in KERNELS if kind not in not_built]
+    torch_version = ""
+    if built:
+        import torch
+
+        torch_version = torch.__version__
     isas = "portable avx2 avx512" if platform.machine() in ("x86_64", "AMD64") else "portable"
     return {
-        "VERSION": version(),
-        "TORCH_VERSION": torch.__version__,
-        "KERNELS": " ".join(kind for kind in KERNELS if kind not in not_built),
-        "CPU_ISAS": "" if "cpu" in not_built else isas,
-        "CUDA_ARCHITECTURES": "" if "cuda" in not_built else " ".join(f"sm_{name}" for name in CUDA_ARCHITECTURES),
-        "CPU_NOT_BUILT": not_built.get("cpu", ""),
-        "CUDA_NOT_BUILT": not_built.get("cuda", ""),
+        "version": version(),
+        "torch": torch_version,
+        "compiler": compiler() if built else "",
+        "kernels": " ".join(built),
+        "cpu_isas": isas if "cpu" in built else "",
+        "cuda_architectures": " ".join(f"sm_{name}" for name in CUDA_ARCHITECTURES) if "cuda" in built else "",
+        "not_built": not_built,
+        "by_choice": {"none": ["cpu", "cuda"], "cpu": ["cuda"]}.get(BUILD, []),
     }
 
 
-def write_facts(folder: Path, not_built: dict[str, str]) -> Path:
-    """Write the header ``build_facts.h``; a string of JSON is also one of C++."""
-    lines = [
-        f"#define EAR_OPS_{name} {json.dumps(value, ensure_ascii=False)}\n"
-        for name, value in build_facts(not_built).items()
-    ]
+def write_header(folder: Path, not_built: dict[str, str]) -> Path:
+    """Write ``build_facts.h``: the facts in JSON, as a string of JSON, which is also one of C++."""
     header = folder / "build_facts.h"
     folder.mkdir(parents=True, exist_ok=True)
-    header.write_text("".join(lines), encoding="utf-8")
+    header.write_text(f"#define EAR_OPS_FACTS {json.dumps(json.dumps(build_facts(not_built)))}\n")
     return header
+
+
+def write_module(package: Path, not_built: dict[str, str]) -> None:
+    """Write ``_build_info.py``, which takes the place of the binary."""
+    doc = '"""Facts recorded when the package was built; setup.py wrote this file."""'
+    text = f"{doc}\n\n\ndef facts() -> dict:\n    return {build_facts(not_built)!r}\n"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build_info.py").write_text(text, encoding="utf-8")
+
+
+def remove_stale(package: Path, made: set[str]) -> None:
+    """Remove what an earlier build left of kernels and facts that this one did not make.
+
+    Python would prefer a binary with facts of another build to a new Python file.
+    """
+    for name in (CPU, CUDA, FACTS):
+        for path in package.glob(f"{name.removeprefix('ear_ops.')}.*"):
+            if path.name not in made:
+                path.unlink()
 
 
 # --- compiling ------------------------------------------------------------------------------------------------------
@@ -191,14 +252,13 @@ def compile_cuda(sources: list[str], folder: Path) -> list[str]:
     """The object files of ``.cu`` files; those older than a source or header are compiled anew."""
     read = [*relative("cuda/**/*.cu*"), *relative("cuda/**/*.h"), *relative("*.h")]
     newest = max((HERE / name).stat().st_mtime for name in read)
-    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *generate_code(CUDA_ARCHITECTURES)]
     objects = folder / "_".join(CUDA_ARCHITECTURES)  # objects for other architectures are no use
 
     def compile_source(source: str) -> str:
         target = objects / Path(source).with_suffix(".o")
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists() or target.stat().st_mtime < newest:
-            command = [cuda_home() / "bin" / "nvcc", *flags, "-c", HERE / source, "-o", target]
+            command = [cuda_home() / "bin" / "nvcc", *cuda_flags(), "-c", HERE / source, "-o", target]
             if subprocess.run(command).returncode:
                 raise RuntimeError(f"nvcc failed on {source}")
         return str(target)
@@ -207,14 +267,23 @@ def compile_cuda(sources: list[str], folder: Path) -> list[str]:
         return list(pool.map(compile_source, sources))
 
 
+COPY_TO_LOG = """
+import os, sys
+with open(sys.argv[1], "wb") as log:
+    while part := os.read(0, 65536):
+        log.write(part)
+        os.write(1, part)
+"""
+
+
 @contextmanager
 def output_copied_to(log: Path) -> Iterator[None]:
     """Write what this process and its compilers print to a file, too."""
     sys.stdout.flush()
     stdout, stderr = os.dup(1), os.dup(2)
-    with subprocess.Popen(["tee", log], stdin=subprocess.PIPE) as tee:
-        os.dup2(tee.stdin.fileno(), 1)
-        os.dup2(tee.stdin.fileno(), 2)
+    with subprocess.Popen([sys.executable, "-c", COPY_TO_LOG, log], stdin=subprocess.PIPE) as copy:
+        os.dup2(copy.stdin.fileno(), 1)
+        os.dup2(copy.stdin.fileno(), 2)
         try:
             yield
         finally:
@@ -234,6 +303,26 @@ def compiler_error(output: str) -> str | None:
 def one_line(text: str) -> str:
     printable = "".join(letter if letter.isprintable() else " " for letter in text)
     return textwrap.shorten(printable, 250, placeholder=" ...")
+
+
+class BuildPython(build_py):
+    """Records why there are no kernels where nothing can be built."""
+
+    def run(self) -> None:
+        super().run()
+        package = (HERE if self.editable_mode else Path(self.build_lib)) / "ear_ops"
+        write_module(package, dict.fromkeys(KERNELS, why_nothing()))
+        remove_stale(package, {"_build_info.py"})
+
+
+class TorchVersion(egg_info):
+    """Adds the torch that a wheel is for to its version."""
+
+    def finalize_options(self) -> None:
+        import torch
+
+        self.tag_build = "+torch" + ".".join(torch.__version__.split(".")[:2])
+        super().finalize_options()
 
 
 def build_commands() -> dict:
@@ -260,7 +349,7 @@ def build_commands() -> dict:
                     raise
                 for extension in list(self.extensions):
                     self.leave_out(extension.name, one_line(str(error)))
-            self.remove_left_out(Path(self.build_lib))
+            self.finish(Path(self.build_lib) / "ear_ops")
 
         def build_extension(self, extension) -> None:
             with tempfile.TemporaryDirectory() as folder:
@@ -269,14 +358,14 @@ def build_commands() -> dict:
                     with output_copied_to(log):
                         self.compile_extension(extension)
                 except Exception as error:
-                    if BUILD != "auto":
+                    if BUILD != "auto" and extension.name != FACTS:
                         raise
                     reason = one_line(compiler_error(log.read_text(errors="replace")) or str(error))
                     self.leave_out(extension.name, f"{reason} (`pip install -v` shows the compiler's whole output)")
 
         def compile_extension(self, extension) -> None:
             if extension.name == FACTS:
-                header = write_facts(Path(self.build_temp).resolve(), self.not_built)
+                header = write_header(Path(self.build_temp).resolve(), self.not_built)
                 extension.include_dirs.append(str(header.parent))
                 extension.depends.append(str(header))
             if sources := getattr(extension, "cuda_sources", []):
@@ -290,15 +379,17 @@ def build_commands() -> dict:
             if BUILD == "auto":
                 print(f"ear-ops: {LEFT_OUT[name]}. Reason: {reason}", flush=True)
 
-        def remove_left_out(self, folder: Path) -> None:
-            """Remove what an earlier build left of extensions that this one left out."""
-            built = {extension.name for extension in self.extensions}
-            for name in LEFT_OUT.keys() - built:
-                (folder / self.get_ext_filename(name)).unlink(missing_ok=True)
+        def finish(self, package: Path) -> None:
+            """Leave in a folder what this build made, and nothing of an earlier one."""
+            made = {Path(self.get_ext_filename(extension.name)).name for extension in self.extensions}
+            if FACTS not in {extension.name for extension in self.extensions}:
+                write_module(package, self.not_built)
+                made.add("_build_info.py")
+            remove_stale(package, made)
 
         def copy_extensions_to_source(self) -> None:
             super().copy_extensions_to_source()
-            self.remove_left_out(HERE)
+            self.finish(HERE / "ear_ops")
 
     return {"build_ext": BuildKernels}
 
@@ -307,10 +398,14 @@ def main() -> None:
     if (reason := why_nothing()) is None:
         if BUILD == "cuda" and (reason := why_no_cuda()):
             raise SystemExit(f"EAR_OPS_BUILD=cuda: {reason}")
-        setup(ext_modules=extensions(), cmdclass=build_commands())
+        commands, options = build_commands(), {}
+        if WHEEL:
+            commands["egg_info"] = TorchVersion
+            options["bdist_wheel"] = {"py_limited_api": "cp310"}
+        setup(ext_modules=extensions(), cmdclass=commands, options=options)
     elif BUILD in ("auto", "none"):
         print(f"ear-ops: no kernels were built; plain PyTorch runs in their place. Reason: {reason}")
-        setup()
+        setup(cmdclass={"build_py": BuildPython})
     else:
         raise SystemExit(f"EAR_OPS_BUILD={BUILD}: {reason}")
 

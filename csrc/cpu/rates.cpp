@@ -1,11 +1,11 @@
 // What this machine can do at best. Benchmarks hold the kernels against these rates.
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <chrono>
 
 #include "isa.h"
 #include "products.h"
+#include "schedule.h"
 #include "scratch.h"
 #include "tensors.h"
 
@@ -20,7 +20,7 @@ double best_rate(int64_t threads, const Body& body) {
   double best = 0;
   for (int attempt = 0; attempt <= 20; ++attempt) {  // the first one warms up
     const auto start = std::chrono::steady_clock::now();
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(threads, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread)
         for (int64_t call = 0; call < kCalls; ++call) body(thread);
     });
@@ -55,7 +55,7 @@ std::vector<double> rates(int64_t m, int64_t n, int64_t k) {
     const auto [left, right, in, out] = carve(arena);
     products.multiply(m, n, k, left, k, right, n, out, n, false);
   });
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { products.release(); });  // each thread holds its own
+  parallel_for(threads, [&](int64_t, int64_t) { products.release(); });  // each thread holds its own
   const double exponential = best_rate(threads, [&](int64_t thread) {
     Arena arena = scratch.of(thread);
     const auto [left, right, in, out] = carve(arena);

@@ -3,18 +3,29 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
 #include <atomic>
 
 namespace ear_ops::cpu {
 
+// Calls body(begin, end) on torch's threads for parts of [0, n). at::parallel_for is a template, so it would need
+// OpenMP of the compiler that reads it, and the same OpenMP library as torch's. This one lies in torch and needs
+// neither.
+template <typename Body>
+void parallel_for(int64_t n, const Body& body) {
+  const auto call = [](int64_t begin, int64_t end, void* body) { (*static_cast<const Body*>(body))(begin, end); };
+  const bool failed = torch_parallel_for(0, n, 1, call, const_cast<Body*>(&body));
+  TORCH_CHECK(!failed, "a thread of a CPU kernel failed");
+}
+
 // Calls body(worker, next) once for each worker. next() is the next task, or `tasks` or more when none is left.
 template <typename Body>
 void run_tasks(int64_t tasks, int64_t workers, const Body& body) {
   std::atomic<int64_t> taken{0};
   const auto next = [&taken] { return taken.fetch_add(1, std::memory_order_relaxed); };
-  at::parallel_for(0, std::min(tasks, workers), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(std::min(tasks, workers), [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) body(worker, next);
   });
 }

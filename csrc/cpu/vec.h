@@ -4,6 +4,10 @@
 // from torch or the C++ library is included.
 #pragma once
 
+#if !defined(__GNUC__)  // which Clang defines, too
+#error the CPU kernels need GCC or Clang, whose vector extension they are written in
+#endif
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

@@ -92,12 +92,12 @@ def _why_not(backend: str, tensor: Tensor, op: str, kernels: frozenset[str], uns
 
 
 def _why_idle(backend: str, tensor: Tensor) -> str | None:
-    """Why kernels that were built, and so are expected to run, do not run on the device of ``tensor``; else None."""
+    """Why kernels that this installation was to have do not run on the device of ``tensor``; else None."""
     if backend not in _EXTENSIONS:
         return None
     binary = _EXTENSIONS[backend]
     if not binary.loaded:
-        return binary.reason if binary.built else None
+        return binary.reason if binary.expected else None
     # A compiled graph cannot ask the device; there the launch says that it did not start.
     return why_not_this_gpu(tensor.device.index) if backend == "cuda" and not torch.compiler.is_compiling() else None
 
@@ -106,14 +106,14 @@ def _why_idle(backend: str, tensor: Tensor) -> str | None:
 def _warn_of_idle_kernels(backend: str, reason: str) -> None:
     """Once for each reason: the reference computes the same, so nothing else tells that the kernels do not run."""
     warnings.warn(
-        f"the {backend} kernels were built and do not run, so the slower reference runs in their place: {reason}",
+        f"the {backend} kernels do not run, so the slower reference runs in their place: {reason}",
         stacklevel=5,
     )
 
 
 @cache
 def why_not_this_gpu(index: int) -> str | None:
-    """Why kernels that were built do not run on this GPU, None where they do."""
+    """Why the CUDA kernels do not run on this GPU, None where they do."""
     if not torch.cuda.is_available():  # fake tensors of a GPU that is elsewhere
         return None
     info = extension.build_info()

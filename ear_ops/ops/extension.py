@@ -1,8 +1,8 @@
 """Finds and loads the compiled kernels, and says why not.
 
-Two kinds of binaries lie beside this file when they were built: ``_build_info`` (build facts, no torch) and ``_C_cpu``,
-``_C_cuda`` (kernels that register themselves with torch). Kernels belong to the torch they were built for, so the build
-facts are read first and a binary for another torch is not loaded. Nothing is ever compiled here.
+What was built lies in the package: ``_build_info`` (build facts, no torch) and ``_C_cpu``, ``_C_cuda`` (kernels that
+register themselves with torch). Kernels belong to the torch they were built for, so the build facts are read first and
+a binary for another torch is not loaded. Nothing is ever compiled here.
 """
 
 from __future__ import annotations
@@ -19,18 +19,25 @@ from ear_ops.installation import rebuild
 
 @dataclass(frozen=True)
 class Extension:
-    """One binary: loaded, or the reason why not. ``built``: it lies beside this file."""
+    """One binary: loaded, or the reason why not.
+
+    ``expected``: whether the installation was to have these kernels. Where they do not run, that must be told. They are
+    not expected where ``EAR_OPS_BUILD`` left them out, nor in source files that nothing was ever built from.
+    """
 
     name: str
     loaded: bool
     reason: str
-    built: bool
+    expected: bool
 
 
 def build_info() -> dict[str, Any] | None:
-    """The facts recorded at build time (torch, compiler, CUDA architectures), None where nothing was built."""
+    """The facts recorded at build time (torch, compiler, CUDA architectures), None where no build was run.
+
+    They may be those of an older checkout until an editable installation is built again.
+    """
     try:
-        return dict(importlib.import_module("ear_ops._build_info").facts())
+        return {"by_choice": [], **importlib.import_module("ear_ops._build_info").facts()}
     except ImportError:
         return None
 
@@ -43,24 +50,23 @@ def _release(version: str) -> tuple[str, ...]:
 def load(name: str) -> Extension:
     """Load ``ear_ops._C_<name>`` and so register its kernels; never raises."""
     spec = importlib.util.find_spec(f"ear_ops._C_{name}")
-    if spec is None or spec.origin is None:
-        reason = (build_info() or {}).get("not_built", {}).get(name, "see EAR_OPS_BUILD in the README")
-        return Extension(name, False, f"no {name} kernels were built ({reason})", built=False)
+    binary = spec.origin if spec is not None else None
     info = build_info()
-    if info is None:
-        return Extension(name, False, f"{spec.origin} has no build facts beside it; {rebuild()}", built=True)
-    if _release(info["torch"]) != _release(torch.__version__):
-        return Extension(
-            name,
-            False,
-            f"built for torch {info['torch']}, running torch {torch.__version__}; {rebuild()}",
-            built=True,
-        )
-    try:
-        torch.ops.load_library(spec.origin)
-    except OSError as error:
-        return Extension(name, False, f"{spec.origin} did not load: {error}", built=True)
-    return Extension(name, True, f"loaded from {spec.origin}", built=True)
+    expected = binary is not None if info is None else name not in info["by_choice"]
+    if binary is None:
+        why = info["not_built"].get(name, "the file is missing") if info else "these are source files alone"
+        reason = f"no {name} kernels were built ({why}); {rebuild()}"
+    elif info is None:
+        reason = f"{binary} has no build facts beside it; {rebuild()}"
+    elif _release(info["torch"]) != _release(torch.__version__):
+        reason = f"built for torch {info['torch']}, running torch {torch.__version__}; {rebuild()}"
+    else:
+        try:
+            torch.ops.load_library(binary)
+            return Extension(name, True, f"loaded from {binary}", expected)
+        except OSError as error:
+            reason = f"{binary} did not load: {error}"
+    return Extension(name, False, reason, expected)
 
 
 CPU = load("cpu")

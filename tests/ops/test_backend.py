@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,8 +182,9 @@ def test_every_instruction_set(isa: str, isas: list[str]) -> None:
 
 
 def copy_of_the_package(folder: Path) -> Path:
-    """The Python files alone, as installed where nothing could be built."""
-    shutil.copytree(PACKAGE, folder / "ear_ops", ignore=shutil.ignore_patterns("*.so", "__pycache__", "mini"))
+    """The Python files alone."""
+    ignored = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__", "mini")
+    shutil.copytree(PACKAGE, folder / "ear_ops", ignore=ignored)
     return folder
 
 
@@ -205,31 +207,71 @@ def test_without_binaries_the_reference_runs(tmp_path: Path) -> None:
     result = python("-c", TRY_EVERYTHING, path=copy_of_the_package(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "'cpu' cannot run pooled_distance: no cpu kernels were built" in result.stdout
+    assert "UserWarning" not in result.stderr
+
+
+def test_a_package_built_without_torch_warns_once_and_reports_the_same(tmp_path: Path) -> None:
+    """The reference takes over silently otherwise, and nothing tells that an install was meant to be fast."""
+    reason = "built without torch in the build environment"
+    facts = {"kernels": "", "torch": "", "not_built": {"cpu": reason, "cuda": reason}, "by_choice": []}
+    facts |= {"cpu_isas": "", "cuda_architectures": "", "compiler": ""}
+    package = copy_of_the_package(tmp_path) / "ear_ops"
+    (package / "_build_info.py").write_text(f"def facts():\n    return {facts}\n")
+    report = "from ear_ops.env_report import lines; print(*lines(), sep='\\n')"
+    result = python("-c", f"{TRY_EVERYTHING}\n{report}", path=tmp_path)
+    assert result.returncode == 0, result.stderr
+    told = f"no cpu kernels were built ({reason}); reinstall "
+    assert result.stderr.count(f"the slower reference runs in their place: {told}") == 1
+    assert f"cpu kernels   not available: {told}" in result.stdout and "--no-build-isolation" in result.stdout
+    assert "built         nothing" in result.stdout
 
 
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        ({"torch": "1.0.0"}, "built for torch 1.0.0, running torch .*reinstall"),
-        ({"torch": torch.__version__}, "did not load: "),
+        ({"torch": "1.0.0", "by_choice": []}, "built for torch 1.0.0, running torch .*reinstall"),
+        ({"torch": torch.__version__, "by_choice": []}, "did not load: "),
         (None, "has no build facts beside it; reinstall"),
     ],
     ids=["another torch", "broken binary", "no facts"],
 )
 def test_a_binary_that_does_not_fit_is_not_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, facts: dict[str, str] | None, reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any] | None, reason: str
 ) -> None:
     (tmp_path / "_C_other.so").write_bytes(b"not a library")
     monkeypatch.setattr(ear_ops, "__path__", [str(tmp_path)])
     monkeypatch.setattr(extension, "build_info", lambda: facts)
     found = extension.load("other")
     assert not found.loaded and re.search(reason, found.reason), found.reason
+    assert found.expected
 
 
-@pytest.mark.parametrize("built", [True, False])
-def test_kernels_that_were_built_and_do_not_run_warn_once(monkeypatch: pytest.MonkeyPatch, built: bool) -> None:
-    """Such as after an upgrade of torch. Where nothing was built nobody expects them to run."""
-    idle = extension.Extension("cpu", False, "built for torch 1.0.0; reinstall with: ...", built)
+@pytest.mark.parametrize(
+    ("facts", "reason", "expected"),
+    [
+        (
+            {"not_built": {"other": "built without torch in the build environment"}, "by_choice": []},
+            r"\(built without torch in the build environment\); reinstall with: .* --no-build-isolation ",
+            True,
+        ),
+        ({"not_built": {"other": "EAR_OPS_BUILD=none was set"}, "by_choice": ["other"]}, "EAR_OPS_BUILD=none", False),
+        (None, "these are source files alone", False),
+    ],
+    ids=["no torch at the build", "by choice", "a bare source tree"],
+)
+def test_kernels_that_were_not_built_say_why(
+    monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any] | None, reason: str, expected: bool
+) -> None:
+    monkeypatch.setattr(extension, "build_info", lambda: facts)
+    found = extension.load("other")
+    assert not found.loaded and found.expected == expected
+    assert re.match(rf"no other kernels were built .*{reason}", found.reason), found.reason
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_expected_kernels_that_do_not_run_warn_once(monkeypatch: pytest.MonkeyPatch, expected: bool) -> None:
+    """Such as after an upgrade of torch, or a build without torch. Those that were left out by choice do not."""
+    idle = extension.Extension("cpu", False, "built for torch 1.0.0; reinstall with: ...", expected)
     monkeypatch.setitem(backend._EXTENSIONS, "cpu", idle)
     for op in operator.OPERATORS.values():
         monkeypatch.setattr(op, "kernels", frozenset())
@@ -243,8 +285,8 @@ def test_kernels_that_were_built_and_do_not_run_warn_once(monkeypatch: pytest.Mo
             for case in CASES.values():
                 call(case)
     found = [str(warning.message) for warning in caught]
-    assert found == built * [
-        f"the cpu kernels were built and do not run, so the slower reference runs in their place: {idle.reason}"
+    assert found == expected * [
+        f"the cpu kernels do not run, so the slower reference runs in their place: {idle.reason}"
     ]
     backend._warn_of_idle_kernels.cache_clear()
 
@@ -252,7 +294,7 @@ def test_kernels_that_were_built_and_do_not_run_warn_once(monkeypatch: pytest.Mo
 @needs_cpu_kernels
 def test_a_binary_for_a_patch_release_of_the_same_torch_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     release = ".".join(torch.__version__.split("+")[0].split(".")[:2])
-    monkeypatch.setattr(extension, "build_info", lambda: {"torch": f"{release}.99+cu130"})
+    monkeypatch.setattr(extension, "build_info", lambda: {"torch": f"{release}.99+cu130", "by_choice": []})
     assert extension.load("cpu").loaded
 
 
