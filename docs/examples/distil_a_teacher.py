@@ -9,7 +9,7 @@ import transformers
 
 import ear_ops
 
-STEPS = 150
+STEPS = 100
 STUDENT_LAYERS = [1, 2, 3, 4]
 torch.manual_seed(0)
 
