@@ -19,7 +19,7 @@ TORCH_INCLUDES = $(shell $(PY) -c "from torch.utils.cpp_extension import include
 ON_HOST := build/cuda_on_host/ear_ops_cuda_on_host.so
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: all install demo test sanitize check-aarch64 check-cuda cuda-full gpu-check wheels lint format docs clean
+.PHONY: all install demo test sanitize check-aarch64 check-cuda cuda-full gpu-check wheels lint format docs notebooks clean
 all: install
 install: $(INSTALLED)
 
@@ -104,6 +104,11 @@ docs: export NO_MKDOCS_2_WARNING = 1
 docs: export PATH := $(ENV)/bin:$(PATH)
 docs: install
 	$(PY) -m mkdocs build --strict
+
+# Executes the notebooks of docs/notebooks again, in place. The package itself is installed, so pip adds the extra alone.
+notebooks: install
+	$(PY) -m pip install --quiet "ear-ops[notebooks]"
+	OMP_NUM_THREADS=1 $(PY) docs/notebooks/execute.py
 
 clean:
 	rm -rf build dist ear_ops/*.so ear_ops/_build_info.py *.egg-info $(INSTALLED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -38,7 +39,8 @@ def in_site():
     hooks = runpy.run_path(str(DOCS / "theme" / "hooks.py"))
     config = SimpleNamespace(docs_dir=str(DOCS), site_dir="site", use_directory_urls=False, plugins=None)
     config.plugins = SimpleNamespace(_current_plugin="hooks")
-    pages = [structure.File(page, str(DOCS), "site", False) for page in ("attach.md", "concepts/capture.md")]
+    names = ("attach.md", "concepts/capture.md", "examples/index.md")
+    pages = [structure.File(page, str(DOCS), "site", False) for page in names]
     files = hooks["on_files"](structure.Files(pages), config)
 
     def convert(page: str, markdown: str) -> str:
@@ -64,9 +66,44 @@ def in_site():
         ("attach.md", "[dead](../missing.md)", "[dead](../missing.md)"),
         ("attach.md", "[paper](https://example.org/a.md)", "[paper](https://example.org/a.md)"),
         ("attach.md", "[](const Tensor& like)", "[](const Tensor& like)"),
+        ("attach.md", "[steps](notebooks/first-steps.ipynb)", "[steps](notebooks/first-steps.md)"),
+        ("examples/index.md", "see [it](distil_a_teacher.py)", "see it (`examples/distil_a_teacher.py`)"),
         ("attach.md", "```python\n>>> 1\n1\n```", "```pycon\n>>> 1\n1\n```"),
         ("attach.md", "```python\nx = 1\n```", "```python\nx = 1\n```"),
     ],
 )
 def test_links_of_the_repository_work_in_the_site(in_site, page, in_repository, expected):
     assert in_site(page, in_repository) == expected
+
+
+def test_a_link_to_a_script_on_a_line_of_its_own_becomes_its_source(in_site):
+    source = (DOCS / "examples" / "distil_a_teacher.py").read_text(encoding="utf-8")
+    page = in_site("examples/index.md", "Above.\n\n[distil_a_teacher.py](distil_a_teacher.py)\n\nBelow.")
+    assert page == f'Above.\n\n```python title="docs/examples/distil_a_teacher.py"\n{source}```\n\nBelow.'
+
+
+def test_a_notebook_becomes_a_page_with_its_output(in_site):
+    def code(source, *outputs):
+        return {"cell_type": "code", "source": [source], "outputs": list(outputs)}
+
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "\n", "[next](components-and-gradient-ratios.ipynb)"]},
+        code("print(1)", {"output_type": "stream", "name": "stdout", "text": ["1\n"]}),
+        code("plot()", {"data": {"image/png": "iVBO\nRw0=\n", "text/plain": ["<Figure>"]}}),
+        code("ear", {"data": {"text/html": ["<b>ear</b>"], "text/plain": ["Attachment()"]}}),
+        code("1 + 1", {"data": {"text/plain": ["2"]}}),
+    ]
+    page = in_site("notebooks/first-steps.ipynb", json.dumps({"cells": cells}))
+    assert page.split("\n\n") == [
+        "# Title",
+        "[next](components-and-gradient-ratios.md)",
+        "```python\nprint(1)\n```",
+        "```text\n1\n```",
+        "```python\nplot()\n```",
+        '<img alt="The picture that this code draws" src="data:image/png;base64,iVBORw0=">',
+        "```python\near\n```",
+        "<b>ear</b>",
+        "```python\n1 + 1\n```",
+        "```text\n2\n```",
+        "[Download this notebook](first-steps.ipynb)\n",
+    ]
