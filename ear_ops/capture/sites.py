@@ -41,6 +41,9 @@ class Site(Protocol):
 
     model: str  # path of the model whose attention_mask says which tokens are real
 
+    def __str__(self) -> str:
+        """Where it is, in words, such as ``attention at encoder.layer.5``."""
+
     def install(self, listener: Listener) -> list[Undo]:
         """Tap the place; returns what undoes it."""
 
@@ -62,6 +65,10 @@ class Place(NamedTuple):
     modules: tuple[nn.Module, ...]
     call: int = 0
     calls: int = 1
+
+    def __str__(self) -> str:
+        repeated = f" (call {self.call + 1} of {self.calls})" if self.calls > 1 else ""
+        return f"{self.path or 'the model itself'}{repeated}"
 
 
 class AttentionSite:
@@ -86,6 +93,9 @@ class AttentionSite:
     ) -> None:
         self.place, self.model, self.inside = place, model, inside
         self.key_mask, self.query_mask = key_mask, query_mask
+
+    def __str__(self) -> str:
+        return f"attention at {self.place}"
 
     def install(self, listener: Listener) -> list[Undo]:
         if self.inside:
@@ -169,6 +179,9 @@ class ProjectionSite:
         self.num_heads, self.num_key_value_heads = num_heads, num_key_value_heads
         self.model = model
 
+    def __str__(self) -> str:
+        return f"projections {self.query} and {self.key}"
+
     def install(self, listener: Listener) -> list[Undo]:
         return [
             module.register_forward_hook(_OutputTap(listener, f"projection:{path}")).remove
@@ -213,6 +226,9 @@ class HiddenSite:
 
     def __init__(self, place: Place, side: str, model: str) -> None:
         self.place, self.side, self.model = place, side, model
+
+    def __str__(self) -> str:
+        return f"{self.side} of {self.place}"
 
     @property
     def _tap_key(self) -> str:
