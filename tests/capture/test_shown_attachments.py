@@ -38,7 +38,7 @@ def test_it_says_what_hangs_where_and_its_last_terms(tools) -> None:
     assert [row[-1] for row in cells(text)] == ["last term", *terms]
     assert [row[:4] for row in before] == [
         ["regulariser", "kind", "place", "weight"],
-        ["embedding_push", "EmbeddingPush", "output of bert.embeddings", "0.5"],
+        ["embedding_push", "EmbeddingPush", "input of bert.encoder.layer.0", "0.5"],
         [
             "attention_pull.2",
             "AttentionPull",
