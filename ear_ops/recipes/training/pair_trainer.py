@@ -129,7 +129,8 @@ class EvaluationSteps(TrainerCallback):
 def log_line(step: int, logs: Mapping[str, Any]) -> str:
     """The entries of the log in one line, such as `step 50: loss 1.099, learning_rate 2e-05, epoch 0.25`."""
     texts = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in logs.items()}
-    return f"step {step}: {', '.join(f'{name} {text}' for name, text in texts.items() if name != 'total_flos')}"
+    shown = [f"{name} {text}" for name, text in texts.items() if not name.endswith(("total_flos", "_per_second"))]
+    return f"step {step}: {', '.join(shown)}"
 
 
 class PlainLines(TrainerCallback):

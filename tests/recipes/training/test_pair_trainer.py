@@ -81,6 +81,7 @@ def test_the_log_is_plain_lines_with_and_without_a_progress_bar(
     output = capsys.readouterr().out
     assert re.search(r"step 2: loss \d\.\d+, grad_norm \d\.\d+, learning_rate ", output)
     assert output.count("step 2: loss") == 1 and "{" not in output and "total_flos" not in output
+    assert "train_runtime" in output and "per_second" not in output
 
 
 @pytest.mark.parametrize("stops", [False, True])
