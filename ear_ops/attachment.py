@@ -11,6 +11,7 @@ Learning" (COLING 2022).
 from __future__ import annotations
 
 import contextlib
+import html
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -30,7 +31,7 @@ from ear_ops.capture.teacher import (
     check_teacher,
     outside_inference_mode,
 )
-from ear_ops.regularizers.base import Regularizer, check_constructed, check_term, site_of
+from ear_ops.regularizers.base import Regularizer, check_constructed, check_term, site_of, weight_text
 from ear_ops.regularizers.word_alignment import WordIds
 
 
@@ -167,8 +168,43 @@ class Attachment:
         self._copied = True
 
     def __repr__(self) -> str:
-        state = "" if self._recorder.attached else ", detached"
-        return f"Attachment({self._model_name}, {list(self.regularizers)}{state})"
+        """A heading, and a line for each regulariser: what hangs where, and its last term."""
+        rows = self._rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n  ".join([self._heading(), *map(str.rstrip, lines)])
+
+    def _repr_html_(self) -> str:
+        """What ``repr`` says as a table; notebooks show it."""
+        header, *rows = [[html.escape(cell) for cell in row] for row in self._rows()]
+        lines = [f"<tr><th>{'</th><th>'.join(header)}</th></tr>"]
+        lines += [f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows]
+        return f"<table><caption>{html.escape(self._heading())}</caption>{''.join(lines)}</table>"
+
+    def _heading(self) -> str:
+        on_teacher = "" if self._teacher is None else f" with the teacher {type(self._teacher.root).__name__}"
+        detached = "" if self._recorder.attached else ", detached"
+        return f"Attachment on {self._model_name}{on_teacher}{detached}"
+
+    def _rows(self) -> list[list[str]]:
+        """The table that people see, with its header first. A copy has no places."""
+        rows = [["regulariser", "kind", "place", "weight", "last term"]]
+        places = list(map(str, self._recorder.sites)) or ["-"] * len(self.regularizers)
+        for regularizer, place in zip(self.regularizers, places, strict=True):
+            term = self._components.get(regularizer.name)
+            rows.append(
+                [
+                    regularizer.name,
+                    type(regularizer).__name__,
+                    place,
+                    weight_text(regularizer.weight),
+                    "-" if term is None else f"{term.item():.4g}",
+                ]
+            )
+        if self._teacher is not None:
+            for row, place in zip(rows, ["place in the teacher", *map(str, self._teacher.sites)], strict=True):
+                row.insert(3, place)
+        return rows
 
     def _check_not_copied(self) -> None:
         if self._copied:

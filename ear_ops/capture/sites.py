@@ -42,6 +42,9 @@ class Site(Protocol):
 
     model: str  # path of the model whose attention_mask says which tokens are real
 
+    def __str__(self) -> str:
+        """Where it is, in words, such as ``attention at encoder.layer.5``."""
+
     def install(self, listener: Listener) -> list[Undo]:
         """Tap the place; returns what undoes it."""
 
@@ -63,6 +66,10 @@ class Place(NamedTuple):
     modules: tuple[nn.Module, ...]
     call: int = 0
     calls: int = 1
+
+    def __str__(self) -> str:
+        repeated = f" (call {self.call + 1} of {self.calls})" if self.calls > 1 else ""
+        return f"{self.path or 'the model itself'}{repeated}"
 
 
 class Surroundings:
@@ -114,6 +121,9 @@ class AttentionSite:
     ) -> None:
         self.place, self.model, self.inside = place, model, inside
         self.key_mask, self.query_mask = key_mask, query_mask
+
+    def __str__(self) -> str:
+        return f"attention at {self.place}"
 
     def install(self, listener: Listener) -> list[Undo]:
         if self.inside:
@@ -197,6 +207,9 @@ class ProjectionSite:
         self.num_heads, self.num_key_value_heads = num_heads, num_key_value_heads
         self.model = model
 
+    def __str__(self) -> str:
+        return f"projections {self.query} and {self.key}"
+
     def install(self, listener: Listener) -> list[Undo]:
         return [
             module.register_forward_hook(_OutputTap(listener, f"projection:{path}")).remove
@@ -241,6 +254,9 @@ class HiddenSite:
 
     def __init__(self, place: Place, side: str, model: str, around: Surroundings) -> None:
         self.place, self.side, self.model, self.around = place, side, model, around
+
+    def __str__(self) -> str:
+        return f"{self.side} of {self.place}"
 
     @property
     def _tap_key(self) -> str:

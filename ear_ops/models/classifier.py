@@ -70,6 +70,8 @@ class MeanPoolingConfig(PretrainedConfig):
         # transformers copies this setting to the configuration of the encoder. Without it, an encoder that is already
         # built would change its attention implementation, and would then ignore its padding mask without an error.
         kwargs.setdefault("attn_implementation", encoder_config._attn_implementation)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # else the Trainer reports them as changed
+            kwargs.setdefault(name, getattr(encoder_config, name, None))
         super().__init__(**kwargs)
 
 

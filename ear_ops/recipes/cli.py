@@ -7,8 +7,9 @@ seconds, only when they run, so `--help` and mistakes show at once.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,14 +23,42 @@ from ear_ops.recipes.training.errors import ConfigError
 
 try:
     import typer
+    from typer.core import TyperCommand, TyperGroup
 except ModuleNotFoundError:
     raise ModuleNotFoundError(f"the ear-ops command needs typer: {install('train')}", name="typer") from None
 
+
+class _GroupedHelp:
+    """Plain help under the headings that rich draws as panels on a terminal."""
+
+    def format_options(self: Any, context: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(context):
+            if record := parameter.get_help_record(context):
+                usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                sections.setdefault(parameter.rich_help_panel or usual, []).append(record)
+        for name, command in getattr(self, "commands", {}).items():
+            sections.setdefault(command.rich_help_panel, []).append((name, command.get_short_help_str(limit=200)))
+        options = sections.pop("Options", [])  # `--help` alone, in the longer lists
+        for heading, records in [*sections.items(), ("Options", options)]:
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+class _Command(_GroupedHelp, TyperCommand):
+    pass
+
+
+class _Commands(_GroupedHelp, TyperGroup):
+    pass
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # with it, "[default: ...]" in a help text would be markup
+    rich_markup_mode=None,  # `main` changes it on a terminal
     help="Train and score zero-shot cross-lingual classifiers with attention and embedding regularizers.",
 )
 
@@ -39,17 +68,32 @@ _EXTRAS = {
     **dict.fromkeys(("matplotlib", "sklearn"), "analysis"),
 }
 _DataDir = Annotated[str | None, typer.Option(help="Folder of the data now.  [default: the folder that was read]")]
-_DATA_SETTINGS = (
-    "task",
-    "source_language",
-    "data_dir",
-    "hub",
-    "max_train_examples",
-    "synonyms",
-    "match",
-    "dictionary_scale",
-    "seed",
-)
+_TRAINING, _STUDIES, _DATA_AND_SPEED = "Train and score", "Studies", "Data and speed"  # headings of the commands
+
+# The headings of the options of `train`.
+_SETTINGS = {
+    "Data": (
+        *("task", "source_language", "data_dir", "hub", "max_train_examples", "synonyms", "match", "dictionary_scale"),
+        *("variants_file", "variants", "seed"),
+    ),
+    "Method and weights": (
+        *("method", "preset", "alpha", "beta", "push_ratio", "pull_ratio", "layer", "reduction"),
+        *("perturbation", "adversarial_steps", "measure_gradients"),
+    ),
+    "Model and input": ("model", "pooling", "padding", "max_length", "freeze_embeddings", "prune_vocabulary"),
+    "Optimisation": (
+        *("batch_size", "group_by_length", "learning_rate", "epochs", "warmup_ratio", "weight_decay"),
+        *("max_grad_norm", "bf16", "compile"),
+    ),
+    "Evaluation and output": (
+        *("evaluations_per_epoch", "eval_split", "languages", "eval_batch_size", "logging_steps", "output_dir"),
+    ),
+}
+_DATA_SETTINGS = set(_SETTINGS["Data"]) - {"variants_file", "variants"}
+
+
+def _command(heading: str, **options: Any) -> Callable[..., Any]:
+    return app.command(cls=_Command, rich_help_panel=heading, **options)
 
 
 @app.callback()
@@ -67,6 +111,8 @@ def main() -> None:
 
     Any other error is a fault of the package and shows its traceback.
     """
+    if sys.stdout.isatty():
+        app.rich_markup_mode = "markdown"  # in "rich", the "[default: ...]" of a help text would be a tag
     try:
         app()
     except (EarOpsError, OSError) as error:
@@ -87,21 +133,24 @@ def _missing_extra(error: ImportError) -> str | None:
     return None
 
 
-def _settings_as_options(names: Sequence[str] | None = None) -> Callable[..., Callable[..., None]]:
-    """Replace the `**settings` of a command by an option for each field of `TrainConfig`, or for those in `names`."""
+def _settings_as_options(names: Collection[str]) -> Callable[..., Callable[..., None]]:
+    """Replace the `**settings` of a command by an option for each field of `TrainConfig` that `names` has."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         parameters = inspect.signature(function, eval_str=True).parameters.values()
         options = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-        for setting in fields(TrainConfig):
-            if names is None or setting.name in names:
-                kind = SETTING_TYPES[setting.name]
-                flag = [f"--{setting.name.replace('_', '-')}"] if kind is bool else []
-                shown = bool(setting.default)
-                default = typer.Option(setting.default, *flag, help=setting.metadata["help"], show_default=shown)
-                options.append(
-                    inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-                )
+        settings = {setting.name: setting for setting in fields(TrainConfig)}
+        headings = {name: heading for heading, group in _SETTINGS.items() for name in group}
+        for name in filter(names.__contains__, headings):
+            kind, setting = SETTING_TYPES[name], settings[name]
+            default = typer.Option(
+                setting.default,
+                *([f"--{name.replace('_', '-')}"] if kind is bool else []),
+                help=setting.metadata["help"],
+                show_default=bool(setting.default),
+                rich_help_panel=headings[name],
+            )
+            options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
         vars(function)["__signature__"] = inspect.Signature(options)  # typer reads it
         function.__annotations__ = {option.name: option.annotation for option in options}
         return function
@@ -109,8 +158,8 @@ def _settings_as_options(names: Sequence[str] | None = None) -> Callable[..., Ca
     return decorate
 
 
-@app.command()
-@_settings_as_options()
+@_command(_TRAINING)
+@_settings_as_options(SETTING_TYPES)
 def train(**settings: Any) -> None:
     """Train on one language and print the accuracy in every language. An interrupted run goes on where it stopped."""
     from ear_ops.recipes.training.results import results_text
@@ -126,7 +175,7 @@ def train(**settings: Any) -> None:
     processes.say(f"Tables, configuration and model are in {config.output_dir}.")
 
 
-@app.command()
+@_command(_TRAINING)
 def evaluate(
     folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     eval_split: Annotated[str | None, typer.Option(help="dev or test.  [default: as configured]")] = None,
@@ -140,7 +189,7 @@ def evaluate(
     processes.say(results_text(_run_module().evaluate(folder, eval_split, data_dir), terminal_table).rstrip("\n"))
 
 
-@app.command()
+@_command(_TRAINING)
 def compare(
     folders: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
@@ -163,10 +212,24 @@ def compare(
         print("\n" + differences_table([Path(folder) for folder in folders], Path(baseline), data_dir, table))
 
 
-@app.command()
+def _list_studies(wanted: bool) -> None:
+    """Print the names of the package's studies, each with the first sentence of its file."""
+    if not wanted:
+        return
+    from ear_ops.recipes.study.definition import package_studies
+
+    studies = package_studies()
+    for name, path in studies.items():
+        first_sentence = re.split(r"(?<=[.?])\s", path.read_text(encoding="utf-8").removeprefix("# "))[0]
+        print(f"{name:16} {first_sentence}")
+    print(f"To change one, copy its file from {next(iter(studies.values())).parent}.")
+    raise typer.Exit
+
+
+@_command(_STUDIES)
 def sweep(
-    study: Annotated[str, typer.Argument(metavar="STUDY.yaml", help="The runs of the study; see docs/studies.md.")],
-    output_dir: Annotated[str, typer.Option(help="Folder of the study.  [default: runs/NAME OF THE FILE]")] = "",
+    study: Annotated[str, typer.Argument(help="Name of a study of the package, or a YAML file; see docs/studies.md.")],
+    output_dir: Annotated[str, typer.Option(help="Folder of the study.  [default: runs/STUDY]")] = "",
     groups: Annotated[
         list[str] | None,
         typer.Option(
@@ -174,6 +237,9 @@ def sweep(
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and run nothing.")] = False,
+    list_studies: Annotated[
+        bool, typer.Option("--list", is_eager=True, callback=_list_studies, help="Print the studies of the package.")
+    ] = False,
 ) -> None:
     """Train every run of a study that is not finished. Several processes may share the folder."""
     folder = output_dir or f"runs/{Path(study).stem}"
@@ -195,7 +261,7 @@ def sweep(
     print(f"All runs of {part} are finished: `ear-ops report {folder}` makes the tables.")
 
 
-@app.command()
+@_command(_STUDIES)
 def report(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of a study.")],
     data_dir: Annotated[
@@ -209,7 +275,7 @@ def report(
     print(f"{content['finished']} of {content['planned']} runs: the tables are in {folder}/report.md.")
 
 
-@app.command()
+@_command(_DATA_AND_SPEED)
 @_settings_as_options(_DATA_SETTINGS)
 def augment(
     *,
@@ -223,7 +289,7 @@ def augment(
     print(write_variants_file(TrainConfig(**settings, method="finetune").data, output, num_variants))
 
 
-@app.command()
+@_command(_STUDIES)
 def analyse(
     folders: Annotated[list[str], typer.Argument(metavar="FOLDER...", help="Studies, or finished runs with models.")],
     parallel: Annotated[str, typer.Option(help="Folder with XX-en.tsv (sentence, tab, English).")],
@@ -246,7 +312,7 @@ _BENCHMARKS = {
 }
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@_command(_DATA_AND_SPEED, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="|".join(_BENCHMARKS))],

@@ -123,5 +123,12 @@ def scaled(weight: Weight, factor: float) -> Weight:
     return functools.partial(_scaled_at, weight, factor) if callable(weight) else factor * weight
 
 
+def weight_text(weight: Weight) -> str:
+    """A weight for people: ``0.1``, ``0.5 * CosineSchedule(...)``, or the name of a function."""
+    if isinstance(weight, functools.partial) and weight.func is _scaled_at:
+        return f"{weight.args[1]:g} * {weight_text(weight.args[0])}"
+    return getattr(weight, "__name__", repr(weight)) if callable(weight) else f"{weight:g}"
+
+
 def _scaled_at(weight: Callable[[int], float], factor: float, step: int) -> float:
     return factor * weight(step)  # a function of the module, since a closure cannot be pickled

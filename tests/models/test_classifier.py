@@ -163,6 +163,12 @@ def test_an_encoder_decoder_is_refused() -> None:
         MeanPoolingConfig(encoder_config=T5Config())
 
 
+def test_the_special_tokens_are_those_of_the_encoder() -> None:
+    """The Trainer looks at them from outside, and says that it changed those that differ from the tokenizer's."""
+    config = MeanPoolingConfig(encoder_config=BertConfig(bos_token_id=5, eos_token_id=6, pad_token_id=7))
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (5, 6, 7)
+
+
 # ---- loading and saving ----
 
 

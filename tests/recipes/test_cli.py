@@ -41,6 +41,37 @@ def test_help_names_every_command_and_every_setting() -> None:
     assert "--dictionary-scale" in augment and "--num-variants" in augment and "--epochs" not in augment
 
 
+def sections(text: str) -> dict[str, str]:
+    """The text below each heading of a help."""
+    parts = re.split(r"^(\S[^\n]*):\n", text, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_commands_and_settings_stand_under_headings() -> None:
+    commands = {heading: re.findall(r"^  (\w+) ", text, re.M) for heading, text in sections(run("--help")).items()}
+    assert commands.pop("Options") == [] and set(commands) == {"Train and score", "Studies", "Data and speed"}
+    assert commands["Studies"] == ["sweep", "report", "analyse"]
+    settings = {
+        heading: re.findall(r"^  --([\w-]+)", text, re.M) for heading, text in sections(run("train", "--help")).items()
+    }
+    assert settings.pop("Options") == ["help"] and len(settings) == 5
+    names = [name.replace("-", "_") for group in settings.values() for name in group]
+    assert sorted(names) == sorted(TrainConfig.__dataclass_fields__), "every setting once"
+    assert "alpha" in settings["Method and weights"] and "epochs" in settings["Optimisation"]
+
+
+def test_on_a_terminal_the_help_keeps_its_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.app, "rich_markup_mode", "markdown")
+    train = run("train", "--help")
+    assert "\u2500 Method and weights \u2500" in train and "[default: the preset's]" in train
+
+
+def test_the_studies_of_the_package_are_listed() -> None:
+    lines = run("sweep", "--list").splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == ["pawsx", "scale", "source-language", "xnli"]
+    assert lines[0].endswith(" PAWS-X, table 2.") and Path(lines[-1].split(" from ")[1].rstrip(".")).is_dir()
+
+
 def test_options_reach_the_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
 
@@ -76,7 +107,7 @@ def test_train_prints_the_settings_that_matter_first(monkeypatch: pytest.MonkeyP
         (["evaluate", "no-such-run"], ["error:", "no-such-run", "no run"]),
         (["evaluate", "run", "--eval-split", "tset"], ["error: eval_split: expected dev or test, got 'tset'"]),
         (["compare", "no-such-run", "--baseline", "other"], ["error:", "no-such-run: no such folder"]),
-        (["sweep", "no-such.yaml"], ["error:", "no-such.yaml: no such study"]),
+        (["sweep", "no-such.yaml"], ["error:", "no-such.yaml: no such study", "pawsx, scale, source-language, xnli"]),
         (["report", "no-such-study"], ["error:", "holds no study", "ear-ops sweep"]),
         (["analyse", "no-such-run", "--parallel", "p"], ["error:", "no-such-run holds no run"]),
         (["compare", "no-such-run"], ["error:", "no-such-run: no such folder"]),

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ear_ops.data import DataError, load_parallel, load_synonyms
 from ear_ops.installation import install
-from ear_ops.recipes.analysis.figures import scatter_panels
+from ear_ops.recipes.analysis.figures import layer_panels, scatter_panels
 from ear_ops.recipes.analysis.states import alignment_by_layer, sentence_states, word_vectors
 from ear_ops.recipes.study.definition import load_study
 from ear_ops.recipes.study.sweep import STUDY_FILE, StudyError, plan_of
@@ -26,6 +28,11 @@ from ear_ops.recipes.training.folder import check_initial_model, load_config, ve
 PICTURED_SENTENCES = 25  # of each language
 PICTURED_LANGUAGES = 6
 PICTURED_WORDS = 12  # without their synonyms, which are pictured too
+LANGUAGE_NAMES = {
+    **{"ar": "Arabic", "bg": "Bulgarian", "de": "German", "el": "Greek", "en": "English", "es": "Spanish"},
+    **{"fr": "French", "hi": "Hindi", "ja": "Japanese", "ko": "Korean", "ru": "Russian", "sw": "Swahili"},
+    **{"th": "Thai", "tr": "Turkish", "ur": "Urdu", "vi": "Vietnamese", "zh": "Chinese"},
+}
 
 
 def analyse(
@@ -44,13 +51,14 @@ def analyse(
         folders: of finished runs that still have their models, or of studies. Of a study, the finished runs of groups
             with `keep_model: true` are measured.
         parallel_dir: holds `XX-en.tsv`, see `load_parallel`.
-        output_dir: gets `analysis.json`, `analysis.md` and `figure-N-RUN.png`.
+        output_dir: gets `analysis.json`, `analysis.md`, and `layers-RUN` and `figure-N-RUN` as PNG and SVG.
         synonyms: the dictionary with the words of figure 4; without it, figure 4 is not drawn.
         limit: sentences of a language, at least 4; by default all.
 
     Returns:
-        What `analysis.json` holds: for each run `before` and `after`, as `alignment_by_layer` returns them; and in
-        `not_run` the runs of the studies that have no model yet.
+        What `analysis.json` holds: for each run `before` and `after`, as `alignment_by_layer` returns them, and
+        `figures`, the captions by the names of the files; and in `not_run` the runs of the studies that have no model
+        yet.
 
     Raises:
         StudyError: a run has lost its model, a study has no model yet, or two runs have the same name.
@@ -81,15 +89,19 @@ def analyse(
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         if config.model not in before:
             before[config.model] = alignment_by_layer(*models["before"], parallel)
-        content["runs"][name] = {
+        scatters = _scatters(name, models["before"][1], parallel, groups)
+        content["runs"][name] = entry = {
             "method": config.method,
             "seed": config.seed,
             "before": before[config.model],
             "after": alignment_by_layer(*models["after"], parallel),
+            "figures": {f"layers-{name}": "Measures by layer."} | {s.name: s.caption for s in scatters},
         }
         checkpoints.write_json(output_dir / "analysis.json", content)  # after every run, so that none is lost
         checkpoints.write_atomically(output_dir / "analysis.md", analysis_markdown(content))
-        _draw(output_dir, name, models, parallel, groups)
+        layer_panels(output_dir / f"layers-{name}.png", _measures_by_layer(entry))
+        for scatter in scatters:
+            _draw(output_dir, scatter, models)
     return content
 
 
@@ -131,7 +143,8 @@ def analysis_markdown(content: dict[str, Any]) -> str:
         "sentences whose English translation is the nearest by cosine, in %. Alignment: linear centred kernel "
         "alignment with English, debiased. Separation: the mean silhouette with the languages as clusters; a lower "
         "value means that the languages lie within each other. Retrieval and alignment are means over languages; "
-        "`analysis.json` has the values of each language.",
+        "`analysis.json` has the values of each language. A scatter plot is one t-SNE of the states before and after "
+        "training: it shows neighbourhoods and not distances.",
     ]
     for name, run in content["runs"].items():
         header = ["layer", *(f"{measure}, {when}" for measure in _MEASURES for when in ("before", "after"))]
@@ -139,7 +152,7 @@ def analysis_markdown(content: dict[str, Any]) -> str:
         for layer in range(len(run["before"]["separation"])):
             cells = [
                 f"{show(run[when], layer):.{digits}f}"
-                for show, digits in _MEASURES.values()
+                for show, digits, _ in _MEASURES.values()
                 for when in ("before", "after")
             ]
             rows.append([str(layer), *cells])
@@ -147,51 +160,120 @@ def analysis_markdown(content: dict[str, Any]) -> str:
         lines += ["", f"## {name}: {run['method']}, seed {run['seed']}", ""]
         lines += [f"{len(run['before']['sentences'])} languages, {sentences:,} sentence pairs.", ""]
         lines += [markdown_table(header, rows)]
+        for figure, caption in run["figures"].items():
+            lines += ["", f"![{caption}]({figure}.png)", "", f"{caption} [SVG]({figure}.svg)"]
     if content["not_run"]:
         lines += ["", f"Not run yet: {', '.join(content['not_run'])}."]
     versions_text = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     return "\n".join([*lines, "", f"Versions: {versions_text}."]) + "\n"
 
 
-_MEASURES: dict[str, tuple[Any, int]] = {
-    "retrieval": (lambda measured, layer: 100 * mean(values[layer] for values in measured["retrieval"].values()), 1),
-    "alignment": (lambda measured, layer: mean(values[layer] for values in measured["alignment"].values()), 3),
-    "separation": (lambda measured, layer: measured["separation"][layer], 3),
+# For each measure its value in a layer, the digits to print, and the label of its axis.
+_MEASURES: dict[str, tuple[Any, int, str]] = {
+    "retrieval": (
+        lambda measured, layer: 100 * mean(values[layer] for values in measured["retrieval"].values()),
+        1,
+        "retrieval accuracy (%)",
+    ),
+    "alignment": (
+        lambda measured, layer: mean(values[layer] for values in measured["alignment"].values()),
+        3,
+        "alignment with English (CKA)",
+    ),
+    "separation": (lambda measured, layer: measured["separation"][layer], 3, "separation of languages"),
 }
 
 
-def _draw(
-    output_dir: Path,
-    name: str,
-    models: dict[str, tuple[Any, Any]],
-    parallel: dict[str, list[tuple[str, str]]],
-    synonyms: list[tuple[str, str]],
-) -> None:
-    """Draw figure 3 (words of parallel sentences), 4 (words and synonyms) and 5 (sentences in the last layer)."""
+def _measures_by_layer(run: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """The values of each layer, by the label of the measure, and before and after training."""
+    layers = range(len(run["before"]["separation"]))
+    return {
+        label: {f"{when} training": [show(run[when], layer) for layer in layers] for when in ("before", "after")}
+        for show, _, label in _MEASURES.values()
+    }
+
+
+@dataclass(frozen=True)
+class _Scatter:
+    """A picture of vectors.
+
+    Attributes:
+        name: of its files.
+        caption: one or two sentences.
+        vectors: of a model, its tokenizer and N texts, [N, C].
+        points: the group and the text of each point.
+        links, named: as `scatter_panels` takes them.
+    """
+
+    name: str
+    caption: str
+    vectors: Callable[[Any, Any, Sequence[str]], Tensor]
+    points: list[tuple[str, str]]
+    links: Sequence[tuple[int, int]] = ()
+    named: Sequence[int] | None = None
+
+
+def _scatters(
+    name: str, tokenizer: Any, parallel: dict[str, list[tuple[str, str]]], synonyms: list[tuple[str, str]]
+) -> list[_Scatter]:
+    """Figure 3 (words of parallel sentences), 4 (words and synonyms) and 5 (sentences in the last layer) of a run."""
     pictured = {
         language: pairs[:PICTURED_SENTENCES] for language, pairs in islice(parallel.items(), PICTURED_LANGUAGES)
     }
     sentences = [("en", english) for pairs in pictured.values() for _, english in pairs]
     sentences += [(language, sentence) for language, pairs in pictured.items() for sentence, _ in pairs]
     sentences = list(dict.fromkeys(sentences))
-    _, whole = models["before"]
+    number = {entry: i for i, entry in enumerate(sentences)}
+    translations = [
+        (number[language, sentence], number["en", english])
+        for language, pairs in pictured.items()
+        for sentence, english in pairs
+    ]
     words = list(dict.fromkeys((language, word) for language, sentence in sentences for word in sentence.split()))
-    for number, title, labelled in (
-        (3, "Words of parallel sentences, embedding layer", words),
-        (4, "Words and their synonyms, embedding layer", synonyms),
-        (5, "Parallel sentences, last layer", sentences),
-    ):
-        if number != 5:  # a word may have no piece, such as a zero-width space
-            labelled = [entry for entry in labelled if whole(entry[1], add_special_tokens=False)["input_ids"]]
-        texts = [text for _, text in labelled]
-        if len(texts) < 4:  # too few for t-SNE
-            continue
-        panels = {
-            when: sentence_states(model, tokenizer, texts)[-1] if number == 5 else word_vectors(model, tokenizer, texts)
-            for when, (model, tokenizer) in models.items()
-        }
-        path = output_dir / f"figure-{number}-{name}.png"
-        scatter_panels(path, title, panels, [group for group, _ in labelled])
+
+    def by_language(entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        return [(LANGUAGE_NAMES.get(language, language), text) for language, text in entries]
+
+    def with_pieces(entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Without those that have no piece, such as a zero-width space."""
+        return [entry for entry in entries if tokenizer(entry[1], add_special_tokens=False)["input_ids"]]
+
+    words, synonyms = with_pieces(words), with_pieces(synonyms)
+    heads: dict[str, int] = {}  # of each group the first member, which is the word itself
+    for i, (group, _) in enumerate(synonyms):
+        heads.setdefault(group, i)
+    scatters = [
+        _Scatter(
+            f"figure-3-{name}", "Words of parallel sentences in the embedding layer.", word_vectors, by_language(words)
+        ),
+        _Scatter(
+            f"figure-4-{name}",
+            "Words in the embedding layer. Lines join a word and its synonyms.",
+            word_vectors,
+            synonyms,
+            links=[(heads[group], i) for i, (group, _) in enumerate(synonyms)],
+            named=list(heads.values()),
+        ),
+        _Scatter(
+            f"figure-5-{name}",
+            "Parallel sentences in the last layer. Lines join translations.",
+            _last_states,
+            by_language(sentences),
+            links=translations,
+        ),
+    ]
+    return [scatter for scatter in scatters if len(scatter.points) >= 4]  # t-SNE needs 4
+
+
+def _draw(output_dir: Path, scatter: _Scatter, models: dict[str, tuple[Any, Any]]) -> None:
+    texts = [text for _, text in scatter.points]
+    vectors = {f"{when} training": scatter.vectors(*model, texts) for when, model in models.items()}
+    groups = [group for group, _ in scatter.points]
+    scatter_panels(output_dir / f"{scatter.name}.png", vectors, groups, scatter.links, scatter.named)
+
+
+def _last_states(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    return sentence_states(model, tokenizer, texts)[-1]
 
 
 def _synonym_groups(path: str | Path, sentences: Iterable[str]) -> list[tuple[str, str]]:

@@ -39,6 +39,7 @@ from ear_ops.recipes.training.method_uses import METHOD_SETTINGS, METHOD_USES
 
 Settings = dict[str, Any]
 
+_STUDIES = Path(__file__).parent / "studies"
 _WEIGHTING = {"alpha", "beta", "layer", "reduction"}  # the settings of a preset, without the padding
 _DEFAULTS = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
 
@@ -283,18 +284,31 @@ class _StudyLoader(yaml.SafeLoader):
         return node
 
 
-def load_study(path: str | Path) -> Study:
+def package_studies() -> dict[str, Path]:
+    """The files of the studies that the package has, by name."""
+    return {path.stem: path for path in sorted(_STUDIES.glob("*.yaml"))}
+
+
+def load_study(study: str | Path) -> Study:
     """Read and check a study.
+
+    Args:
+        study: a file, or the name of a study of the package. A file goes first.
 
     Raises:
         ConfigError: the file is missing, not YAML, or has an unknown key or value; the message names the place.
     """
-    path = Path(path)
+    path = Path(study)
+    if not path.is_file():
+        path = package_studies().get(str(study), path)
     try:
         text = _with_environment(path.read_text(encoding="utf-8"), path)
         content = yaml.load(text, _StudyLoader)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such study") from None
+        raise ConfigError(
+            f"{path}: no such study: expected a YAML file, or the name of a study of the package: "
+            f"{', '.join(package_studies())}"
+        ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8: {error}") from None
     except RecursionError:

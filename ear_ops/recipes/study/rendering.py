@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ear_ops.installation import install
+from ear_ops.recipes.drawing import COLOURS, PAGE_WIDTH, figure
 from ear_ops.recipes.study.statistics import DRAWS, Difference, Estimate
 from ear_ops.recipes.tables import markdown_table
 from ear_ops.recipes.training.results import grouped_notices
@@ -40,7 +41,9 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def figure_6(content: dict[str, Any], path: Path) -> str | None:
-    """Draw the accuracy over the scale of the dictionary, of the study and of the paper. It needs matplotlib.
+    """Draw the accuracy over the scale of the dictionary, of the study and of the paper, as PNG and SVG.
+
+    It needs matplotlib.
 
     Returns:
         None, or the reason why the figure was not drawn.
@@ -51,28 +54,24 @@ def figure_6(content: dict[str, Any], path: Path) -> str | None:
         return "figure 6 was not drawn: no run of table 6 is finished"
     if importlib.util.find_spec("matplotlib") is None:
         return f"figure 6 was not drawn: it needs matplotlib ({install('analysis')})"
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    FigureCanvasAgg(figure)
-    ours, paper = figure.subplots(1, 2)
     points.sort()
-    ours.errorbar(
-        [scale for scale, _ in points],
-        [100 * value.mean for _, value in points],
-        yerr=[100 * (value.deviation or 0) for _, value in points],
-        marker="o",
-        capsize=3,
-    )
-    ours.set_title("here")
     printed = [(float(paper_row["name"]), paper_row["accuracies"]["avg"]) for row in rows for paper_row in row["paper"]]
-    paper.plot(*zip(*sorted(printed), strict=True), marker="o", color="gray")
-    paper.set_title("paper, mBERT")
-    for axes in (ours, paper):
-        axes.set_xlabel("share of the dictionary")
-        axes.set_ylabel("average accuracy, %")
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    with figure(path, PAGE_WIDTH, 2.4) as drawn:
+        ours, paper = drawn.subplots(1, 2)
+        ours.errorbar(
+            [scale for scale, _ in points],
+            [100 * value.mean for _, value in points],
+            yerr=[100 * (value.deviation or 0) for _, value in points],
+            color=COLOURS[0],
+            marker="o",
+            capsize=3,
+        )
+        ours.set_title("this study (mean and deviation over seeds)")
+        paper.plot(*zip(*sorted(printed), strict=True), marker="s", color=COLOURS[1])
+        paper.set_title("paper, mBERT")
+        for axes in (ours, paper):
+            axes.set_xlabel("share of the dictionary")
+            axes.set_ylabel("average accuracy (%)")
     return None
 
 
@@ -109,7 +108,7 @@ def _section(section: dict[str, Any], content: dict[str, Any]) -> list[str]:
         lines += ["", f"No run here has {', '.join(absent)}, which are in the paper's averages."]
     lines += _missing(section) + _differences(section) + _terms(section)
     if section["table"] == "6":
-        lines += ["", content["figure_6"] or "![Figure 6](figure-6.png)"]
+        lines += ["", content["figure_6"] or "![Figure 6](figure-6.png) [SVG](figure-6.svg)"]
     return lines
 
 

@@ -118,7 +118,7 @@ def differences_table(folders: Sequence[Path], baseline: Path, data_dir: str | N
 
 
 def report(folder: str | Path, data_dir: str | None = None) -> dict[str, Any]:
-    """Write `report.json`, `report.md` and, with matplotlib, `figure-6.png` into the folder of a study.
+    """Write `report.json`, `report.md` and, with matplotlib, `figure-6.png` and `.svg` into the folder of a study.
 
     Args:
         folder: of a study. Where runs are not finished, the report says so.
@@ -134,7 +134,7 @@ def report(folder: str | Path, data_dir: str | None = None) -> dict[str, Any]:
     """
     folder = Path(folder)
     if not (folder / STUDY_FILE).is_file():
-        raise StudyError(f"{folder} holds no study: run `ear-ops sweep STUDY.yaml --output-dir {folder}` first")
+        raise StudyError(f"{folder} holds no study: run `ear-ops sweep STUDY --output-dir {folder}` first")
     study = load_study(folder / STUDY_FILE)
     plan = plan_of(study, folder)
     content: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,27 +129,58 @@ class EvaluationSteps(TrainerCallback):
 def log_line(step: int, logs: Mapping[str, Any]) -> str:
     """The entries of the log in one line, such as `step 50: loss 1.099, learning_rate 2e-05, epoch 0.25`."""
     texts = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in logs.items()}
-    return f"step {step}: {', '.join(f'{name} {text}' for name, text in texts.items() if name != 'total_flos')}"
-
-
-class ProgressWithLines(ProgressCallback):
-    """The progress bar of the Trainer, with the log as plain lines: the Trainer prints a dict of quoted numbers."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero and self.training_bar is not None:
-            self.training_bar.write(log_line(state.global_step, logs or {}))
+    shown = [f"{name} {text}" for name, text in texts.items() if not name.endswith(("total_flos", "_per_second"))]
+    return f"step {step}: {', '.join(shown)}"
 
 
 class PlainLines(TrainerCallback):
-    """The log as plain lines, where there is no progress bar."""
+    """The log as plain lines: the Trainer prints a dict of quoted numbers."""
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
             print(log_line(state.global_step, logs or {}), flush=True)
+
+
+class LinesAndBars(PlainLines):
+    """On a terminal, also bars below the lines: one for the steps, and one for an evaluation while it runs."""
+
+    def __init__(self) -> None:
+        from rich.progress import MofNCompleteColumn, Progress
+
+        self.bars = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), transient=True)
+        self.training: Any = None
+        self.evaluation: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.training = self.bars.add_task("training", total=state.max_steps, completed=state.global_step)
+            self.bars.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.training is not None:
+            self.bars.update(self.training, completed=state.global_step)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training is not None:
+            if self.evaluation is None:
+                self.evaluation = self.bars.add_task("evaluation", total=len(eval_dataloader))
+            self.bars.advance(self.evaluation)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.evaluation is not None:
+            self.bars.remove_task(self.evaluation)
+            self.evaluation = None
 
 
 @contextmanager
@@ -226,9 +258,11 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
             callbacks=[*run_callbacks, *callbacks],
             **kwargs,
         )
-        for theirs, ours in ((ProgressCallback, ProgressWithLines), (PrinterCallback, PlainLines)):
-            if self.pop_callback(theirs) is not None:
-                self.add_callback(ours)
+        self.progress: PlainLines | None = None
+        bar = self.pop_callback(ProgressCallback)
+        if bar or self.pop_callback(PrinterCallback):
+            self.progress = LinesAndBars() if bar and sys.stdout.isatty() else PlainLines()
+            self.add_callback(self.progress)
         self.method = method
         self.order = order
         self.prunes_checkpoints = evaluations_per_epoch is not None
@@ -246,7 +280,11 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         if isinstance(resume_from_checkpoint, (str, Path)):
             with _naming_damaged_files(resume_from_checkpoint):
                 TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if isinstance(self.progress, LinesAndBars):
+                self.progress.bars.stop()  # else the cursor would stay hidden after an error
 
     def training_loss(self, model: Any, inputs: dict[str, Any]) -> StepLoss:
         """The loss of the method. The labels are [B], while the inputs may have 2B rows."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,16 @@ import pytest
 pytest.importorskip("sklearn", reason="needs the extra `analysis`")
 pytest.importorskip("matplotlib", reason="needs the extra `analysis`")
 
+import numpy as np
 import torch
 
 from ear_ops.data import DataError, load_parallel
 from ear_ops.models.classifier import load_classifier
 from ear_ops.models.vocabulary import restore_vocabulary
 from ear_ops.recipes.analysis.alignment_report import _synonym_groups, analyse
-from ear_ops.recipes.analysis.figures import tsne
+from ear_ops.recipes.analysis.figures import scatter_panels, tsne
 from ear_ops.recipes.analysis.states import alignment_by_layer
+from ear_ops.recipes.drawing import figure
 from ear_ops.recipes.study.definition import load_study
 from ear_ops.recipes.study.sweep import StudyError, plan_of, sweep
 from ear_ops.recipes.training.errors import ConfigError
@@ -60,8 +63,16 @@ def test_measures_and_figures_of_a_run(write_study, data_dir: Path, parallel_dir
     assert len(lines) == 2 + 3 and "retrieval, before" in lines[0]
     expected = 100 * (entry["after"]["retrieval"]["de"][2] + entry["after"]["retrieval"]["sw"][2]) / 2
     assert lines[-1].split(" | ")[2] == f"{expected:.1f}"
-    for number in (3, 4, 5):
-        assert (output / f"figure-{number}-{name}.png").read_bytes().startswith(b"\x89PNG")
+    figures = [f"layers-{name}", *(f"figure-{number}-{name}" for number in (3, 4, 5))]
+    assert list(entry["figures"]) == figures
+    for stem in figures:
+        assert (output / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"]({stem}.png)" in (output / "analysis.md").read_text()
+    drawn = [(output / f"{stem}.svg").read_text() for stem in figures]
+    assert ">retrieval accuracy (%)</text>" in drawn[0]
+    for scatter in drawn[1:]:
+        assert ">before training</text>" in scatter and ">after training</text>" in scatter
+    assert drawn[3].count(">German</text>") == 3, "in both panels and in the legend"
 
 
 def test_runs_of_one_pretrained_model_share_its_measures(
@@ -148,6 +159,41 @@ def test_too_few_sentences_are_named(write_study, parallel_dir: Path, tmp_path: 
     (parallel_dir / "de-en.tsv").write_text("b1\ta1\n" * 3)
     with pytest.raises(DataError, match="expected at least 4 sentences of each language, got fewer of de"):
         analyse([tmp_path / "study" / name], parallel_dir, tmp_path / "analysis")
+
+
+def test_before_and_after_are_one_space_in_which_lines_join_translations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded = []
+
+    def squares(vectors: torch.Tensor) -> np.ndarray:
+        embedded.append(vectors)
+        return vectors[:, :2].numpy()
+
+    monkeypatch.setattr("ear_ops.recipes.analysis.figures.tsne", squares)
+    before = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    panels = {"before": before, "after": before + 3}
+    axes = {}
+
+    @contextmanager
+    def kept(path: Path, width: float, height: float):
+        with figure(path, width, height) as drawn:
+            yield drawn
+            axes[path.name] = drawn.axes
+
+    monkeypatch.setattr("ear_ops.recipes.analysis.figures.figure", kept)
+    scatter_panels(tmp_path / "a.png", panels, ["en", "en", "$de", "$de"], links=[(0, 2), (1, 3)])
+    assert len(embedded) == 1 and torch.equal(embedded[0], torch.cat([before, before + 3]))
+    first, second = axes["a.png"]
+    assert first.get_xlim() == second.get_xlim() and first.get_ylim() == second.get_ylim()
+    for panel, points in zip((first, second), panels.values(), strict=True):
+        lines = [path.vertices.tolist() for path in panel.collections[0].get_paths()]
+        assert lines == [points[[0, 2]].tolist(), points[[1, 3]].tolist()]
+        assert {text.get_text() for text in panel.texts} == {"en", "$de"}
+        assert panel.get_xlabel() and len({tuple(dots.get_facecolor()[0]) for dots in panel.collections[1:]}) == 2
+    assert "$de</text>" in (tmp_path / "a.svg").read_text()
+    scatter_panels(tmp_path / "b.png", panels, ["en", "en", "$de", "$de"], links=[(0, 2), (1, 3)])
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes(), "the same figure is the same file"
 
 
 def test_a_picture_is_the_same_twice() -> None:

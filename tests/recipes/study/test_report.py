@@ -179,6 +179,7 @@ def test_figure_6_is_drawn_from_table_6(make_report, tmp_path: Path) -> None:
     )
     assert "![Figure 6](figure-6.png)" in text
     assert (tmp_path / "study" / "figure-6.png").read_bytes().startswith(b"\x89PNG")
+    assert ">average accuracy (%)</text>" in (tmp_path / "study" / "figure-6.svg").read_text()
     assert "| 0.75 | paper, mBERT |" in text and "68.392" in text
 
 

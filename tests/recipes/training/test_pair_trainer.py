@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,36 @@ def test_the_log_is_plain_lines_with_and_without_a_progress_bar(
     output = capsys.readouterr().out
     assert re.search(r"step 2: loss \d\.\d+, grad_norm \d\.\d+, learning_rate ", output)
     assert output.count("step 2: loss") == 1 and "{" not in output and "total_flos" not in output
+    assert "train_runtime" in output and "per_second" not in output
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_on_a_terminal_bars_stand_below_the_lines(
+    make_config, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, stops: bool
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for name, value in {"TERM": "xterm", "COLUMNS": "200"}.items():
+        monkeypatch.setenv(name, value)
+    changes = {"disable_tqdm": False, "logging_steps": 2, "max_steps": 2}
+    trainer = make_trainer(make_config(method="finetune"), tmp_path, **changes)
+    if stops:
+        monkeypatch.setattr(trainer.method, "step", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if stops else nullcontext():
+        trainer.train()
+    trainer.detach()
+    output, errors = capsys.readouterr()
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"
+    assert output.rindex(shown) > output.rindex(hidden), "the cursor is there again"
+    assert "training" in output and "0/2" in output and "training" not in errors
+    assert output.count("step 2: loss") == (0 if stops else 1)
+
+
+def test_where_there_is_no_terminal_there_is_no_bar(make_config, tmp_path: Path, capsys) -> None:
+    trainer = make_trainer(make_config(method="finetune"), tmp_path, disable_tqdm=False, max_steps=2)
+    trainer.train()
+    trainer.detach()
+    output, errors = capsys.readouterr()
+    assert "0/2" not in output + errors and "%|" not in output + errors
 
 
 def test_checkpoints_are_kept_unless_the_trainer_chooses_when_to_save(make_config, tmp_path: Path) -> None:
