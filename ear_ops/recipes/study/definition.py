@@ -328,14 +328,14 @@ def load_study(study: str | Path) -> Study:
     names = [group.name for group in groups]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{path}: each group needs a name of its own, got {', '.join(repeated)} more than once")
-    study = Study(base, groups, text)
+    defined = Study(base, groups, text)
     for number, group in enumerate(groups):
-        if group.only_for and not any(study._chooses_for(group, below) for below in groups[number + 1 :]):
+        if group.only_for and not any(defined._chooses_for(group, below) for below in groups[number + 1 :]):
             raise ConfigError(
                 f"{path}: group {group.name!r}: for: no run of a group below takes the value that is chosen for "
                 f"{group.only_for}: each has other settings, or gives {', '.join(group.select)} itself"
             )
-    return study
+    return defined
 
 
 def _typed(name: str, value: Any) -> Any:
