@@ -19,7 +19,10 @@ _STYLE: dict[Any, Any] = {
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "lines.markersize": 4,
+    "lines.linewidth": 1,
+    "lines.markersize": 3.5,
+    "legend.handlelength": 1.2,
+    "legend.handletextpad": 0.4,
     "legend.frameon": False,
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "ear_ops",  # so that the same figure is the same file

@@ -289,18 +289,18 @@ def package_studies() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_STUDIES.glob("*.yaml"))}
 
 
-def load_study(study: str | Path) -> Study:
+def load_study(name_or_path: str | Path) -> Study:
     """Read and check a study.
 
     Args:
-        study: a file, or the name of a study of the package. A file goes first.
+        name_or_path: a file, or the name of a study of the package. A file goes first.
 
     Raises:
         ConfigError: the file is missing, not YAML, or has an unknown key or value; the message names the place.
     """
-    path = Path(study)
+    path = Path(name_or_path)
     if not path.is_file():
-        path = package_studies().get(str(study), path)
+        path = package_studies().get(str(name_or_path), path)
     try:
         text = _with_environment(path.read_text(encoding="utf-8"), path)
         content = yaml.load(text, _StudyLoader)

@@ -107,6 +107,7 @@ def test_on_a_terminal_bars_stand_below_the_lines(
 
 def test_where_there_is_no_terminal_there_is_no_bar(make_config, tmp_path: Path, capsys) -> None:
     trainer = make_trainer(make_config(method="finetune"), tmp_path, disable_tqdm=False, max_steps=2)
+    capsys.readouterr()  # of loading the model
     trainer.train()
     trainer.detach()
     output, errors = capsys.readouterr()
