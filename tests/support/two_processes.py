@@ -6,6 +6,7 @@ fork would leave in an undefined state. A function to run has to be importable: 
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -43,6 +44,8 @@ def run(function: Callable[..., Any], folder: Path, *arguments: Any, count: int 
         file.unlink()
         if failure is not None:
             raise AssertionError(f"process {rank} failed:\n{failure}")
+        if processes[rank].exitcode != 0:
+            raise AssertionError(f"process {rank} ended with exit code {processes[rank].exitcode} after its result")
         outcomes.append(result)
     return outcomes
 
@@ -60,6 +63,7 @@ def _worker(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
+    faulthandler.enable()  # a process that aborts shows where
     result, failure = None, None
     try:
         result = function(*arguments)
