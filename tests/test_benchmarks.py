@@ -16,6 +16,7 @@ import report
 import torch
 from operations import OPERATIONS
 from presets import Preset
+from support.memory import peak_memory
 
 from ear_ops.ops import extension
 
@@ -176,3 +177,9 @@ def test_scripts_import_from_a_checkout_without_help_of_the_tests() -> None:
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_measuring_memory_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """The profiler's lines would stand between those of a benchmark."""
+    assert peak_memory(lambda: torch.ones(1000) + 1) > 0
+    assert capfd.readouterr() == ("", "")
