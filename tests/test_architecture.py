@@ -24,7 +24,8 @@ def rules() -> dict[str, set[str]]:
 
 def modules() -> dict[str, Path]:
     """Every module of the package by its dotted name."""
-    paths = {path: path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")}
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "_build_info.py"]  # which a build may write
+    paths = {path: path.relative_to(PACKAGE.parent).with_suffix("") for path in files}
     return {".".join(name.parts).removesuffix(".__init__"): path for path, name in paths.items()}
 
 

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import setuptools
 import torch
 from setuptools import Distribution
 
@@ -34,6 +35,9 @@ exit 1
 """
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 needs_pybind11 = pytest.mark.skipif(importlib.util.find_spec("pybind11") is None, reason="pybind11 is not installed")
+needs_setuptools = pytest.mark.skipif(
+    int(setuptools.__version__.split(".")[0]) < 77, reason=f"setuptools {setuptools.__version__} is older than 77"
+)
 
 
 @pytest.fixture
@@ -329,6 +333,7 @@ def call_build_backend(project: Path, program: str, hook: str = "build_wheel") -
     return wheel
 
 
+@needs_setuptools
 @pytest.mark.parametrize("choice", ["auto", "none"])
 @pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
 def test_a_package_without_kernels_says_why(
@@ -368,6 +373,7 @@ def test_an_unknown_choice_is_refused(project: Path, monkeypatch: pytest.MonkeyP
 
 
 @needs_compiler
+@needs_setuptools
 def test_the_wheel_of_a_release_is_for_one_torch_and_every_python(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,6 @@ from ear_ops.ops import extension
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(ear_ops.__file__).parent
 PAGE = ROOT / "docs" / "contributing" / "add-an-op.md"
-FOLDERS = ("ear_ops", "csrc")
 
 CHECK = """
 import sys  # an editable installation offers its files to every package of this name
@@ -100,11 +99,11 @@ def test_the_walk_through_adds_an_operator_with_one_file_a_language(tmp_path: Pa
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.strip() == "frozenset({'cpu'})"
-    for folder in FOLDERS:
+    for folder, copied in (("ear_ops", PACKAGE.parent), ("csrc", ROOT)):
         changed = [
             path.relative_to(tmp_path).as_posix()
             for path in (tmp_path / folder).rglob("*")
             if path.is_file() and "__pycache__" not in path.parts
-            if not (original := ROOT / path.relative_to(tmp_path)).exists() or not filecmp.cmp(path, original, False)
+            if not (original := copied / path.relative_to(tmp_path)).exists() or not filecmp.cmp(path, original, False)
         ]
         assert changed == [path for path in files if path.startswith(folder)]
