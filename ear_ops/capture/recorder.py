@@ -17,9 +17,9 @@ from torch import nn
 
 from ear_ops.capture.pending import PendingResult
 from ear_ops.capture.records import Record, TensorCall, may_be_padding
-from ear_ops.capture.sites import AttentionSite, Site
+from ear_ops.capture.sites import AttentionSite, HiddenSite, Site
 from ear_ops.capture.taps import interface
-from ear_ops.capture.taps.hooks import ModelHook
+from ear_ops.capture.taps.hooks import ModelHook, run_last
 
 VIEWS = ("original", "augmented")
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")  # of a model's forward
@@ -72,6 +72,13 @@ class Recorder:
                     undo.callback(remove)
             self.attached = True
             self._undo = undo.pop_all()
+
+    def run_last(self) -> None:
+        """Let hooks that were registered after these replace hidden states before they are taken."""
+        for site in self.sites:
+            if isinstance(site, HiddenSite):
+                for handle in site.handles:
+                    run_last(handle)
 
     def remove(self) -> None:
         """Take everything off again, in any order with other recorders; a second call does nothing."""
@@ -201,6 +208,8 @@ class _Enter(ModelHook):
             )
         if recorder.open is None or recorder.open == self.path:  # the latter: an interrupted forward never ended
             recorder.begin(self.path)
+            if not torch.compiler.is_compiling():  # a graph keeps the order of the hooks that it was traced with
+                recorder.run_last()
         if recorder.record is not None:
             if recorder.record.batch is None:
                 recorder.record.batch = TensorCall(_batch_tensor(args, received))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ear_ops.capture.masks import (
     attention_structure,
@@ -254,6 +255,7 @@ class HiddenSite:
 
     def __init__(self, place: Place, side: str, model: str, around: Surroundings) -> None:
         self.place, self.side, self.model, self.around = place, side, model, around
+        self.handles: tuple[RemovableHandle, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.side} of {self.place}"
@@ -267,16 +269,17 @@ class HiddenSite:
         return f"masks:{self.place.path}"
 
     def install(self, listener: Listener) -> list[Undo]:
-        undo = self.around.install(listener)
+        undo, handles = self.around.install(listener), []
         for block in self.place.modules:
             masks = MaskTap(listener, self._mask_key, block)
-            undo.append(block.register_forward_pre_hook(masks, with_kwargs=True).remove)
+            handles.append(block.register_forward_pre_hook(masks, with_kwargs=True))
             if self.side == "input":
                 before = _InputTap(listener, self._tap_key)
-                undo.append(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+                handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
             else:
-                undo.append(block.register_forward_hook(_OutputTap(listener, self._tap_key)).remove)
-        return undo
+                handles.append(block.register_forward_hook(_OutputTap(listener, self._tap_key)))
+        self.handles = tuple(handles)
+        return [*undo, *(handle.remove for handle in handles)]
 
     def read(self, record: Record, what: str) -> HiddenStates:
         tensor = record.call(self._tap_key, what, self.place.call, self.place.calls).tensor

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from ear_ops import AttentionPull, EmbeddingPush, SentencePull, attach
+from ear_ops import AttentionPull, EmbeddingPush, SentencePull, attach, pooled_distance
 from ear_ops.capture.records import AttentionCall, Record
 
 TERMS = (EmbeddingPush(0.5), AttentionPull(3, 3.0), SentencePull(2, 0.25))
@@ -708,3 +708,27 @@ def test_the_last_kind_of_record_counts(tools):
             named(ear, second, slice(3, 6))
             with pytest.raises(RuntimeError, match=f"only the {second} view was recorded"):
                 ear.loss()
+
+
+@pytest.mark.parametrize("first", ["hooks", "attach"])
+def test_hidden_states_are_those_that_hooks_put_in_place(tools, first):
+    """Also those of hooks that are registered after attach, from the first forward on."""
+    model = tools.build_model("bert").eval()
+    layers = model.bert.encoder.layer
+
+    def register():
+        layers[0].register_forward_pre_hook(lambda module, args: (3 * args[0], *args[1:]))
+        layers[1].register_forward_hook(lambda module, args, output: 0.5 * output)
+
+    if first == "hooks":
+        register()
+    with attach(model, [EmbeddingPush(1.0), SentencePull(2)]) as ear:
+        if first == "attach":
+            register()
+        for _ in range(2):
+            states = model(**tools.build_batch(), output_hidden_states=True).hidden_states
+            ear.loss()
+            terms = ear.components()
+            mask = tools.build_batch()["attention_mask"].bool()
+            for name, hidden in (("embedding_push", states[0]), ("sentence_pull.2", states[2])):
+                assert abs(terms[name]) == pytest.approx(pooled_distance(hidden, attention_mask=mask).item(), rel=1e-5)

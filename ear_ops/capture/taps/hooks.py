@@ -10,6 +10,7 @@ import contextlib
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 TAPS = "_ear_taps"  # the attribute of an attention module that holds its Taps
 
@@ -23,6 +24,14 @@ class ModelHook:
     def __reduce__(self) -> tuple[Any, ...]:
         # A callable that takes any three arguments and returns None: the copy's hook does nothing.
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def run_last(handle: RemovableHandle) -> None:
+    """Move a hook behind those that users registered later, so that it sees the tensors that these put in place."""
+    hooks: dict[int, Any] = handle.hooks_dict_ref() or {}
+    order = list(hooks)
+    if any(not isinstance(hooks[other], ModelHook) for other in order[order.index(handle.id) + 1 :]):
+        hooks[handle.id] = hooks.pop(handle.id)
 
 
 class Taps(tuple[Any, ...]):
