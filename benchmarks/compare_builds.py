@@ -344,7 +344,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     parser.add_argument("--ops", default=",".join(INPUTS), help="compare only these operators")
     options = parser.parse_args()
-    for op in INPUTS.keys() - options.ops.split(","):
+    ops = options.ops.split(",")
+    if unknown := sorted(set(ops) - INPUTS.keys()):
+        parser.error(f"--ops: expected some of {','.join(INPUTS)}, got {','.join(unknown)}")
+    for op in INPUTS.keys() - ops:
         del INPUTS[op]
     base, new = Build(options.base), Build(options.new)
     report = {"base": base.commit, "new": new.commit, "rounds": options.rounds, **new.ask("facts")}

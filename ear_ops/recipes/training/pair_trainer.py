@@ -271,17 +271,14 @@ class PairTrainer(RegularizedTrainerMixin, Trainer):
         self._compiled_model: Any = None
         self._step, self._part = 0, -1  # of the last batch: the optimiser step, and the number of the batch in it
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does.
 
         Raises:
             RunFolderError: a file of the checkpoint to go on from cannot be read.
         """
-        if isinstance(resume_from_checkpoint, (str, Path)):
-            with _naming_damaged_files(resume_from_checkpoint):
-                TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(*args, **kwargs)
         finally:
             if isinstance(self.progress, LinesAndBars):
                 self.progress.bars.stop()  # else the cursor would stay hidden after an error
