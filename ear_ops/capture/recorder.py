@@ -144,7 +144,8 @@ class Recorder:
         A part of the model that is called by itself does not take the place of the whole model.
         """
         recorded = self.without_grad or self.view is not None or torch.is_grad_enabled()
-        recorded = recorded and not torch.compiler.is_exporting()  # its tensors hold nothing
+        # The tensors of an export hold nothing. In torch 2.11, is_exporting() is true in every compiled graph.
+        recorded = recorded and not torch.compiler._is_exporting_flag
         recorded = recorded and not _in_backward()  # checkpointing of the whole model runs it again
         if path and self.begun == "" and (self.both or self.original or self.augmented):
             if not recorded:

@@ -60,6 +60,10 @@ def start(bf16: bool) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+        # accelerate calls the device of a process without a GPU cpu:0 or cpu:1, where torch 2.11 can restore nothing.
+        torch.serialization.register_package(
+            100, lambda _: None, lambda storage, place: storage if place[:4] == "cpu:" else None
+        )
 
 
 def on_main(function: Callable[[], T]) -> T:
