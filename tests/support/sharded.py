@@ -76,7 +76,7 @@ def step(wrapping: str, views: str, reduction: str, padded: bool) -> dict[str, T
     torch.distributed.init_process_group("gloo")
     batch, labels = share(batch, labels, torch.distributed.get_rank(), torch.distributed.get_world_size())
     if wrapping == "ddp":
-        # In torch 2.11, DDP overwrites the position ids before a second forward, and the backward of the first needs them.
+        # DDP of torch 2.11 overwrites the position ids before a second forward; the backward of the first needs them.
         wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=views == "one forward")
     else:
         from torch.distributed.device_mesh import init_device_mesh
