@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import re
 import shutil
@@ -109,7 +109,11 @@ def test_train_prints_the_settings_that_matter_first(monkeypatch: pytest.MonkeyP
         (["compare", "no-such-run", "--baseline", "other"], ["error:", "no-such-run: no such folder"]),
         (["sweep", "no-such.yaml"], ["error:", "no-such.yaml: no such study", "pawsx, scale, source-language, xnli"]),
         (["report", "no-such-study"], ["error:", "holds no study", "ear-ops sweep"]),
-        (["analyse", "no-such-run", "--parallel", "p"], ["error:", "no-such-run holds no run"]),
+        pytest.param(
+            ["analyse", "no-such-run", "--parallel", "p"],
+            ["error:", "no-such-run holds no run"],
+            marks=pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs the extra `analysis`"),
+        ),
         (["compare", "no-such-run"], ["error:", "no-such-run: no such folder"]),
         (["augment", "--data-dir", "no-such-data", "--output", "x.tsv", "--synonyms", "s.json"], ["no-such-data"]),
         (["augment", "--data-dir", "mini", "--output", "x.tsv", "--num-variants", "0"], ["num_variants", "at least 1"]),
