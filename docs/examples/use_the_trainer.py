@@ -17,7 +17,8 @@ EPOCHS = 3
 transformers.set_seed(0)
 
 # Each training item has two views: the sentence pair, and the same pair with some words replaced by synonyms.
-# An evaluation item has one view.
+# An evaluation item has one view. Each epoch draws other synonyms, because the Trainer calls train_views.set_epoch.
+# It does not do so with every data loader; docs/trainers.md shows a callback for the other cases.
 synonyms = load_synonyms(mini_data_dir() / "synonyms.json")
 examples = load_split(mini_data_dir(), XNLI, "train", "en")[:96]
 train_views = PairViews(examples, SynonymAugmenter(synonyms, match="normalised"), seed=0)
