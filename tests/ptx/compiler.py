@@ -38,15 +38,20 @@ class Compiler:
             kernels = self.kernels(source)
             if name not in kernels:
                 raise CompileError(f"{source.name}: expected the kernel {demangled(name)}, found {sorted(kernels)}")
-            self._programs[name] = Program.of(kernels[name])
+            self._programs[name] = Program(kernels[name])
         return self._programs[name]
+
+    def programs(self, source: Path) -> list[Program]:
+        """All kernels of a file."""
+        return [Program(kernel) for kernel in self.kernels(source).values()]
 
     def kernels(self, source: Path) -> dict[str, Kernel]:
         if source not in self._kernels:
             target = self._folder / f"{source.stem}.{self.architecture}.ptx"
             if not target.exists():
                 command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", f"-arch={self.architecture}", "-ptx"]
-                result = subprocess.run([*command, source, "-o", target], capture_output=True, text=True)
+                command += [f"-I{self._sources / 'cuda'}", str(source), "-o", str(target)]
+                result = subprocess.run(command, capture_output=True, text=True)
                 if result.returncode:
                     raise CompileError(f"{source.name}, {self.architecture}: nvcc failed\n{result.stderr}")
             self._kernels[source] = parse(target.read_text())

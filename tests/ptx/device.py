@@ -47,10 +47,14 @@ class Device:
         try:
             self.launched.append(name.decode())
             numbers = iter(torch.ops.ear_ops_cuda_on_host.memory())
-            extents = [Extent(address, size, bool(written)) for address, size, written in zip(*[numbers] * 3, strict=True)]
+            extents = [
+                Extent(address, size, bool(written)) for address, size, written in zip(*[numbers] * 3, strict=True)
+            ]
             if self._memory is None:
                 self._memory = GlobalMemory(extents)
-            assert self._memory.extents == [extent for extent in extents if extent.bytes], "memory made between launches"
+            assert self._memory.extents == [extent for extent in extents if extent.bytes], (
+                "memory made between launches"
+            )
             run(
                 self.compiler.program(name.decode()),
                 ctypes.string_at(arguments, argument_bytes),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -34,7 +34,10 @@ def instruction(*names: str) -> Callable[[Builder], Builder]:
     return register
 
 
-def find(table: dict[str, Builder], opcode: str) -> Builder | None:
+Entry = TypeVar("Entry")
+
+
+def find(table: dict[str, Entry], opcode: str) -> Entry | None:
     """The entry whose name is the longest beginning of an opcode."""
     parts = opcode.split(".")
     names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
@@ -96,7 +99,7 @@ _ARITHMETIC: dict[str, tuple[str, Callable[..., Any]]] = {
     "rem": (INTEGERS, _remainder),
     "neg": (f"s16 s32 s64 {FLOATS}", operator.neg),
     "abs": (f"s16 s32 s64 {FLOATS}", np.abs),
-    "rcp.rn": (FLOATS, lambda a: (a.dtype.type(1) / a)),
+    "rcp.rn": (FLOATS, lambda a: a.dtype.type(1) / a),
     "and": (f"pred {BITS}", operator.and_),
     "or": (f"pred {BITS}", operator.or_),
     "xor": (f"pred {BITS}", operator.xor),
@@ -175,7 +178,12 @@ def _shift(kernel: Kernel, of: Instruction) -> Step:
 # --- comparisons ----------------------------------------------------------------------------------------------------
 
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
-    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
 }
 _COMBINATIONS = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
 
@@ -184,7 +192,9 @@ _COMBINATIONS = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
 def _setp(kernel: Kernel, of: Instruction) -> Step:
     """``p = a ? b``, combined with another predicate if there is one; with ``u``, NaN makes it true."""
     comparisons = [*_COMPARISONS, *(f"{name}u" for name in _COMPARISONS)]
-    name, *combination, kind = modifiers(of, "setp", f"{' '.join([*comparisons, *_COMBINATIONS])} {INTEGERS} {BITS} {FLOATS}")
+    name, *combination, kind = modifiers(
+        of, "setp", f"{' '.join([*comparisons, *_COMBINATIONS])} {INTEGERS} {BITS} {FLOATS}"
+    )
     compare, unordered = _COMPARISONS[name[:2]], len(name) == 3
     a, b = reader(kernel, of.operands[1], kind), reader(kernel, of.operands[2], kind)
     also = reader(kernel, of.operands[3], "pred") if combination else None
@@ -254,7 +264,9 @@ def _cvta(kernel: Kernel, of: Instruction) -> Step:
 
 
 _ROUNDED: dict[str, Callable[[Any, str], Any]] = {
-    "bf16": rounding.to_bfloat16, "f16": rounding.to_float16, "tf32": rounding.to_tf32,
+    "bf16": rounding.to_bfloat16,
+    "f16": rounding.to_float16,
+    "tf32": rounding.to_tf32,
 }
 
 
@@ -268,7 +280,9 @@ def _cvt(kernel: Kernel, of: Instruction) -> Step:
         write, to_half = writer(kernel, of.operands[0], "b32"), _ROUNDED[result.removesuffix("x2")]
 
         def pack(machine: Machine, lanes: Lanes) -> None:
-            high, low = (to_half(np.atleast_1d(value(machine, lanes)), mode).astype(np.uint32) for value in (upper, lower))
+            high, low = (
+                to_half(np.atleast_1d(value(machine, lanes)), mode).astype(np.uint32) for value in (upper, lower)
+            )
             write(machine, lanes, high << np.uint32(16) | low)
 
         return pack
@@ -358,4 +372,3 @@ def _commit(kernel: Kernel, of: Instruction) -> Step:
 def _wait(kernel: Kernel, of: Instruction) -> Step:
     groups = int(of.operands[0])
     return lambda machine, lanes: machine.copies.wait(machine.numbers(lanes), groups)
-

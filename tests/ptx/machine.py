@@ -125,9 +125,8 @@ class Machine:
             lanes = np.flatnonzero(runs & (self._at == position))
             if not together.all():
                 others = int(places[~together].min())
-        operations = self.program.operations
         while position < others:
-            operation = operations[position]
+            operation = self.program.operation(position)
             acting = lanes if operation.predicate is None else self._acting(operation, lanes)
             try:
                 if operation.kind is Kind.THREAD:
@@ -135,7 +134,9 @@ class Machine:
                         assert operation.step is not None
                         operation.step(self, acting)
                     position += 1
-                elif operation.kind is Kind.WARP and acting is lanes and (warps := self._whole_warps(lanes)) is not None:
+                elif (
+                    operation.kind is Kind.WARP and acting is lanes and (warps := self._whole_warps(lanes)) is not None
+                ):
                     assert operation.warp_step is not None
                     operation.warp_step(self, warps)
                     position += 1
@@ -204,7 +205,7 @@ class Machine:
         warps = waits[self._state[waits] == State.WAITS_FOR_WARP]
         lane = int((warps if len(warps) else waits)[0])
         who = "the warp" if self._state[lane] == State.WAITS_FOR_WARP else "the block"
-        operation = self.program.operations[self._at[lane]]
+        operation = self.program.operation(int(self._at[lane]))
         raise self._located(Fault(f"not every thread of {who} comes to this instruction", lane), operation)
 
     def _located(self, fault: Fault, operation: Operation) -> Fault:

@@ -28,7 +28,9 @@ def _first(bad: Array, lanes: Array) -> int:
 def _check_aligned(what: str, addresses: Array, size: int, lanes: Array) -> None:
     bad = addresses % size != 0
     if bad.any():
-        raise Fault(f"{what}: an access of {size} bytes at {int(addresses[bad][0]):#x} is not aligned", _first(bad, lanes))
+        raise Fault(
+            f"{what}: an access of {size} bytes at {int(addresses[bad][0]):#x} is not aligned", _first(bad, lanes)
+        )
 
 
 # --- global memory --------------------------------------------------------------------------------------------------

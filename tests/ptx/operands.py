@@ -21,8 +21,11 @@ Reader = Callable[["Machine", Lanes], Any]  # a value for each lane, or one numb
 Writer = Callable[["Machine", Lanes, Any], None]
 
 DTYPES: dict[str, Any] = {
-    **{f"{kind}{bits}": np.dtype(f"{letter}{bits // 8}") for kind, letter in (("u", "u"), ("b", "u"), ("s", "i"))
-       for bits in (8, 16, 32, 64)},
+    **{
+        f"{kind}{bits}": np.dtype(f"{letter}{bits // 8}")
+        for kind, letter in (("u", "u"), ("b", "u"), ("s", "i"))
+        for bits in (8, 16, 32, 64)
+    },
     "f32": np.dtype(np.float32),
     "f64": np.dtype(np.float64),
     "f16": np.dtype(np.uint16),  # its bits

@@ -44,7 +44,9 @@ def parse(text: str) -> dict[str, Kernel]:
     Raises:
         UnknownInstruction: the file holds a declaration that is not modelled.
     """
-    files = {number: path.rpartition("/")[2] for number, path in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M)}
+    files = {
+        number: path.rpartition("/")[2] for number, path in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M)
+    }
     shared = re.findall(r"^\.(?:extern|visible|weak)?\s*\.?shared (?:\.align (\d+) )?\.b8 (\w+)\[(\d*)\];", text, re.M)
     entries = re.finditer(r"^(?:\.visible|\.weak) \.entry (\w+)\((.*?)\)(.*?)^\{$(.*?)^\}$", text, re.M | re.S)
     kernels = {}

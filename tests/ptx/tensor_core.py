@@ -44,9 +44,7 @@ _A32 = _position(
 )
 _B32 = _position(2, row=lambda i: np.where(i == 0, _IN_GROUP, _IN_GROUP + 4), column=lambda i: _GROUP + 0 * i)
 # the accumulators of both
-_C = _position(
-    4, row=lambda i: np.where(i < 2, _GROUP, _GROUP + 8), column=lambda i: _IN_GROUP * 2 + (i & 1)
-)
+_C = _position(4, row=lambda i: np.where(i < 2, _GROUP, _GROUP + 8), column=lambda i: _IN_GROUP * 2 + (i & 1))
 
 
 def multiply_add(kind: str, a: Array, b: Array, c: Array) -> Array:

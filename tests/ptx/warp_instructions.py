@@ -129,5 +129,3 @@ def _mma(kernel: Kernel, of: Instruction) -> WarpStep:
             write(machine, flat, products[..., number].ravel())
 
     return step
-
-

@@ -1,0 +1,60 @@
+"""The kernels as nvcc compiles them, inline assembly included, run by the interpreter against the float64 reference.
+
+``make check-ptx`` runs the core, ``make ptx-full`` everything; ``make test`` runs none of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from support import cuda_on_host
+
+from ptx.checks import ARCHITECTURES, Check, checks, conversions
+from ptx.compiler import SOURCES, Compiler, demangled
+from ptx.device import in_place_of_cpu_kernels
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc"),
+    pytest.mark.skipif(not cuda_on_host.LIBRARY.exists(), reason="not compiled: python tests/cuda_on_host/build.py"),
+]
+
+
+@pytest.fixture(scope="module")
+def compilers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiler]:
+    folder = tmp_path_factory.mktemp("ptx")
+    return {architecture: Compiler(architecture, folder) for architecture in ARCHITECTURES}
+
+
+@pytest.fixture(scope="module")
+def launched() -> dict[str, set[str]]:
+    """The kernels that ran, by architecture."""
+    return {architecture: set() for architecture in ARCHITECTURES}
+
+
+def parameters() -> list[object]:
+    return [pytest.param(of, id=str(of), marks=pytest.mark.ptx if of.core else pytest.mark.ptx_full) for of in checks()]
+
+
+@pytest.mark.parametrize("check", parameters())
+def test_kernels(check: Check, compilers: dict[str, Compiler], launched: dict[str, set[str]]) -> None:
+    with in_place_of_cpu_kernels(compilers[check.architecture]) as device:
+        check.run()
+    launched[check.architecture].update(device.launched)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_conversions(architecture: str, compilers: dict[str, Compiler]) -> None:
+    conversions(compilers[architecture])
+
+
+@pytest.mark.ptx_full
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_was_left_out(
+    architecture: str, compilers: dict[str, Compiler], launched: dict[str, set[str]]
+) -> None:
+    folder = SOURCES / "cuda"
+    sources = [*folder.glob("instances/*.cu"), folder / "attention_mse.cu", folder / "pooled_distance.cu"]
+    names = {name for source in sources for name in compilers[architecture].kernels(source)}
+    assert not names - launched[architecture], sorted(map(demangled, names - launched[architecture]))
