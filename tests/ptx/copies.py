@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-
 from ptx.memory import SharedMemory
 from ptx.operands import Array
 

@@ -1,4 +1,4 @@
-"""The interpreter in the place of a GPU: the operators' own host code starts kernels, and the interpreter runs their PTX.
+"""The interpreter in the place of a GPU: the operators' own host code starts kernels, which run as PTX.
 
 So grids, shared memory and arguments are what the code says and nothing is repeated here. The host code comes out of
 ``tests/cuda_on_host``, which knows each kernel by its mangled name, the same that nvcc gives it.
@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from support import cuda_on_host
-
 from ptx.compiler import Compiler
 from ptx.machine import run
 from ptx.memory import Extent, GlobalMemory
+from support import cuda_on_host
 
 _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_void_p,  # an error's text; a char* would be freed before it is read
@@ -46,15 +45,10 @@ class Device:
     ) -> int | None:
         try:
             self.launched.append(name.decode())
-            numbers = iter(torch.ops.ear_ops_cuda_on_host.memory())
-            extents = [
-                Extent(address, size, bool(written)) for address, size, written in zip(*[numbers] * 3, strict=True)
-            ]
+            extents = _memory_of_the_call()
             if self._memory is None:
                 self._memory = GlobalMemory(extents)
-            assert self._memory.extents == [extent for extent in extents if extent.bytes], (
-                "memory made between launches"
-            )
+            assert self._memory.extents == extents, "the call made memory between its launches, which is not modelled"
             run(
                 self.compiler.program(name.decode()),
                 ctypes.string_at(arguments, argument_bytes),
@@ -85,6 +79,12 @@ class Device:
             return result
 
         return call
+
+
+def _memory_of_the_call() -> list[Extent]:
+    numbers = torch.ops.ear_ops_cuda_on_host.memory()
+    extents = [Extent(numbers[i], numbers[i + 1], bool(numbers[i + 2])) for i in range(0, len(numbers), 3)]
+    return [extent for extent in extents if extent.bytes]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """What each thread does alone: arithmetic, comparisons, conversions, moves, loads, stores and asynchronous copies.
 
 To add an instruction, write one function that takes the instruction and returns what it does, and name its opcode in
-``@instruction``. The longest name that begins the opcode wins; :func:`modifiers` refuses what the function does not know.
+``@instruction``. The longest name that begins the opcode wins; :func:`modifiers` refuses what it does not know.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-
 from ptx import rounding
 from ptx.faults import Fault, UnknownInstruction
 from ptx.operands import Lanes, address, dtype_of, reader, writer
@@ -192,9 +191,8 @@ _COMBINATIONS = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
 def _setp(kernel: Kernel, of: Instruction) -> Step:
     """``p = a ? b``, combined with another predicate if there is one; with ``u``, NaN makes it true."""
     comparisons = [*_COMPARISONS, *(f"{name}u" for name in _COMPARISONS)]
-    name, *combination, kind = modifiers(
-        of, "setp", f"{' '.join([*comparisons, *_COMBINATIONS])} {INTEGERS} {BITS} {FLOATS}"
-    )
+    known = f"{' '.join([*comparisons, *_COMBINATIONS])} {INTEGERS} {BITS} {FLOATS}"
+    name, *combination, kind = modifiers(of, "setp", known)
     compare, unordered = _COMPARISONS[name[:2]], len(name) == 3
     a, b = reader(kernel, of.operands[1], kind), reader(kernel, of.operands[2], kind)
     also = reader(kernel, of.operands[3], "pred") if combination else None
@@ -280,10 +278,8 @@ def _cvt(kernel: Kernel, of: Instruction) -> Step:
         write, to_half = writer(kernel, of.operands[0], "b32"), _ROUNDED[result.removesuffix("x2")]
 
         def pack(machine: Machine, lanes: Lanes) -> None:
-            high, low = (
-                to_half(np.atleast_1d(value(machine, lanes)), mode).astype(np.uint32) for value in (upper, lower)
-            )
-            write(machine, lanes, high << np.uint32(16) | low)
+            high, low = (to_half(np.atleast_1d(value(machine, lanes)), mode) for value in (upper, lower))
+            write(machine, lanes, high.astype(np.uint32) << np.uint32(16) | low)
 
         return pack
     if result in _ROUNDED:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from enum import IntEnum
 
 import numpy as np
-
 from ptx.copies import Copies
 from ptx.faults import Fault, UnknownInstruction
 from ptx.memory import Clock, GlobalMemory, SharedMemory
-from ptx.operands import Array, DTYPES, Lanes
+from ptx.operands import DTYPES, Array, Lanes
 from ptx.program import Kind, Operation, Program
 
 LANES_AT_ONCE = 2048  # more need more memory than caches hold
@@ -130,19 +129,11 @@ class Machine:
             acting = lanes if operation.predicate is None else self._acting(operation, lanes)
             try:
                 if operation.kind is Kind.THREAD:
-                    if isinstance(acting, slice) or acting.size:
-                        assert operation.step is not None
-                        operation.step(self, acting)
-                    position += 1
-                elif (
-                    operation.kind is Kind.WARP and acting is lanes and (warps := self._whole_warps(lanes)) is not None
-                ):
-                    assert operation.warp_step is not None
-                    operation.warp_step(self, warps)
+                    self._step(operation, acting)
                     position += 1
                 elif operation.kind is Kind.BRANCH and acting is lanes:
                     position = operation.target
-                elif operation.kind is Kind.BRANCH and not isinstance(acting, slice) and not acting.size:
+                elif operation.kind is Kind.WARP and acting is lanes and self._step_of_warps(operation, lanes):
                     position += 1
                 else:
                     self._at[lanes] = position + 1
@@ -158,13 +149,22 @@ class Machine:
         does = np.broadcast_to(operation.predicate(self, lanes), self.numbers(lanes).shape)
         return lanes if does.all() else self.numbers(lanes)[does]
 
-    def _whole_warps(self, lanes: Lanes) -> Array | None:
-        """``[warps, 32]`` where all lanes of every warp are there."""
+    def _step(self, operation: Operation, acting: Lanes) -> None:
+        assert operation.step is not None
+        if self.numbers(acting).size:
+            operation.step(self, acting)
+
+    def _step_of_warps(self, operation: Operation, lanes: Lanes) -> bool:
+        """Does it if these lanes are whole warps, and returns whether they are."""
+        assert operation.warp_step is not None
         numbers = self.numbers(lanes)
         if len(numbers) % 32:
-            return None
+            return False
         warps = numbers.reshape(-1, 32)
-        return warps if (warps[:, 0] % 32 == 0).all() and (warps[:, 31] - warps[:, 0] == 31).all() else None
+        if (warps[:, 0] % 32 != 0).any() or (warps[:, 31] - warps[:, 0] != 31).any():
+            return False
+        operation.warp_step(self, warps)
+        return True
 
     def _part_or_meet(self, operation: Operation, position: int, acting: Lanes) -> None:
         lanes = self.numbers(acting)

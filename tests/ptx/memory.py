@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from ptx.faults import Fault
 from ptx.parser import SHARED_BASE
 
@@ -52,7 +51,7 @@ class GlobalMemory:
     """A copy of some extents, whose addresses stay those of the process."""
 
     def __init__(self, extents: Iterable[Extent]) -> None:
-        self.extents = [extent for extent in extents if extent.bytes]
+        self.extents = list(extents)  # none of them empty
         bounds: list[list[int]] = []
         for extent in sorted(self.extents, key=lambda extent: extent.address):
             end = extent.address + extent.bytes

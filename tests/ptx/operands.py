@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from ptx.faults import UnknownInstruction
 from ptx.parser import Kernel
 

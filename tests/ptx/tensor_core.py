@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from ptx.rounding import bfloat16_to_float, to_float32_towards_zero
 
 Array = NDArray[Any]
@@ -28,7 +27,7 @@ def _position(elements: int, row: Callable[[Array], Array], column: Callable[[Ar
 # mma.m16n8k16 with 16-bit elements, two to a register
 _A16 = _position(
     8,
-    row=lambda i: np.where((i < 2) | ((4 <= i) & (i < 6)), _GROUP, _GROUP + 8),
+    row=lambda i: np.where((i < 2) | ((i >= 4) & (i < 6)), _GROUP, _GROUP + 8),
     column=lambda i: np.where(i < 4, _IN_GROUP * 2 + (i & 1), _IN_GROUP * 2 + (i & 1) + 8),
 )
 _B16 = _position(

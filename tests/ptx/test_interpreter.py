@@ -6,7 +6,6 @@ import struct
 
 import numpy as np
 import pytest
-
 from ptx import tensor_core
 from ptx.faults import Fault, UnknownInstruction
 from ptx.machine import run
@@ -76,6 +75,7 @@ def test_a_kernel_without_a_mistake() -> None:
     assert np.array_equal(results(COPY + waited + "bar.sync 0;" + read_as_result("%r6")), np.arange(64) ^ 32)
 
 
+READ_AND_WRITE = "ld.shared.f32 %f2, [%r4]; st.shared.f32 [{}], %f1"  # its own place, and another
 MISTAKES = {
     "global memory: a read of 4 bytes .* outside .* thread 63": "ld.global.f32 %f1, [%rd4+4]",
     "global memory: a write of 4 bytes .* outside .* thread 63": "st.global.f32 [%rd5+4], %f1",
@@ -83,7 +83,7 @@ MISTAKES = {
     "global memory: an access of 16 bytes .* is not aligned": "ld.global.v4.f32 {%f1,%f2,%f3,%f4}, [%rd1+4]",
     "global memory: a write to an input": "st.global.f32 [%rd4], %f1",
     "global memory: a result is read before it is written": "ld.global.f32 %f1, [%rd5]",
-    "global memory: a byte of a result is written a second time": "st.global.f32 [%rd5], %f1; st.global.f32 [%rd5], %f1",
+    "a result is written a second time": "st.global.f32 [%rd5], %f1; st.global.f32 [%rd5], %f1",
     "a second time: `st.global.f32 \\[%rd2": "st.global.f32 [%rd2], %f1",
     "global memory: 4 of 256 bytes of a result were never written": "@!%p1 st.global.f32 [%rd5], %f1",
     "shared memory: an access of 4 bytes at offset 256 of 256.* thread 63": "st.shared.f32 [%r4+4], %f1",
@@ -98,16 +98,20 @@ MISTAKES = {
     "a race of this read with a write: `ld.shared.f32 %f2, \\[%r6": WRITE + read_as_result("%r6"),
     "a race of this read with a write: `ld.shared.f32 %f3": WRITE + "bar.warp.sync -1; ld.shared.f32 %f3, [%r6]",
     "a race of this read with a write: `ld.shared.f32 %f4": COPY + "cp.async.wait_group 0; ld.shared.f32 %f4, [%r6]",
-    "a race of this write with a read: `st.shared.f32 \\[%r6": WRITE + "bar.sync 0; ld.shared.f32 %f2, [%r4]; st.shared.f32 [%r6], %f1",
+    "a race of this write with a read: `st.shared.f32 \\[%r6": WRITE + "bar.sync 0;" + READ_AND_WRITE.format("%r6"),
     "a race of this write with a read: `cp.async": WRITE + "bar.sync 0; ld.shared.f32 %f2, [%r6];" + COPY,
     "a race of this write with another: `st.shared.f32 \\[%r6": WRITE + "st.shared.f32 [%r6], %f1",
     "a race of two writes in one instruction": "st.shared.f32 [%r3], %f1",
     # all read one number, and then one thread writes it
-    "a race of this write with a read: `@%p1 st.shared": WRITE + "bar.sync 0; ld.shared.f32 %f2, [%r3]; @%p1 st.shared.f32 [%r3], %f1",
+    "a race of this write with a read: `@%p1 st.shared": (
+        WRITE + "bar.sync 0; ld.shared.f32 %f2, [%r3]; @%p1 st.shared.f32 [%r3], %f1"
+    ),
     # between the threads of a warp: nothing, or something that does not order memory
     "a race of this read with a write: `ld.shared.f32 %f2, \\[%r5": WRITE + read_as_result("%r5"),
-    "a race of this read with a write: `ld.shared.f32 %f5": WRITE + "vote.sync.ballot.b32 %r9, %p1, -1; ld.shared.f32 %f5, [%r5]",
-    "a race of this write with a read: `st.shared.f32 \\[%r5": WRITE + "bar.sync 0; ld.shared.f32 %f2, [%r4]; st.shared.f32 [%r5], %f1",
+    "a race of this read with a write: `ld.shared.f32 %f5": (
+        WRITE + "vote.sync.ballot.b32 %r9, %p1, -1; ld.shared.f32 %f5, [%r5]"
+    ),
+    "a race of this write with a read: `st.shared.f32 \\[%r5": WRITE + "bar.sync 0;" + READ_AND_WRITE.format("%r5"),
     "not every thread of the warp comes .*`@%p1 vote": "@%p1 vote.sync.ballot.b32 %r9, %p1, -1",
     "not every thread of the warp comes .*`@%p1 bar.warp": "@%p1 bar.warp.sync -1",
     "not every thread of the block comes .*`@%p1 bar.sync": "@%p1 bar.sync 0",
@@ -115,7 +119,7 @@ MISTAKES = {
     "a mask that does not name all threads": "vote.sync.ballot.b32 %r9, %p1, 1",
     "expected all 4 bytes or none": "cp.async.ca.shared.global [%r4], [%rd4], 4, 2",
     "arguments: a read outside": "ld.param.u32 %r9, [kernel_param_0+16]",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("message", MISTAKES)
@@ -159,7 +163,7 @@ ARITHMETIC = {
     "cvt.rna.tf32.f32 %r9, 0f3F801000": 0x3F802000,  # half way: away from zero
     "cvt.rn.bf16.f32 %rs1, 0f3F808000; cvt.u32.u16 %r9, %rs1": 0x3F80,  # half way: to even
     "ex2.approx.ftz.f32 %f3, 0fC2FE0000; mov.b32 %r9, %f3": 0,  # 2^-127 is subnormal
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("body", ARITHMETIC)
@@ -170,7 +174,7 @@ def test_arithmetic(body: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
 def test_the_matrix_product_is_a_matrix_product(kind: str) -> None:
-    """With ones in one place each of a and b, the product has a one where the two meet, in the lane that the ISA says."""
+    """A one in a and ones in all of b make a row of ones, in the lanes of the group that holds the one."""
     registers, depth = (4, 8) if kind == "tf32" else (4, 16)
     one = {"bf16": 0x3F80, "f16": 0x3C00, "tf32": 0x3F800000}[kind]
     halves = 1 if kind == "tf32" else 2

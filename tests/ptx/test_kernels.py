@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 
 import pytest
-from support import cuda_on_host
-
 from ptx.checks import ARCHITECTURES, Check, checks, conversions
 from ptx.compiler import SOURCES, Compiler, demangled
 from ptx.device import in_place_of_cpu_kernels
+from support import cuda_on_host
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc"),
@@ -32,15 +32,21 @@ def launched() -> dict[str, set[str]]:
     return {architecture: set() for architecture in ARCHITECTURES}
 
 
-def parameters() -> list[object]:
-    return [pytest.param(of, id=str(of), marks=pytest.mark.ptx if of.core else pytest.mark.ptx_full) for of in checks()]
+def parameters() -> Iterator[object]:
+    """Every check on every architecture; of the core, every other one on each."""
+    for number, check in enumerate(checks()):
+        for turn, architecture in enumerate(ARCHITECTURES):
+            mark = pytest.mark.ptx if check.core and number % 2 == turn else pytest.mark.ptx_full
+            yield pytest.param(check, architecture, id=f"{check.name}-{architecture}", marks=mark)
 
 
-@pytest.mark.parametrize("check", parameters())
-def test_kernels(check: Check, compilers: dict[str, Compiler], launched: dict[str, set[str]]) -> None:
-    with in_place_of_cpu_kernels(compilers[check.architecture]) as device:
+@pytest.mark.parametrize(("check", "architecture"), parameters())
+def test_kernels(
+    check: Check, architecture: str, compilers: dict[str, Compiler], launched: dict[str, set[str]]
+) -> None:
+    with in_place_of_cpu_kernels(compilers[architecture]) as device:
         check.run()
-    launched[check.architecture].update(device.launched)
+    launched[architecture].update(device.launched)
 
 
 @pytest.mark.ptx

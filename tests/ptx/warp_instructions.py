@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
-
 from ptx import tensor_core
 from ptx.faults import Fault, UnknownInstruction
 from ptx.instructions import modifiers
