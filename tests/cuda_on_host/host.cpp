@@ -251,7 +251,8 @@ void check_shared(const void* address, int64_t bytes) {
 void check_global(const void* address, int64_t bytes) {
   const char* begin = static_cast<const char*>(address);
   for (const Memory& tensor : state.tensors)
-    if (begin >= tensor.data && begin + bytes <= tensor.data + tensor.bytes) return check_aligned(address, bytes, "global memory");
+    if (begin >= tensor.data && begin + bytes <= tensor.data + tensor.bytes)
+      return check_aligned(address, bytes, "global memory");
   fail("global memory: an access of " + std::to_string(bytes) + " bytes outside of every tensor");
 }
 

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from ptx.compiler import Compiler
 from ptx.machine import run
-from ptx.memory import Extent, GlobalMemory
+from ptx.memory import GlobalMemory, extent_of
+from ptx.program import Program
 from support.cases import Case, attention_case, lengths_mask, pooled_case, qk_case
 from support.rules import check_case, check_pairs_without_upstream, check_strides_and_forms
 
+HERE = Path(__file__).parent
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, F16, F32)
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -176,48 +178,55 @@ def checks() -> list[Check]:
     ]
 
 
-# --- conversions, every bit -----------------------------------------------------------------------------------------
+# --- every bit of what primitives make -------------------------------------------------------------------------------
 
 
-def conversions(compiler: Compiler) -> None:
-    """The functions of ``primitives.cuh`` round as it says."""
+def primitives(compiler: Compiler) -> None:
+    """The functions of ``primitives.cuh`` round and copy as it says."""
+    programs = {program.kernel.name: program for program in compiler.programs(HERE / "primitives.cu")}
+    convert, copy = (next(programs[name] for name in programs if part in name) for part in ("convert", "copy"))
+    numbers = _numbers()
+    _check_conversions(torch.from_numpy(numbers), _made(convert, numbers))
+    copied = np.where(np.arange(len(numbers))[:, None] % 2 == 0, numbers[:, [0, 1, 2, 3, 0]].view(np.uint32), 0)
+    assert np.array_equal(_made(copy, numbers)[:, :5], copied), "copy_async: not what is real, and zeros"
+
+
+def _numbers() -> np.ndarray:
+    """Random ones, and those on which roundings differ."""
     generator = np.random.default_rng(0)
-    powers = generator.integers(-20, 17, (256, 2))
-    numbers = (generator.standard_normal((256, 2)) * np.exp2(powers)).astype(np.float32)
+    powers = generator.integers(-20, 17, (256, 4))
+    numbers = (generator.standard_normal((256, 4)) * np.exp2(powers)).astype(np.float32)
     bits = numbers.view(np.uint32)
     bits[:64] &= np.uint32(0xFFFFE000)  # exact in tf32 ...
     bits[:32] |= np.uint32(0x1000)  # ... or half way between two of its numbers
     bits[64:96] = bits[64:96] & np.uint32(0xFFFF0000) | np.uint32(0x8000)  # half way in bfloat16
     bits[96:128] = bits[96:128] & np.uint32(0xFFFFE000) | np.uint32(0x1000)  # half way in float16
     numbers[128:132, 0] = np.inf, -np.inf, 0.0, -0.0
-    made = _converted(compiler, numbers)
-    first, second = torch.from_numpy(numbers).unbind(1)
-    wide = first.double()
+    return numbers
+
+
+def _check_conversions(numbers: torch.Tensor, made: np.ndarray) -> None:
+    wide = numbers[:, 0].double()
     unit = torch.exp2(torch.floor(torch.log2(wide.abs())) - 10)  # of the last place of tf32
-    tf32 = torch.where(
-        wide.isinf() | (wide == 0), wide, wide.sign() * torch.floor(wide.abs() / unit + 0.5) * unit
-    ).float()
-    assert np.array_equal(made[:, 0], tf32.numpy().view(np.uint32)), (
-        "round_to_tf32: not to nearest, ties away from zero"
-    )
+    nearest = wide.sign() * torch.floor(wide.abs() / unit + 0.5) * unit
+    tf32 = torch.where(wide.isinf() | (wide == 0), wide, nearest).float().numpy().view(np.uint32)
+    assert np.array_equal(made[:, 0], tf32), "round_to_tf32: not to nearest, ties away from zero"
     powers_of_two = torch.exp2(wide).float()
     powers_of_two[powers_of_two < torch.finfo(torch.float32).tiny] = 0
-    assert np.allclose(made[:, 1].view(np.float32), powers_of_two, rtol=3e-7, atol=0), "exp2_fast: not 2^x"
+    made_powers = np.ascontiguousarray(made[:, 1]).view(np.float32)
+    assert np.allclose(made_powers, powers_of_two, rtol=3e-7, atol=0), "exp2_fast: not 2^x"
     for column, dtype in ((2, BF16), (3, F16)):
-        halves = torch.stack([first, second], 1).to(dtype).view(torch.uint16).numpy().copy().view(np.uint32)[:, 0]
-        assert np.array_equal(made[:, column], halves), f"pack_two: not two {dtype}, the first in the lower half"
-        single = first.to(dtype).view(torch.uint16).numpy()
-        assert np.array_equal(made[:, column + 2], single), f"round_to: not to the nearest {dtype}, ties to even"
+        halves = numbers[:, :2].to(dtype).contiguous().view(torch.uint16).numpy()
+        pairs = np.ascontiguousarray(made[:, column]).view(np.uint16).reshape(-1, 2)
+        assert np.array_equal(pairs, halves), f"pack_two: not two {dtype}, the first in the lower half"
+        assert np.array_equal(made[:, column + 2], halves[:, 0]), f"round_to: not to the nearest {dtype}, ties to even"
 
 
-def _converted(compiler: Compiler, numbers: np.ndarray) -> np.ndarray:
+def _made(program: Program, numbers: np.ndarray) -> np.ndarray:
     made = np.empty((len(numbers), 6), np.uint32)
-    memory = GlobalMemory(
-        [Extent(numbers.ctypes.data, numbers.nbytes, False), Extent(made.ctypes.data, made.nbytes, True)]
-    )
-    (program,) = compiler.programs(Path(__file__).with_name("primitives.cu"))
+    memory = GlobalMemory([extent_of(numbers, written=False), extent_of(made, written=True)])
     parameters = struct.pack("<QQ", numbers.ctypes.data, made.ctypes.data)
-    run(program, parameters, memory, grid=1, threads=len(numbers), shared_bytes=0)
+    run(program, parameters, memory, grid=1, threads=len(numbers), shared_bytes=32 * len(numbers))
     memory.check_complete()
     memory.give_back()
     return made

@@ -65,9 +65,10 @@ class Machine:
         if threads_per_block % 32:
             raise Fault(f"expected whole warps in a block, got {threads_per_block} threads")
         self.program, self.memory = program, memory
-        self.grid, self.threads_per_block = grid, threads_per_block
-        self.threads = np.tile(np.arange(threads_per_block, dtype=np.uint32), len(blocks))
-        self.blocks = np.repeat(np.array(blocks, np.uint32), threads_per_block)
+        self.grid: int = grid
+        self.threads_per_block: int = threads_per_block
+        self.threads: Array = np.tile(np.arange(threads_per_block, dtype=np.uint32), len(blocks))
+        self.blocks: Array = np.repeat(np.array(blocks, np.uint32), threads_per_block)
         count = len(self.threads)
         self._lanes = np.arange(count)
         self._block_of = np.repeat(np.arange(len(blocks)), threads_per_block)

@@ -20,7 +20,7 @@ from ptx.parser import SHARED_BASE
 Array = NDArray[Any]
 
 
-def _first(bad: Array, lanes: Array) -> int:
+def _first(bad: Any, lanes: Array) -> int:
     return int(lanes[np.argmax(bad)])
 
 
@@ -45,6 +45,10 @@ class Extent:
     address: int
     bytes: int
     written: bool  # by kernels, every byte once; what is not written may be read alone
+
+
+def extent_of(array: Array, written: bool) -> Extent:
+    return Extent(array.ctypes.data, array.nbytes, written)
 
 
 class GlobalMemory:

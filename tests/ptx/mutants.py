@@ -10,18 +10,22 @@ left out at one place where it is called. One that no check catches must have a 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import re
 import shutil
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from ptx.checks import Check, checks, conversions
+from ptx.checks import Check, checks, primitives
 from ptx.compiler import SOURCES, Compiler
 from ptx.device import in_place_of_cpu_kernels
 from ptx.faults import Fault
@@ -65,6 +69,7 @@ class Mutant:
     old: str
     new: str
     at: int  # where the old text begins
+    element: str = ""  # whose checks are tried first
 
     @property
     def place(self) -> str:
@@ -91,7 +96,8 @@ def instruction_mutants() -> Iterator[Mutant]:
     def mutant(name: str, old: str, new: str, after: str = "") -> Mutant:
         """``after``: text that comes before the place."""
         at = text.index(old, text.index(after))
-        return Mutant(name, file, old, new, at)
+        element = re.search(r"mma of (\w+)", name)
+        return Mutant(name, file, old, new, at, element[1] if element else "")
 
     yield mutant("sync_block does nothing", "{ __syncthreads(); }", "{}")
     yield mutant("sync_warp does nothing", "{ __syncwarp(); }", "{}")
@@ -111,8 +117,8 @@ def instruction_mutants() -> Iterator[Mutant]:
             yield mutant(f"ldmatrix, {name}: results {i} and {i + 1} change places", old, new, start)
     yield mutant("ldmatrix without .trans", "x4.trans.shared", "x4.shared")
     yield mutant("ldmatrix with .trans", "x4.shared.b16", "x4.trans.shared.b16")
-    for element in ("bfloat16", "float16", "float"):
-        start = f"void multiply_add({element}, float"
+    for element, type_name in (("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float")):
+        start = f"void multiply_add({type_name}, float"
         for i in range(3):
             old, new = f'"r"(a[{i}]), "r"(a[{i + 1}])', f'"r"(a[{i + 1}]), "r"(a[{i}])'
             yield mutant(f"mma of {element}: a{i} and a{i + 1} change places", old, new, start)
@@ -156,18 +162,23 @@ SURVIVORS: dict[str, str] = {}
 # --- what catches it ------------------------------------------------------------------------------------------------
 
 
-def caught_by(mutant: Mutant, compiler: Compiler, by_name: dict[str, Check]) -> tuple[str, str] | None:
+@cache
+def checks_by_name() -> dict[str, Check]:
+    return {check.name: check for check in checks()}
+
+
+def caught_by(mutant: Mutant, compiler: Compiler) -> tuple[str, str] | None:
     """The first check that fails, and what it says."""
     if mutant.file == "primitives.cuh":
         try:
-            conversions(compiler)
-        except AssertionError as error:
-            return "conversions", first_line(error)
+            primitives(compiler)
+        except (AssertionError, Fault) as error:
+            return "primitives", first_line(error)
     names = next(names for start, names in CHECKS.items() if mutant.file.startswith(start))
-    for name in names:
+    for name in sorted(names, key=lambda name: mutant.element not in name.split()):
         try:
             with in_place_of_cpu_kernels(compiler):
-                by_name[name].run()
+                checks_by_name()[name].run()
         except (AssertionError, Fault) as error:
             return name, first_line(error)
     return None
@@ -177,11 +188,11 @@ def first_line(error: Exception) -> str:
     return f"{error}".partition("\n")[0].partition(", in _Z")[0].replace("|", "/")
 
 
-def row_of(mutant: Mutant, by_name: dict[str, Check]) -> tuple[str, bool]:
+def row_of(mutant: Mutant) -> tuple[str, bool]:
     """A row of the log, and whether all is as it should be."""
     with tempfile.TemporaryDirectory() as folder:
         compiler = Compiler(ARCHITECTURE, Path(folder), mutant.write(Path(folder)))
-        caught = caught_by(mutant, compiler, by_name)
+        caught = caught_by(mutant, compiler)
     reason = SURVIVORS.get(mutant.name)
     check, words = caught or ("survives", reason or "NO REASON IS GIVEN")
     if caught and reason:
@@ -193,12 +204,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="text in the name or place of the mutants to try")
     options = parser.parse_args()
-    by_name = {check.name: check for check in checks()}
     mutants = [*instruction_mutants(), *order_mutants()]
+    wanted = [mutant for mutant in mutants if options.only in f"{mutant.name} {mutant.place}"]
     rows, bad = [], 0
-    for mutant in mutants:
-        if options.only in f"{mutant.name} {mutant.place}":
-            row, good = row_of(mutant, by_name)
+    workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for row, good in pool.map(row_of, wanted):
             print(row, flush=True)
             rows.append(row)
             bad += not good

@@ -55,11 +55,11 @@ def multiply_add(kind: str, a: Array, b: Array, c: Array) -> Array:
         c: float32 ``[warps, 32, 4]``.
     """
     depth = 8 if kind == "tf32" else 16
-    places = (_A32, _B32) if kind == "tf32" else (_A16, _B16)
+    (a_rows, a_columns), (b_rows, b_columns) = (_A32, _B32) if kind == "tf32" else (_A16, _B16)
     left, right = np.zeros((len(a), 16, depth)), np.zeros((len(a), depth, 8))
-    left[(slice(None), *places[0])], right[(slice(None), *places[1])] = _numbers(kind, a), _numbers(kind, b)
-    product = np.matmul(left, right)[(slice(None), *_C)]
-    return to_float32_towards_zero(product + c)
+    left[:, a_rows, a_columns], right[:, b_rows, b_columns] = _numbers(kind, a), _numbers(kind, b)
+    rows, columns = _C
+    return to_float32_towards_zero(np.matmul(left, right)[:, rows, columns] + c)
 
 
 def _numbers(kind: str, registers: Array) -> Array:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
 from ptx import tensor_core
 from ptx.faults import Fault, UnknownInstruction
 from ptx.machine import run
-from ptx.memory import Extent, GlobalMemory
+from ptx.memory import GlobalMemory, extent_of
 from ptx.parser import parse
 from ptx.program import Program
 
@@ -51,9 +52,7 @@ COPY = "cp.async.ca.shared.global [%r4], [%rd4], 4, 4; cp.async.commit_group;"
 def results(body: str, threads: int = THREADS, blocks: int = 1) -> np.ndarray:
     """What 64 threads make of the numbers 0 to 63."""
     numbers, made = np.arange(64, dtype=np.float32), np.full(64, np.nan, np.float32)
-    memory = GlobalMemory(
-        [Extent(numbers.ctypes.data, numbers.nbytes, False), Extent(made.ctypes.data, made.nbytes, True)]
-    )
+    memory = GlobalMemory([extent_of(numbers, written=False), extent_of(made, written=True)])
     text = KERNEL.replace("BODY", "\n".join(statement + ";" for statement in body.split(";") if statement.strip()))
     program = Program(parse(text)["kernel"])
     parameters = struct.pack("<QQ", numbers.ctypes.data, made.ctypes.data)
@@ -144,7 +143,7 @@ def test_an_instruction_that_is_not_known_is_named() -> None:
             results(body)
 
 
-ARITHMETIC = {
+ARITHMETIC: dict[str, Any] = {
     "sub.s32 %r9, 3, %r1": 3 - np.arange(64),
     "div.s32 %r9, -7, 2": -3,
     "rem.s32 %r9, -7, 2": -1,
@@ -174,23 +173,30 @@ def test_arithmetic(body: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
 def test_the_matrix_product_is_a_matrix_product(kind: str) -> None:
-    """A one in a and ones in all of b make a row of ones, in the lanes of the group that holds the one."""
-    registers, depth = (4, 8) if kind == "tf32" else (4, 16)
-    one = {"bf16": 0x3F80, "f16": 0x3C00, "tf32": 0x3F800000}[kind]
-    halves = 1 if kind == "tf32" else 2
-    rows, columns = set(), set()
+    """The fragments are filled by the figures of the ISA, register by register."""
+    depth, halves = (8, 1) if kind == "tf32" else (16, 2)
+    generator = np.random.default_rng(0)
+    left, right, start = (generator.integers(-8, 9, shape) for shape in ((16, depth), (depth, 8), (16, 8)))
+    a, b = np.zeros((32, 4 * halves)), np.zeros((32, 2 * halves))
+    c, expected = np.zeros((32, 4), np.float32), np.zeros((32, 4))
     for lane in range(32):
-        for register in range(registers):
-            for half in range(halves):
-                a = np.zeros((1, 32, 4), np.uint32)
-                a[0, lane, register] = one << 16 * half
-                b = np.full((1, 32, 2), one * (0x10001 if halves == 2 else 1), np.uint32)
-                product = tensor_core.multiply_add(kind, a, b, np.zeros((1, 32, 4), np.float32))[0]
-                lanes, elements = np.nonzero(product)
-                assert len(lanes) == 8 and (lanes // 4 == lane // 4).all()  # a whole row of c
-                rows.add((lane // 4, register % 2)), columns.add((register // 2, lane % 4, half))
-                assert (elements // 2 == register % 2).all()
-    assert len(rows) == 16 and len(columns) == depth
+        g, t = divmod(lane, 4)
+        for half in range(halves):
+            k = halves * t + half
+            far = k + depth // 2
+            for register, (row, column) in enumerate([(g, k), (g + 8, k), (g, far), (g + 8, far)]):
+                a[lane, halves * register + half] = left[row, column]
+            for register, row in enumerate([k, far]):
+                b[lane, halves * register + half] = right[row, g]
+        for register, place in enumerate([(g, 2 * t), (g, 2 * t + 1), (g + 8, 2 * t), (g + 8, 2 * t + 1)]):
+            c[lane, register], expected[lane, register] = start[place], (left @ right + start)[place]
+
+    def registers(numbers: np.ndarray) -> np.ndarray:
+        if kind == "bf16":
+            numbers = (numbers.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        return numbers.astype({"bf16": np.uint16, "f16": np.float16, "tf32": np.float32}[kind]).view(np.uint32)[None]
+
+    assert np.array_equal(tensor_core.multiply_add(kind, registers(a), registers(b), c[None])[0], expected)
 
 
 def test_matrices_are_loaded_row_by_row_or_transposed() -> None:

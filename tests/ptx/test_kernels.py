@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from ptx.checks import ARCHITECTURES, Check, checks, conversions
+from ptx.checks import ARCHITECTURES, Check, checks, primitives
 from ptx.compiler import SOURCES, Compiler, demangled
 from ptx.device import in_place_of_cpu_kernels
 from support import cuda_on_host
@@ -51,8 +51,8 @@ def test_kernels(
 
 @pytest.mark.ptx
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_conversions(architecture: str, compilers: dict[str, Compiler]) -> None:
-    conversions(compilers[architecture])
+def test_primitives(architecture: str, compilers: dict[str, Compiler]) -> None:
+    primitives(compilers[architecture])
 
 
 @pytest.mark.ptx_full
