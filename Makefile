@@ -19,7 +19,8 @@ TORCH_INCLUDES = $(shell $(PY) -c "from torch.utils.cpp_extension import include
 ON_HOST := build/cuda_on_host/ear_ops_cuda_on_host.so
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: all install demo test sanitize check-aarch64 check-cuda cuda-full gpu-check wheels lint format docs notebooks clean
+.PHONY: all install demo test sanitize check-aarch64 check-cuda cuda-full check-ptx ptx-full ptx-mutants gpu-check wheels lint \
+	format docs notebooks clean
 all: install
 install: $(INSTALLED)
 
@@ -75,6 +76,24 @@ check-cuda: install
 cuda-full: install
 	$(PY) -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(PY) csrc/cuda/check_build.py --all
+
+# The PTX that nvcc makes of the CUDA kernels, run by an interpreter against the float64 reference: the most important cases;
+# all of them; and kernels that were broken on purpose, each of which a case must catch. The last two write a log.
+PTX := OMP_NUM_THREADS=1 $(PY) -m pytest tests/ptx/test_kernels.py
+PTX_RESULTS := benchmarks/results/ptx
+HAVE_NVCC = @command -v nvcc >/dev/null || { echo "NOT RUN: there is no nvcc"; exit 1; }
+
+check-ptx: $(ON_HOST)
+	$(HAVE_NVCC)
+	$(PTX) -m ptx
+
+ptx-full: $(ON_HOST)
+	$(HAVE_NVCC)
+	$(PTX) -m "ptx or ptx_full" --verbose --no-header >$(PTX_RESULTS)/checks.log || { tail $(PTX_RESULTS)/checks.log; exit 1; }
+
+ptx-mutants: $(ON_HOST)
+	$(HAVE_NVCC)
+	OMP_NUM_THREADS=1 $(PY) tests/ptx/mutants.py
 
 # On a machine with a GPU: builds, tests, sanitizers, benchmarks; results and a log in one folder.
 gpu-check:

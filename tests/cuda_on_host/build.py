@@ -25,7 +25,7 @@ def build() -> None:
         ],
         extra_include_paths=[str(HERE)],
         extra_cflags=[
-            *("-O2", "-g1", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"),
+            *("-O2", "-g1", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"),
             "-DEAR_OPS_CUDA_ON_HOST",
         ],
         build_directory=str(BUILD),

@@ -68,5 +68,14 @@ TORCH_LIBRARY_FRAGMENT(ear_ops_cuda_on_host, m) {
     ear_ops::cuda::host::set_seed(static_cast<uint64_t>(seed));
     ear_ops::cuda::host::set_shared_limit(shared_limit);
   });
+  m.def("set_device(int function) -> ()", [](int64_t function) {
+    ear_ops::cuda::host::set_device(reinterpret_cast<ear_ops::cuda::host::Device>(function));
+  });
+  m.def("memory() -> int[]", []() {  // address, bytes and whether kernels write it, of everything that they may touch
+    std::vector<int64_t> numbers;
+    for (const auto& of : ear_ops::cuda::host::memory())
+      numbers.insert(numbers.end(), {reinterpret_cast<int64_t>(of.data), of.bytes, of.written});
+    return numbers;
+  });
   m.def("run_mistaken(Tensor(a!) data, int mistake, int blocks=1) -> str", &ear_ops::cuda::run_mistaken);
 }

@@ -1,12 +1,14 @@
 // Fibers, meetings and checks behind primitives.h.
 #include "host.h"
 
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -41,7 +43,8 @@ struct Fiber {
 struct Failed {};  // unwinds a fiber whose block has failed
 
 struct State {
-  std::vector<std::pair<const char*, int64_t>> tensors;
+  std::vector<Memory> tensors;
+  Device device = nullptr;
   std::vector<Fiber> fibers;
   std::vector<char> shared;
   char* shared_begin = nullptr;
@@ -247,8 +250,9 @@ void check_shared(const void* address, int64_t bytes) {
 
 void check_global(const void* address, int64_t bytes) {
   const char* begin = static_cast<const char*>(address);
-  for (const auto& [tensor, size] : state.tensors)
-    if (begin >= tensor && begin + bytes <= tensor + size) return check_aligned(address, bytes, "global memory");
+  for (const Memory& tensor : state.tensors)
+    if (begin >= tensor.data && begin + bytes <= tensor.data + tensor.bytes)
+      return check_aligned(address, bytes, "global memory");
   fail("global memory: an access of " + std::to_string(bytes) + " bytes outside of every tensor");
 }
 
@@ -277,12 +281,23 @@ float round_to_zero(double value) {
 int64_t shared_limit() { return state.limit; }
 void set_shared_limit(int64_t bytes) { state.limit = bytes; }
 void set_seed(uint64_t seed) { state.seed = seed; }
-void allow(const void* data, int64_t bytes) { state.tensors.emplace_back(static_cast<const char*>(data), bytes); }
+void allow(const void* data, int64_t bytes) { state.tensors.push_back({static_cast<const char*>(data), bytes, false}); }
+void spoil(void* data, int64_t bytes) {
+  std::memset(data, 0xff, bytes);
+  state.tensors.push_back({static_cast<const char*>(data), bytes, true});
+}
 void forbid_all() { state.tensors.clear(); }
+const std::vector<Memory>& memory() { return state.tensors; }
+void set_device(Device device) { state.device = device; }
 
-const char* run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel) {
+const char* run(const Kernel& kernel, int64_t blocks, int threads, int64_t shared_bytes) {
   if (threads % kWarp) return "a block must hold whole warps";
-  state.kernel = &kernel;
+  if (state.device) {
+    Dl_info symbol;
+    if (!dladdr(kernel.function, &symbol) || !symbol.dli_sname) return "the kernel has no name";
+    return state.device(symbol.dli_sname, blocks, threads, shared_bytes, kernel.args, kernel.args_bytes);
+  }
+  state.kernel = &kernel.body;
   state.error.clear();
   state.fibers.resize(threads);
   state.shared.resize(shared_bytes + 128);

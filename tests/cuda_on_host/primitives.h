@@ -46,7 +46,13 @@ void commit();
 void wait(int groups);
 float round_to_zero(double value);
 
-const char* run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel);
+struct Kernel {
+  const void* function;  // by which it is known
+  std::function<void()> body;
+  const void* args;
+  int64_t args_bytes;
+};
+const char* run(const Kernel& kernel, int64_t blocks, int threads, int64_t shared_bytes);
 int64_t shared_limit();
 
 }  // namespace host
@@ -182,7 +188,8 @@ template <typename Args>
 const char* launch(void (*kernel)(Args), int64_t blocks, int threads, int64_t shared_bytes, void*, const Args& args) {
   if (const char* error = grid_error(blocks)) return error;
   if (shared_bytes > host::shared_limit()) return "too much shared memory was asked for";
-  return host::run(blocks, threads, shared_bytes, [&]() { kernel(args); });
+  const host::Kernel run{reinterpret_cast<const void*>(kernel), [&]() { kernel(args); }, &args, sizeof(Args)};
+  return host::run(run, blocks, threads, shared_bytes);
 }
 
 }  // namespace ear_ops::cuda

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,13 +30,15 @@ def configure(seed: int = 0, architecture: str = "sm_90") -> None:
 
 
 @contextlib.contextmanager
-def in_place_of_cpu_kernels() -> Iterator[None]:
+def in_place_of_cpu_kernels(around: Callable[[Any], Callable[..., Any]] = lambda operator: operator) -> Iterator[None]:
+    """``around`` makes of an operator of the library what is called in its place."""
     load()
     library = torch.library.Library("ear_ops", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
         for name in SCHEMAS:
-            library.impl(name, getattr(torch.ops.ear_ops_cuda_on_host, name).default, "CPU", allow_override=True)
+            operator = getattr(torch.ops.ear_ops_cuda_on_host, name).default
+            library.impl(name, around(operator), "CPU", allow_override=True)
     try:
         yield
     finally:

@@ -1,0 +1,237 @@
+"""Breaks the kernels on purpose and asks which check catches it.
+
+    python tests/ptx/mutants.py                    all, and writes benchmarks/results/ptx/mutants.md
+    python tests/ptx/mutants.py --only TEXT        those whose name or place holds TEXT; writes nothing
+
+A mutant is one change of ``csrc/cuda``: of an instruction in ``primitives.cuh``, or a barrier, wait or commit that is
+left out at one place where it is called. One that no check catches must have a reason in ``SURVIVORS``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from ptx.checks import Check, checks, primitives
+from ptx.compiler import SOURCES, Compiler
+from ptx.device import in_place_of_cpu_kernels
+from ptx.faults import Fault
+
+ROOT = Path(__file__).parents[2]
+LOG = ROOT / "benchmarks" / "results" / "ptx" / "mutants.md"
+ARCHITECTURE = "sm_90"
+HEAD = """# Kernels that were broken on purpose
+
+Written by `make ptx-mutants`. Each row is one change of `csrc/cuda`; the check is the first that caught it. Of {count}
+mutants {survivors} survive, for the reasons that they show.
+
+| what was broken | where | caught by | what it said |
+|---|---|---|---|
+"""
+
+ATTENTION = (
+    "qk bfloat16 short rows, masks",
+    "qk bfloat16 long rows, masks",
+    "qk bfloat16 NaN in 40 keys padded left",
+    "qk bfloat16 NaN in 140 keys padded left",
+    "qk float16 short rows, masks",
+    "qk float32 short rows, masks",
+    "qk float32 long rows, masks",
+    "qk float32 NaN in 40 keys padded left",
+    "qk bfloat16 dim 160",
+    "qk bfloat16 chunks, masks",
+)
+OTHERS = (
+    "maps bfloat16 200 keys",
+    "pooled bfloat16 130 tokens, 100 features",
+    "pooled float32 300 tokens, 64 features",
+)
+CHECKS = {"primitives.cuh": (*ATTENTION, *OTHERS), "qk": ATTENTION, "": OTHERS}  # by how the name of the file begins
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    old: str
+    new: str
+    at: int  # where the old text begins
+    element: str = ""  # whose checks are tried first
+
+    @property
+    def place(self) -> str:
+        text = (SOURCES / "cuda" / self.file).read_text()
+        return f"{self.file}:{text[: self.at].count(chr(10)) + 1}"
+
+    def write(self, folder: Path) -> Path:
+        """A copy of the sources with this change."""
+        sources = folder / "csrc"
+        shutil.copytree(SOURCES, sources)
+        path = sources / "cuda" / self.file
+        text = path.read_text()
+        path.write_text(text[: self.at] + self.new + text[self.at + len(self.old) :])
+        return sources
+
+
+# --- what is broken -------------------------------------------------------------------------------------------------
+
+
+def instruction_mutants() -> Iterator[Mutant]:
+    file = "primitives.cuh"
+    text = (SOURCES / "cuda" / file).read_text()
+
+    def mutant(name: str, old: str, new: str, after: str = "") -> Mutant:
+        """``after``: text that comes before the place."""
+        at = text.index(old, text.index(after))
+        element = re.search(r"mma of (\w+)", name)
+        return Mutant(name, file, old, new, at, element[1] if element else "")
+
+    yield mutant("sync_block does nothing", "{ __syncthreads(); }", "{}")
+    yield mutant("sync_warp does nothing", "{ __syncwarp(); }", "{}")
+    yield mutant("shuffle_xor with another lane", "value, lanes);", "value, lanes ^ 4);")
+    yield mutant("ballot of the opposite", "(0xffffffffu, vote)", "(0xffffffffu, !vote)")
+    yield mutant("cp.async of 16 bytes ignores the number of bytes", "[%1], 16, %2;", "[%1], 16;")
+    yield mutant("cp.async of 4 bytes ignores the number of bytes", "[%1], %2, %3;", "[%1], %2;")
+    yield mutant("cp.async of 4 bytes brings nothing", '"n"(kBytes), "r"(bytes)', '"n"(kBytes), "r"(0)')
+    yield mutant("cp.async of 16 bytes brings nothing", '"l"(global), "r"(bytes)', '"l"(global), "r"(0)')
+    yield mutant("commit_group left out", 'asm volatile("cp.async.commit_group;" ::: "memory");', "")
+    yield mutant("wait_group leaves one group more", '"n"(kGroups) : "memory"', '"n"(kGroups + 1) : "memory"')
+    yield mutant("wait_group left out", 'asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");', "")
+    for name, start in (("transposed", "if constexpr (kTranspose)"), ("straight", "m8n8.x4.shared.b16")):
+        for i in range(3):
+            old = f'"=r"(to[{i}]), "=r"(to[{i + 1}])'
+            new = f'"=r"(to[{i + 1}]), "=r"(to[{i}])'
+            yield mutant(f"ldmatrix, {name}: results {i} and {i + 1} change places", old, new, start)
+    yield mutant("ldmatrix without .trans", "x4.trans.shared", "x4.shared")
+    yield mutant("ldmatrix with .trans", "x4.shared.b16", "x4.trans.shared.b16")
+    for element, type_name in (("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float")):
+        start = f"void multiply_add({type_name}, float"
+        for i in range(3):
+            old, new = f'"r"(a[{i}]), "r"(a[{i + 1}])', f'"r"(a[{i + 1}]), "r"(a[{i}])'
+            yield mutant(f"mma of {element}: a{i} and a{i + 1} change places", old, new, start)
+            old, new = f'"+f"(c[{i}]), "+f"(c[{i + 1}])', f'"+f"(c[{i + 1}]), "+f"(c[{i}])'
+            yield mutant(f"mma of {element}: c{i} and c{i + 1} change places", old, new, start)
+        yield mutant(f"mma of {element}: b0 and b1 change places", '"r"(b0), "r"(b1)', '"r"(b1), "r"(b0)', start)
+        yield mutant(f"mma of {element}: the sum goes astray", "{%0,%1,%2,%3};", "{%1,%0,%2,%3};", start)
+    yield mutant("mma of bfloat16 with float16", "f32.bf16.bf16.f32", "f32.f16.f16.f32")
+    yield mutant("mma of float16 with bfloat16", "f32.f16.f16.f32", "f32.bf16.bf16.f32")
+    yield mutant("tf32 rounded towards zero", "cvt.rna.tf32", "cvt.rz.tf32")
+    yield mutant("tf32 rounded to even", "cvt.rna.tf32", "cvt.rn.tf32")
+    yield mutant("ex2 of -x", '"=f"(y) : "f"(x)', '"=f"(y) : "f"(-x)')
+    for element, kind in (("bfloat16", "bf16x2"), ("float16", "f16x2")):
+        old, new = '"f"(second), "f"(first)', '"f"(first), "f"(second)'
+        yield mutant(f"{kind}: halves change places", old, new, f"pack_two({element}, float")
+        yield mutant(f"{kind} rounded towards zero", f"cvt.rn.{kind}", f"cvt.rz.{kind}")
+    yield mutant("bfloat16 rounded towards zero", "__float2bfloat16_rn", "__float2bfloat16_rz")
+    yield mutant("float16 rounded towards zero", "__float2half_rn", "__float2half_rz")
+
+
+def order_mutants() -> Iterator[Mutant]:
+    """Every barrier, wait and commit, left out where it is called; every wait for one group less."""
+    for path in sorted((SOURCES / "cuda").glob("*.cuh")):
+        if path.name == "primitives.cuh":
+            continue
+        count: Counter[str] = Counter()
+        calls = re.finditer(r"\b(sync_block|sync_warp|commit_copies|wait_copies<(\d)>)\(\);", path.read_text())
+        for call in calls:
+            count[call[1]] += 1
+            name = f"{path.stem}, {call[1]} number {count[call[1]]}"
+            yield Mutant(f"{name}: left out", path.name, call[0], "", call.start())
+            if call[2]:
+                later = f"wait_copies<{int(call[2]) + 1}>();"
+                yield Mutant(f"{name}: one group more is left", path.name, call[0], later, call.start())
+
+
+_NOTHING_AHEAD = (
+    "At the last tile nothing is ahead: the last group is empty, and the wait in the loop saw the others through."
+)
+SURVIVORS = {
+    "qk_steps, wait_copies<0> number 2: left out": _NOTHING_AHEAD,
+    "qk_steps, wait_copies<0> number 2: one group more is left": _NOTHING_AHEAD,
+    "qk_backward, sync_warp number 1: left out": (
+        "The barrier of the block at the end of the last tile already separates the scratch from what lay there."
+    ),
+    "qk_backward, sync_warp number 3: left out": (
+        "It orders no memory: it keeps the compiler from making both gradients at a time, which takes registers."
+    ),
+}
+"""Why a mutant changes nothing that matters, by its name."""
+
+
+# --- what catches it ------------------------------------------------------------------------------------------------
+
+
+@cache
+def checks_by_name() -> dict[str, Check]:
+    return {check.name: check for check in checks()}
+
+
+def caught_by(mutant: Mutant, compiler: Compiler) -> tuple[str, str] | None:
+    """The first check that fails, and what it says."""
+    if mutant.file == "primitives.cuh":
+        try:
+            primitives(compiler)
+        except (AssertionError, Fault) as error:
+            return "primitives", first_line(error)
+    names = next(names for start, names in CHECKS.items() if mutant.file.startswith(start))
+    for name in sorted(names, key=lambda name: mutant.element not in name.split()):
+        try:
+            with in_place_of_cpu_kernels(compiler):
+                checks_by_name()[name].run()
+        except (AssertionError, Fault) as error:
+            return name, first_line(error)
+    return None
+
+
+def first_line(error: Exception) -> str:
+    return f"{error}".partition("\n")[0].partition(", in _Z")[0].replace("|", "/")
+
+
+def row_of(mutant: Mutant) -> tuple[str, bool]:
+    """A row of the log, and whether all is as it should be."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiler = Compiler(ARCHITECTURE, Path(folder), mutant.write(Path(folder)))
+        caught = caught_by(mutant, compiler)
+    reason = SURVIVORS.get(mutant.name)
+    check, words = caught or ("survives", reason or "NO REASON IS GIVEN")
+    if caught and reason:
+        words = f"CAUGHT, though a reason to survive is given. {words}"
+    return f"| {mutant.name} | `{mutant.place}` | {check} | {words} |", (caught is None) == (reason is not None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="text in the name or place of the mutants to try")
+    options = parser.parse_args()
+    mutants = [*instruction_mutants(), *order_mutants()]
+    wanted = [mutant for mutant in mutants if options.only in f"{mutant.name} {mutant.place}"]
+    rows, bad = [], 0
+    workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for row, good in pool.map(row_of, wanted):
+            print(row, flush=True)
+            rows.append(row)
+            bad += not good
+    if not options.only:
+        LOG.parent.mkdir(parents=True, exist_ok=True)
+        survivors = sum("| survives |" in row for row in rows)
+        LOG.write_text(HEAD.format(count=len(rows), survivors=survivors) + "\n".join(rows) + "\n")
+    if bad:
+        raise SystemExit(f"{bad} mutants did not fare as they should")
+
+
+if __name__ == "__main__":
+    main()

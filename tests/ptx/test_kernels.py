@@ -1,0 +1,66 @@
+"""The kernels as nvcc compiles them, inline assembly included, run by the interpreter against the float64 reference.
+
+``make check-ptx`` runs the core, ``make ptx-full`` everything; ``make test`` runs none of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from ptx.checks import ARCHITECTURES, Check, checks, primitives
+from ptx.compiler import SOURCES, Compiler, demangled
+from ptx.device import in_place_of_cpu_kernels
+from support import cuda_on_host
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc"),
+    pytest.mark.skipif(not cuda_on_host.LIBRARY.exists(), reason="not compiled: python tests/cuda_on_host/build.py"),
+]
+
+
+@pytest.fixture(scope="module")
+def compilers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiler]:
+    folder = tmp_path_factory.mktemp("ptx")
+    return {architecture: Compiler(architecture, folder) for architecture in ARCHITECTURES}
+
+
+@pytest.fixture(scope="module")
+def launched() -> dict[str, set[str]]:
+    """The kernels that ran, by architecture."""
+    return {architecture: set() for architecture in ARCHITECTURES}
+
+
+def parameters() -> Iterator[object]:
+    """Every check on every architecture; of the core, every other one on each."""
+    for number, check in enumerate(checks()):
+        for turn, architecture in enumerate(ARCHITECTURES):
+            mark = pytest.mark.ptx if check.core and number % 2 == turn else pytest.mark.ptx_full
+            yield pytest.param(check, architecture, id=f"{check.name}-{architecture}", marks=mark)
+
+
+@pytest.mark.parametrize(("check", "architecture"), parameters())
+def test_kernels(
+    check: Check, architecture: str, compilers: dict[str, Compiler], launched: dict[str, set[str]]
+) -> None:
+    with in_place_of_cpu_kernels(compilers[architecture]) as device:
+        check.run()
+    launched[architecture].update(device.launched)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_primitives(architecture: str, compilers: dict[str, Compiler]) -> None:
+    primitives(compilers[architecture])
+
+
+@pytest.mark.ptx_full
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_was_left_out(
+    architecture: str, compilers: dict[str, Compiler], launched: dict[str, set[str]]
+) -> None:
+    folder = SOURCES / "cuda"
+    sources = [*folder.glob("instances/*.cu"), folder / "attention_mse.cu", folder / "pooled_distance.cu"]
+    names = {name for source in sources for name in compilers[architecture].kernels(source)}
+    assert not names - launched[architecture], sorted(map(demangled, names - launched[architecture]))
