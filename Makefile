@@ -67,13 +67,14 @@ check-aarch64: install
 	for file in $$(find csrc/cpu -name '*.cpp'); do \
 		aarch64-linux-gnu-g++ -std=c++20 -fsyntax-only -Wall -Wno-psabi -Werror $(TORCH_INCLUDES) $$file || exit 1; done
 
-# What nvcc makes of the CUDA kernels, for sm_80 and sm_90, without a GPU: no spills, tensor cores, wide accesses.
+# What nvcc makes of the CUDA kernels, for sm_80 and sm_90, without a GPU: no spills, tensor cores, wide accesses,
+# no more instructions than before.
 check-cuda: install
-	$(PY) -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(PY) -m pip install --quiet nvidia-cuda-nvdisasm
 	$(PY) csrc/cuda/check_build.py
 
 cuda-full: install
-	$(PY) -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(PY) -m pip install --quiet nvidia-cuda-nvdisasm
 	$(PY) csrc/cuda/check_build.py --all
 
 # On a machine with a GPU: builds, tests, sanitizers, benchmarks; results and a log in one folder.
