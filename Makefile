@@ -77,9 +77,10 @@ cuda-full: install
 	$(PY) -m pip install --quiet nvidia-cuda-nvdisasm
 	$(PY) csrc/cuda/check_build.py --all
 
-# On a machine with a GPU: builds, tests, sanitizers, benchmarks; results and a log in one folder.
+# On a machine with a GPU, in two calls of at most eight minutes: STEPS=tests builds, tests and runs the sanitizers,
+# STEPS=bench measures. Without STEPS one runs after the other. Results and logs are in one folder.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/gpu_check.py $(STEPS)
 
 # The source distribution, and from it the wheel for the installed torch and every Python from 3.10.
 wheels: install
