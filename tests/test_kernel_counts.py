@@ -221,13 +221,13 @@ def test_the_issue_model_waits_for_stalls_scoreboards_units_and_branches() -> No
     }
     kernel = parse(listing(body, control=control))["kernel"]
     device, trace = issue.DEVICES["90"], [0, 1, 2, 3, 5]
-    one = 4 + issue.LATENCY["MUFU"] + 1 + 16  # the branch is taken
-    assert issue.cycles(kernel, [trace], device, issue.WORST) == one + 1
-    assert issue.cycles(kernel, [trace], device, issue.BEST) == one - 16 + 5 + 1
+    alone = 4 + issue.LATENCY["MUFU"] + 1 + 16  # the branch is taken
+    assert issue.cycles(kernel, [trace], device, issue.WORST) == alone + 1
+    assert issue.cycles(kernel, [trace], device, issue.BEST) == alone - 16 + 5 + 1
     # Two warps share the cycles; the second one waits until the unit of functions is free.
-    assert issue.cycles(kernel, [trace] * 2, device, issue.WORST) == one + 1 + 8
+    assert issue.cycles(kernel, [trace] * 2, device, issue.WORST) == alone + 1 + 8
     # An instruction that no lane does sets its scoreboard free at once.
-    assert issue.cycles(kernel, [[0, ~1, 2, 3, 5]], device, issue.WORST) == one + 1 - issue.LATENCY["MUFU"] + 12
+    assert issue.cycles(kernel, [[0, ~1, 2, 3, 5]], device, issue.WORST) == alone + 1 - issue.LATENCY["MUFU"] + 12
 
 
 def test_blocks_that_fit_are_limited_by_registers_and_shared_memory() -> None:

@@ -51,14 +51,14 @@ INSTRUCTIONS = {
 def tool(name: str) -> str | None:
     """A program of the toolkit, from PATH or from its PyPI package."""
     packages = [Path(folder) / "nvidia" for folder in sys.path]
-    places = [found for folder in packages if folder.is_dir() for found in folder.glob(f"*/bin/{name}")]
+    places = [path for folder in packages if folder.is_dir() for path in folder.glob(f"*/bin/{name}")]
     return shutil.which(name) or next(map(str, places), None)
 
 
 def ptxas_version() -> str:
     said = subprocess.run(["ptxas", "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"\bV(\d+\.\d+\.\d+)", said)
-    return found[1] if found else said.strip()
+    version = re.search(r"\bV(\d+\.\d+\.\d+)", said)
+    return version[1] if version else said.strip()
 
 
 def demangled(name: str) -> str:
@@ -82,8 +82,8 @@ class Built:
     @property
     def instance(self) -> tuple[str, int] | None:
         """The element type and the features of a file in instances/, None for other files."""
-        found = re.fullmatch(r"qk_(\w+)_(\d+)", self.source.stem)
-        return (found[1], int(found[2])) if found else None
+        name = re.fullmatch(r"qk_(\w+)_(\d+)", self.source.stem)
+        return (name[1], int(name[2])) if name else None
 
 
 @contextlib.contextmanager
@@ -96,13 +96,13 @@ def built(source: Path, architecture: str) -> Iterator[Built]:
         report = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if report.returncode:
             raise SystemExit(f"{source.name}, sm_{architecture}: nvcc failed\n{report.stderr}")
-        found = re.findall(
+        reported = re.findall(
             r"Function properties for (\S+)\n"
             r"\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
             r".*?Used (\d+) registers",
             report.stderr,
         )
-        if not found:
+        if not reported:
             raise SystemExit(f"{source.name}, sm_{architecture}: the compiler's report holds no kernel")
         kernels = None
         if (nvdisasm := tool("nvdisasm")) is not None:
@@ -113,8 +113,8 @@ def built(source: Path, architecture: str) -> Iterator[Built]:
             source=source,
             architecture=architecture,
             objects=objects,
-            registers={name: int(registers) for name, *_, registers in found},
-            spills={name: (int(stack), int(stores) + int(loads)) for name, stack, stores, loads, _ in found},
+            registers={name: int(registers) for name, *_, registers in reported},
+            spills={name: (int(stack), int(stores) + int(loads)) for name, stack, stores, loads, _ in reported},
             kernels=kernels,
         )
 
@@ -161,13 +161,13 @@ def counted(file: Built) -> tuple[dict[str, Any], list[str]]:
 
 
 def complaints(row: dict[str, Any]) -> list[str]:
-    found = []
+    amiss = []
     if row["spills"] > SPILLED_AT_MOST:
-        found.append(f"spills {row['spills']} bytes")
+        amiss.append(f"spills {row['spills']} bytes")
     tensor_cores = re.match(r"(forward_short|forward_long|backward)<", row["kernel"])
     needed = ("HMMA", "copies", *(("stores",) if row["kernel"].startswith("backward<") else ())) if tensor_cores else ()
-    found += [f"holds no {name}" for name in needed if row.get(name) == 0]
-    return found
+    amiss += [f"holds no {name}" for name in needed if row.get(name) == 0]
+    return amiss
 
 
 def check_one(task: tuple[Path, str]) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
@@ -181,8 +181,8 @@ def gate(recorded: dict[str, Any], version: str, measured: dict[str, Any], files
         return "NOT RUN: counts, because there is no nvdisasm or no file of instances/ was asked for", []
     if recorded.get("ptxas") != version:
         return f"NOT RUN: the gate on counts; recorded under ptxas {recorded.get('ptxas')}, this is {version}", []
-    found = counts.complaints(recorded["rows"], measured, files)
-    return f"counts: {len(measured)} calls compared, {len(found)} complaints", found
+    worse = counts.complaints(recorded["rows"], measured, files)
+    return f"counts: {len(measured)} calls compared, {len(worse)} complaints", worse
 
 
 def main() -> None:
@@ -200,14 +200,14 @@ def main() -> None:
     measured: dict[str, Any] = {}
     problems: list[str] = []
     with ProcessPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        for found, of_cases, unstarted in pool.map(check_one, tasks):
-            for row in found:
+        for of_kernels, of_cases, unstarted in pool.map(check_one, tasks):
+            for row in of_kernels:
                 amiss = complaints(row)
                 problems += [f"{row['kernel']}, {row['architecture']}: {text}" for text in amiss]
                 print("  ".join(f"{key} {value}" for key, value in row.items()), *amiss, sep="  ", flush=True)
             for name, counted_row in of_cases.items():
                 print(f"  {name}: " + "  ".join(f"{key} {counted_row[key]}" for key in counts.GATED), flush=True)
-            rows += found
+            rows += of_kernels
             measured |= of_cases
             problems += unstarted
     if any("HMMA" not in row for row in rows):

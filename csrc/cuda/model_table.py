@@ -68,9 +68,9 @@ def table() -> Iterator[str]:
     yield "|---" * len(heads) + "|"
     names = list(dict.fromkeys(name for name, _ in CALLS))
     with ProcessPoolExecutor(len(names)) as pool:
-        found = dict(zip(names, pool.map(rows_of, names), strict=True))
+        rows = dict(zip(names, pool.map(rows_of, names), strict=True))
     for name, case in CALLS:
-        yield from (f"| {row} |" for of, row in found[name] if of == case)
+        yield from (f"| {row} |" for of, row in rows[name] if of == case)
 
 
 def main() -> None:

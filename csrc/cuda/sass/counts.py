@@ -22,7 +22,6 @@ from .machine import DATA, Block, Launch, Program, Region
 HERE = Path(__file__).parent
 TILE = 64  # queries and keys of a tile
 WARPS_OF_TILE = 4  # that share a tile: 16 queries each
-BLOCKS_RUN = 4  # of a head, if it has no more, else its first and its last
 WORSE = 0.03  # what is allowed
 ELEMENT_BYTES = {"float": 4, "bfloat16": 2, "float16": 2}
 MASKS = 0x01010101  # every key real, every query counted
@@ -75,7 +74,7 @@ def build_launcher(element: str, features: int, objects: Path, folder: Path) -> 
     """Build the program that prints the launches of one instance, from its object file."""
     program = folder / "launches"
     defines = [f"-DELEMENT={element}", f"-DELEMENT_BYTES={ELEMENT_BYTES[element]}", f"-DFEATURES={features}"]
-    command = ["c++", "-std=c++17", *defines, HERE / "launches.cpp", objects, "-o", program]
+    command = ["c++", "-std=c++17", *defines, str(HERE / "launches.cpp"), str(objects), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"the launches of {element} {features} cannot be built:\n{done.stderr}")
@@ -127,11 +126,10 @@ class Counts:
 
 
 def sample(launch: Launch, case: Case) -> list[int]:
-    """Blocks of the first head, where a head has its own, else of the grid."""
+    """The first and the last block of the first head, where heads have blocks of their own, else of the grid."""
     heads = case.pairs * case.heads
-    count = launch.blocks // heads if launch.blocks % heads == 0 else launch.blocks
-    chosen = count if count <= BLOCKS_RUN else 2
-    return sorted({round(i * (count - 1) / max(1, chosen - 1)) for i in range(chosen)})
+    of_head = launch.blocks // heads if launch.blocks % heads == 0 else launch.blocks
+    return sorted({0, of_head - 1})
 
 
 def count(
@@ -143,7 +141,7 @@ def count(
 ) -> Counts:
     """Run a sample of the blocks of a call, and count."""
     device = issue.DEVICES[architecture]
-    kinds: Counter[str] = Counter()
+    kinds: dict[str, float] = dict.fromkeys((*OPCODES, OTHER), 0.0)
     longest, best, worst = 0, 0.0, 0.0
     for launch in launches:
         kernel = kernels[launch.kernel]
@@ -182,15 +180,15 @@ GATED = ("instructions", "best_cycles", "worst_cycles")
 
 def complaints(recorded: Mapping[str, Any], measured: Mapping[str, Any], files: Sequence[str]) -> list[str]:
     """Compare the rows of the files that were compiled with those that are written down."""
-    found = []
+    worse = []
     expected = {name: row for name, row in recorded.items() if name.split(",")[0] in files}
     for name in sorted(expected.keys() - measured.keys()):
-        found.append(f"{name}: it is written down but was not counted; record again if it has gone")
+        worse.append(f"{name}: it is written down but was not counted; record again if it has gone")
     for name in sorted(measured.keys() - expected.keys()):
-        found.append(f"{name}: it is not written down; record it")
+        worse.append(f"{name}: it is not written down; record it")
     for name in sorted(measured.keys() & expected.keys()):
         for key in GATED:
             before, now = expected[name][key], measured[name][key]
             if now > before * (1 + WORSE):
-                found.append(f"{name}: {key} a tile went from {before} to {now}, by more than {WORSE:.0%}")
-    return found
+                worse.append(f"{name}: {key} a tile went from {before} to {now}, by more than {WORSE:.0%}")
+    return worse

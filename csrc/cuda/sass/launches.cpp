@@ -1,5 +1,5 @@
-// Prints what the host code of the qk_attention_mse kernels would start, as JSON: which kernel, how many blocks, and the
-// bytes of its arguments. The functions of the CUDA runtime that it calls are replaced here, so no GPU is needed.
+// Prints what the host code of the qk_attention_mse kernels would start, as JSON: which kernel, how many blocks, and
+// the bytes of its arguments. The functions of the CUDA runtime that it calls are replaced here, so no GPU is needed.
 //
 //     launches forward|backward PAIRS HEADS LENGTH DIM plain|padded|causal SHARED_MEMORY_OF_A_BLOCK
 //

@@ -63,15 +63,15 @@ def parse(text: str) -> dict[str, Kernel]:
             elif kernel is not None:
                 kernel.labels[section] = len(kernel.instructions)
         elif kernel is not None:
-            if found := _INSTRUCTION.match(line):
-                low = found[2]
-                if int(found[1], 16) != INSTRUCTION_BYTES * len(kernel.instructions):
+            if match := _INSTRUCTION.match(line):
+                low = match[2]
+                if int(match[1], 16) != INSTRUCTION_BYTES * len(kernel.instructions):
                     raise ValueError(f"the listing of {kernel.name} has a gap before {line.strip()!r}")
-            elif low and (found := _CONTROL.match(line)):
-                kernel.instructions.append(_instruction(low, int(found[1], 16)))
+            elif low and (match := _CONTROL.match(line)):
+                kernel.instructions.append(_instruction(low, int(match[1], 16)))
                 low = ""
-        elif found := _ZEROS.match(line):
-            sizes[section] += int(found[1])
+        elif match := _ZEROS.match(line):
+            sizes[section] += int(match[1])
     for name, kernel in kernels.items():
         kernel.constant_bytes = sizes[f".nv.constant0.{name}"]
         kernel.shared_bytes = sizes[f".nv.shared.{name}"]

@@ -111,14 +111,14 @@ class Place:
 
 
 def place(text: str) -> Place:
-    if found := _PREDICATE.match(text):
-        return Place(bool(found[2]), True, TRUE if found[3] == "T" else int(found[3]))
-    found = _REGISTER.match(text)
-    if not found:
+    if match := _PREDICATE.match(text):
+        return Place(bool(match[2]), True, TRUE if match[3] == "T" else int(match[3]))
+    match = _REGISTER.match(text)
+    if not match:
         raise NotUnderstood(f"{text!r} is no register")
-    uniform = bool(found[1])
+    uniform = bool(match[1])
     zero = UNIFORM_ZERO if uniform else ZERO_REGISTER
-    return Place(uniform, False, zero if found[2] == "Z" else int(found[2]))
+    return Place(uniform, False, zero if match[2] == "Z" else int(match[2]))
 
 
 def source(text: str, is_float: bool = False, offset: int = 0) -> Callable[[Warp], Value]:
@@ -129,14 +129,14 @@ def source(text: str, is_float: bool = False, offset: int = 0) -> Callable[[Warp
     if plain[0] == "|":
         absolute, plain = True, plain.strip("|")
     get: Callable[[Warp], Value]
-    if found := _CONSTANT.match(plain):
-        bank, at = int(found[1], 16), int(found[3] or "0", 16) + 4 * offset
-        if found[2]:
-            base = source(found[2])
+    if match := _CONSTANT.match(plain):
+        bank, at = int(match[1], 16), int(match[3] or "0", 16) + 4 * offset
+        if match[2]:
+            base = source(match[2])
             get = lambda warp: lift(lambda r: warp.block.constant(bank, r + at, 4), base(warp))  # noqa: E731
         else:
             get = lambda warp: warp.block.constant(bank, at, 4)  # noqa: E731
-    elif found := _REGISTER.match(plain):
+    elif match := _REGISTER.match(plain):
         register = place(plain)
         zero = UNIFORM_ZERO if register.uniform else ZERO_REGISTER
         index = zero if register.index == zero else register.index + offset
@@ -162,10 +162,10 @@ def source(text: str, is_float: bool = False, offset: int = 0) -> Callable[[Warp
 
 def condition(text: str) -> Callable[[Warp], int]:
     """What reads a predicate, as a mask of lanes."""
-    found = _PREDICATE.match(text)
-    if not found:
+    match = _PREDICATE.match(text)
+    if not match:
         raise NotUnderstood(f"{text!r} is no predicate")
-    flip, uniform, index = FULL if found[1] else 0, bool(found[2]), TRUE if found[3] == "T" else int(found[3])
+    flip, uniform, index = FULL if match[1] else 0, bool(match[2]), TRUE if match[3] == "T" else int(match[3])
     if uniform:
         return lambda warp: warp.uniform_predicates[index] ^ flip
     return lambda warp: warp.predicates[index] ^ flip
@@ -173,12 +173,12 @@ def condition(text: str) -> Callable[[Warp], int]:
 
 def address(text: str, wide: bool) -> Callable[[Warp], Value]:
     """What reads an address such as ``[R6.64+UR4+0x20]``. A wide one has 64 bits."""
-    found = _MEMORY.match(text)
-    if not found:
+    match = _MEMORY.match(text)
+    if not match:
         raise NotUnderstood(f"{text!r} is no address")
     parts: list[Callable[[Warp], Value]] = []
     added = 0
-    for term in filter(None, re.split(r"\+(?=[-\w])", found[1])):
+    for term in filter(None, re.split(r"\+(?=[-\w])", match[1])):
         register = _REGISTER.match(term)
         if not register:
             added += int(term, 16)
@@ -310,9 +310,9 @@ class Warp:
 
     def release(self) -> None:
         for register in {name for name, _ in self.waiting}:
-            here = [group for name, group in self.waiting if name == register]
-            if not self.convergence[register] & ~sum(group.mask for group in here):
-                self.groups += here
+            arrived = [group for name, group in self.waiting if name == register]
+            if not self.convergence[register] & ~sum(group.mask for group in arrived):
+                self.groups += arrived
                 self.waiting = [(name, group) for name, group in self.waiting if name != register]
                 self._merge()
 
@@ -551,10 +551,10 @@ def _special(instruction: Instruction) -> Step:
 @meaning("LDC")
 def _load_constant(instruction: Instruction) -> Step:
     to, modifiers = place(instruction.operands[0]), _modifiers(instruction)
-    found = _CONSTANT.match(instruction.operands[1])
-    if not found:
+    match = _CONSTANT.match(instruction.operands[1])
+    if not match:
         raise NotUnderstood("its source is no constant")
-    bank, at, base = int(found[1], 16), int(found[3] or "0", 16), source(found[2]) if found[2] else None
+    bank, at, base = int(match[1], 16), int(match[3] or "0", 16), source(match[2]) if match[2] else None
     size = {"U8": 1, "U16": 2, "64": 8, "128": 16}.get(modifiers[-1] if modifiers else "", 4)
 
     def step(warp: Warp, mask: int) -> None:
@@ -686,10 +686,10 @@ def _logic(instruction: Instruction) -> Step:
 
 @meaning("PLOP3")
 def _predicate_logic(instruction: Instruction) -> Step:
-    one, two, *rest = instruction.operands
+    first_to, second_to, *rest = instruction.operands
     tables = [int(rest[3], 16), int(rest[4], 16)]
     sources = [condition(text) for text in rest[:3]]
-    targets = list(zip((place(one), place(two)), map(m.logic3, tables), strict=True))
+    targets = list(zip((place(first_to), place(second_to)), map(m.logic3, tables), strict=True))
 
     def step(warp: Warp, mask: int) -> None:
         values = [read(warp) for read in sources]
@@ -882,11 +882,7 @@ def _shuffle(instruction: Instruction) -> Step:
 @meaning("FADD", "FMUL", "FFMA")
 def _arithmetic(instruction: Instruction) -> Step:
     to, *rest = instruction.operands
-    function: Callable[..., float] = {
-        "FADD": lambda a, b: a + b,
-        "FMUL": lambda a, b: a * b,
-        "FFMA": lambda a, b, c: a * b + c,
-    }[instruction.name]
+    function: Callable[..., float] = m.ARITHMETIC[instruction.name]
     sources = [source(text, True) for text in rest]
     return _apply(place(to), lambda *words: m.as_bits(function(*map(m.as_float, words))), sources)
 

@@ -84,6 +84,13 @@ COMPARISONS: dict[str, Callable[[float, float], bool]] = {
 }
 
 
+ARITHMETIC: dict[str, Callable[..., float]] = {
+    "FADD": lambda a, b: a + b,
+    "FMUL": lambda a, b: a * b,
+    "FFMA": lambda a, b, c: a * b + c,
+}
+
+
 def permute(a: int, selector: int, b: int) -> int:
     """PRMT: each byte of the result is one of the eight bytes of b:a, or its sign."""
     source, result = b << 32 | a, 0
