@@ -68,13 +68,14 @@ check-aarch64: install
 	for file in $$(find csrc/cpu -name '*.cpp'); do \
 		aarch64-linux-gnu-g++ -std=c++20 -fsyntax-only -Wall -Wno-psabi -Werror $(TORCH_INCLUDES) $$file || exit 1; done
 
-# What nvcc makes of the CUDA kernels, for sm_80 and sm_90, without a GPU: no spills, tensor cores, wide accesses.
+# What nvcc makes of the CUDA kernels, for sm_80 and sm_90, without a GPU: no spills, tensor cores, wide accesses,
+# no more instructions than before.
 check-cuda: install
-	$(PY) -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(PY) -m pip install --quiet nvidia-cuda-nvdisasm
 	$(PY) csrc/cuda/check_build.py
 
 cuda-full: install
-	$(PY) -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(PY) -m pip install --quiet nvidia-cuda-nvdisasm
 	$(PY) csrc/cuda/check_build.py --all
 
 # The PTX that nvcc makes of the CUDA kernels, run by an interpreter against the float64 reference: the most important cases;
@@ -95,9 +96,10 @@ ptx-mutants: $(ON_HOST)
 	$(HAVE_NVCC)
 	OMP_NUM_THREADS=1 $(PY) tests/ptx/mutants.py
 
-# On a machine with a GPU: builds, tests, sanitizers, benchmarks; results and a log in one folder.
+# On a machine with a GPU, in two calls of at most eight minutes: STEPS=tests builds, tests and runs the sanitizers,
+# STEPS=bench measures. Without STEPS one runs after the other. Results and logs are in one folder.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/gpu_check.py $(STEPS)
 
 # The source distribution, and from it the wheel for the installed torch and every Python from 3.10.
 wheels: install

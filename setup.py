@@ -162,7 +162,8 @@ def extensions() -> list:
     options = {"extra_compile_args": compiler_flags(), "py_limited_api": True}
     planned = [CppExtension(CPU, relative("cpu/**/*.cpp"), depends=headers, **options)]
     if why_no_cuda() is None:
-        sources, depends = relative("cuda/**/*.cpp"), headers + relative("cuda/**/*.cu")
+        # csrc/cuda/sass holds a program of its own, which only the check of the build compiles.
+        sources, depends = relative("cuda/*.cpp"), headers + relative("cuda/**/*.cu")
         extension = CppExtension(CUDA, sources, depends=depends, **cuda_runtime(), **options)
         extension.cuda_sources = relative("cuda/**/*.cu")
         planned.append(extension)

@@ -1,15 +1,18 @@
-"""Build the kernels on a machine with a GPU, and run the GPU tests, the benchmarks and the sanitizers.
+"""Build the kernels on a machine with a GPU, and run the GPU tests, the sanitizers and the benchmarks, in two calls.
 
-    make gpu-check
-    python benchmarks/gpu_check.py build memcheck racecheck       # only these steps
+    make gpu-check                                   # both calls, one after the other
+    make gpu-check STEPS=tests                       # the first one: build, tests, sanitizers
+    make gpu-check STEPS=bench                       # the second one: build where there is none yet, benchmarks
+    python benchmarks/gpu_check.py build memcheck    # only these steps
 
-The script writes ``log.txt``, ``summary.json`` and the results into ``$OUT``, or into ``build/gpu-check``. All steps
-together get nine minutes. A step is NOT RUN where a tool is missing or the time is over; it has not passed then. The
-exit status is the number of failed steps. Another call does not build again, so it can run by name the steps that the
-first one did not reach.
+A call gets eight minutes. The results go into ``$OUT``, or into ``build/gpu-check``: a log for each step, the results
+of the benchmarks, and ``summary.json``, which is written again as each step begins and ends. A call that is cut off so
+keeps what it has, and calls add to the same summary. A step is NOT RUN where a tool is missing or the time is over; it
+has not passed then. The exit status is the number of failed steps.
 
-A sanitizer passes when it prints its summary and none of its reports names a kernel of this package. Its tests may
-fail, because the step `tests` checks accuracy. A step whose tests are all skipped or deselected has failed.
+A step with tests in which no test passed on the GPU has failed, for example because all were skipped or deselected. A
+sanitizer passes when, besides, it prints its summary and none of its reports names a kernel of this package. Its tests
+may fail, because the step `gpu tests` checks accuracy.
 
 The script needs torch with CUDA, pybind11, pytest and hypothesis, and no network. It uses pytest-xdist and
 pytest-timeout where they are installed.
@@ -27,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -36,10 +40,15 @@ OTHER_TESTS = [
     f"tests/{name}.py"
     for name in ("ops/test_properties", "ops/test_compile", "ops/test_backend", "capture/test_exactness")
 ]
-SECONDS = 9 * 60  # of all steps together
+SECONDS = 8 * 60  # of a call
 # Where speed is measured, the reference must not replace a kernel that cannot run. A sanitizer sees the end of an
 # allocation only if torch does not cut several tensors from one allocation.
-SANITIZERS = ("memcheck", "initcheck", "racecheck", "synccheck")
+SANITIZERS = ("memcheck", "racecheck")
+SANITIZED = "cuda and test_features and (bfloat16 or float32 and ragged) and not scale"  # some 40 small tests
+CALLS = {
+    "tests": ("build", "environment", "gpu tests", *SANITIZERS),
+    "bench": ("build", "losses", "long rows", "training step", "compile"),
+}
 ENVIRONMENT_OF_STEP = {
     "training step": {"EAR_OPS_BACKEND": "cuda"},
     **{tool: {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} for tool in SANITIZERS},
@@ -47,11 +56,11 @@ ENVIRONMENT_OF_STEP = {
 Step = tuple[str, list[str], int, str | None]  # name, command, seconds, the tool it needs
 
 
-def steps() -> list[Step]:
-    """Return the steps. The most useful steps come first, because the time may be short."""
+def steps() -> dict[str, Step]:
+    """Return the steps by name."""
     python = sys.executable
-    pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-k"]
-    small = [*pytest, "cuda and (test_features or test_reductions)", *KERNEL_TESTS]
+    # -rap lists the tests that passed, with their names.
+    pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-rap", "-k"]
     bench = [python, "benchmarks/bench_losses.py", "--device", "cuda"]
     long = ["--ops=qk_attention_mse", "--presets=long-512,long-4096,gqa"]
     compiled = ["--ops=qk_attention_mse", "--presets=paper,xnli", "--compile"]
@@ -64,19 +73,18 @@ def steps() -> list[Step]:
     planned: list[Step] = [
         ("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 280, "nvcc"),
         ("environment", [python, "-m", "ear_ops.env_report"], 60, None),
-        ("losses", [*bench, "--repeats=50", f"--out={OUT / 'losses.json'}"], 80, None),
-        ("long rows", [*bench, *long, "--repeats=20", f"--out={OUT / 'long.json'}"], 40, None),
+        ("gpu tests", tests, 150, None),
+        ("losses", [*bench, "--repeats=50", f"--out={OUT / 'losses.json'}"], 120, None),
+        ("long rows", [*bench, *long, "--repeats=20", f"--out={OUT / 'long.json'}"], 60, None),
         ("training step", step, 60, None),
-        ("tests", tests, 150, None),
         ("compile", [*bench, *compiled, "--repeats=50", f"--out={OUT / 'compile.json'}"], 120, None),
     ]
-    ours = ["--kernel-regex", "kns=ear_ops"]
     for tool in SANITIZERS:
-        # initcheck must also watch torch's kernels. Otherwise it takes the memory that they wrote for uninitialised.
-        watched = [] if tool == "initcheck" else ours
-        command = ["compute-sanitizer", f"--tool={tool}", "--report-api-errors=no", *watched, *small]
-        planned.append((tool, command, 80, "compute-sanitizer"))
-    return planned
+        watched = [f"--tool={tool}", "--report-api-errors=no", "--kernel-name", "kns=ear_ops"]
+        planned.append(
+            (tool, ["compute-sanitizer", *watched, *pytest, SANITIZED, *KERNEL_TESTS], 90, "compute-sanitizer")
+        )
+    return {step[0]: step for step in planned}
 
 
 def architecture() -> str:
@@ -88,16 +96,18 @@ def architecture() -> str:
     return done.stdout.strip()
 
 
-def run(step: Step, log: Path, environment: dict[str, str], left: float) -> dict[str, object]:
+def run(step: Step, environment: dict[str, str], left: float) -> dict[str, object]:
+    """Run a step for at most `left` seconds and return its row of the summary. Its output goes into its own log."""
     name, command, seconds, tool = step
     if left < 10:
         return {"step": name, "result": "NOT RUN: no time was left"}
-    if tool is not None and shutil.which(tool) is None and not Path(f"/usr/local/cuda/bin/{tool}").exists():
+    if tool is not None and shutil.which(tool, path=environment.get("PATH")) is None:
         return {"step": name, "result": f"NOT RUN: {tool} is not installed"}
     seconds = min(seconds, int(left))
     start = time.monotonic()
-    with log.open("a") as file:
-        file.write(f"\n== {name}: {' '.join(command)}\n")
+    log = OUT / f"{name.replace(' ', '-')}.log"
+    with log.open("w") as file:
+        file.write(f"== {' '.join(command)}\n")
         file.flush()
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -107,12 +117,19 @@ def run(step: Step, log: Path, environment: dict[str, str], left: float) -> dict
         except subprocess.TimeoutExpired:
             _stop(process)
             return {"step": name, "result": f"FAILED: not done within {seconds} s", "seconds": seconds}
-    output = log.read_text().rpartition(f"\n== {name}: ")[2]
+    output = log.read_text().partition("\n")[2]
     of_status = "passed" if status == 0 else f"FAILED: exit status {status}"
     result = _verdict(output) if name in SANITIZERS else of_status
-    if result == "passed" and "pytest" in command and not _ran_tests(output):
-        result = "FAILED: no test ran, all were skipped or deselected"
-    return {"step": name, "result": result, "seconds": round(time.monotonic() - start, 1)}
+    row: dict[str, object] = {"step": name, "result": result, "seconds": round(time.monotonic() - start, 1)}
+    if "pytest" in command:
+        row["gpu_tests_passed"] = passed = len(PASSED_ON_GPU.findall(output))
+        if result == "passed" and passed == 0:
+            row["result"] = "FAILED: no test passed on the GPU"
+    return row
+
+
+# A line of pytest's last section, of a test that the fixture `device` gave a GPU.
+PASSED_ON_GPU = re.compile(r"^PASSED .*\[(?:.*-)?cuda(?:-.*)?\]$", re.MULTILINE)
 
 
 def _verdict(output: str) -> str:
@@ -122,12 +139,6 @@ def _verdict(output: str) -> str:
         return "FAILED: it did not come to its summary"
     reports = sum("ear_ops" in line for line in lines)
     return f"FAILED: {reports} lines name our kernels" if reports else "passed"
-
-
-def _ran_tests(output: str) -> bool:
-    """Whether a test passed or failed, as the last line of pytest counts them."""
-    summaries = re.findall(r"^.* in \d+\.\d+s\b.*$", output, re.MULTILINE)
-    return bool(summaries and re.search(r"\b[1-9]\d* (passed|failed)\b", summaries[-1]))
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -140,14 +151,38 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def _write(row: dict[str, object]) -> None:
+    """Put the row of a step into the summary, in the place of an older one."""
+    path = OUT / "summary.json"
+    rows = {old["step"]: old for old in (json.loads(path.read_text()) if path.exists() else [])}
+    rows[row["step"]] = {**row, "at": time.strftime("%Y-%m-%d %H:%M:%S")}
+    path.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+
+
+def run_call(names: Sequence[str], environment: dict[str, str]) -> int:
+    """Run steps within the time of a call and return how many failed. A failed build ends it."""
+    end = time.monotonic() + SECONDS
+    failed = 0
+    for name in names:
+        _write({"step": name, "result": "FAILED: cut off"})
+        row = run(steps()[name], {**environment, **ENVIRONMENT_OF_STEP.get(name, {})}, end - time.monotonic())
+        _write(row)
+        print(f"{name:<18} {row['result']}", flush=True)
+        failed += str(row["result"]).startswith("FAILED")
+        if name == "build" and row["result"] != "passed":
+            break
+    return failed
+
+
 def main() -> None:
-    asked = sys.argv[1:]
-    if unknown := set(asked) - {step[0] for step in steps()}:
-        names = ", ".join(repr(step[0]) for step in steps())
+    asked = sys.argv[1:] or list(CALLS)
+    if unknown := set(asked) - {*steps(), *CALLS}:
+        names = ", ".join(repr(name) for name in (*CALLS, *steps()))
         raise SystemExit(f"unknown steps {', '.join(sorted(unknown))}: expected some of {names}")
+    calls = [CALLS[name] for name in asked if name in CALLS]
+    if single := [name for name in asked if name not in CALLS]:
+        calls.append(tuple(single))
     OUT.mkdir(parents=True, exist_ok=True)
-    log = OUT / "log.txt"
-    log.write_text("")
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]),
@@ -156,17 +191,9 @@ def main() -> None:
         "EAR_OPS_CUDA_ARCHITECTURES": architecture(),
         "HYPOTHESIS_PROFILE": "quick",
     }
-    end = time.monotonic() + SECONDS
-    rows = []
-    for step in (step for step in steps() if not asked or step[0] in asked):
-        added = ENVIRONMENT_OF_STEP.get(step[0], {})
-        rows.append(run(step, log, {**environment, **added}, end - time.monotonic()))
-        print(f"{rows[-1]['step']:<18} {rows[-1]['result']}", flush=True)
-        (OUT / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
-        if step[0] == "build" and rows[-1]["result"] != "passed":
-            break
-    print(f"results and log: {OUT}")
-    raise SystemExit(sum(str(row["result"]).startswith("FAILED") for row in rows))
+    failed = sum(run_call(names, environment) for names in calls)
+    print(f"results and logs: {OUT}")
+    raise SystemExit(failed)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Measure time, memory and limits on a GPU. The functions have the names of those in ``measuring``.
 
-CUDA events measure the replay of a CUDA graph. Every sample starts with other bytes in the L2 cache. The rates of the
-device are measured in the same run.
+CUDA events measure the replay of a CUDA graph that holds many calls, so that the time to start a graph does not count.
+Before every call, other bytes are read into the L2 cache; the time for that is measured alone and taken off. The rates
+of the device are measured in the same run.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import cache, partial
 
@@ -17,21 +19,43 @@ from operations import Work
 
 import ear_ops
 
-FLUSH = 1 << 29  # bytes to read before every sample, several times the size of an L2 cache
+FLUSH = 1 << 28  # bytes to read before every call, several times the size of an L2 cache
+GRAPH_SECONDS = 2e-3  # that the calls of a graph take, together and at least
+MOST_CALLS = 100  # of a graph
 EXPONENTIALS_PER_CLOCK = 16  # of a multiprocessor (CUDA C++ Programming Guide, throughput of ex2 on 8.0 and 9.0)
 
 
-def graph_of(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Warm up and capture a call, so that the time of its launches is not measured."""
+def calls_in_graph(seconds: float) -> int:
+    """Return how many calls a graph holds if one takes so many seconds."""
+    return math.ceil(GRAPH_SECONDS / min(max(seconds, GRAPH_SECONDS / MOST_CALLS), GRAPH_SECONDS))
+
+
+def per_call(with_calls: float, without: float, calls: int) -> float:
+    """Return the time of one call out of the times of a graph with calls and of one that only reads other bytes."""
+    return max(with_calls - without, 0.0) / calls
+
+
+def warm_up(call: Callable[[], object]) -> float:
+    """Run a call on a stream of its own, as graphs ask for, and return the seconds of the last run."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.stream(stream):
         for _ in range(3):
+            start.record()
             call()
+            end.record()
     torch.cuda.current_stream().wait_stream(stream)
+    end.synchronize()
+    return 1e-3 * start.elapsed_time(end)
+
+
+def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """Capture calls that have been warmed up."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        for call in calls:
+            call()
     return graph
 
 
@@ -44,26 +68,35 @@ def interleaved(
     calls: Mapping[str, Callable[[], object]], repeats: int, capture: bool = True
 ) -> dict[str, dict[str, float]]:
     """Return median, p20 and p80 of each call in ms. Calls take turns. `capture` makes CUDA graphs of them."""
-    flush = torch.zeros(FLUSH // 4, dtype=torch.int32, device="cuda")
-    replays = {name: graph_of(call).replay if capture else call for name, call in calls.items()}
-    for replay in replays.values():
-        replay()
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, replay in replays.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.max()  # reads only, so that a sample does not have to write these bytes back to memory
-            start.record()
-            replay()
-            end.record()
-            events[name].append((start, end))
-    torch.cuda.synchronize()
+    flush = torch.zeros(FLUSH // 4, dtype=torch.int32, device="cuda").max  # reads only, so that nothing is written back
+    warm_up(flush)
+    runs: dict[str, tuple[Callable[[], object], Callable[[], object], int]] = {}  # with and without the calls
+    for name, call in calls.items():
+        if capture:
+            count = calls_in_graph(warm_up(call))
+            runs[name] = graph_of([flush, call] * count).replay, graph_of([flush] * count).replay, count
+        else:
+            runs[name] = (lambda call=call: (flush(), call())), flush, 1
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, (with_calls, without, count) in runs.items():
+            times = [_milliseconds(run) for run in (with_calls, without)]
+            if turn:  # the first turn warms up
+                samples[name].append(per_call(*times, count))
     result = {}
-    for name, pairs in events.items():
-        samples = [start.elapsed_time(end) for start, end in pairs]
-        cuts = statistics.quantiles(samples, n=5)
-        result[name] = {"median_ms": statistics.median(samples), "p20_ms": cuts[0], "p80_ms": cuts[-1]}
+    for name, times in samples.items():
+        cuts = statistics.quantiles(times, n=5)
+        result[name] = {"median_ms": statistics.median(times), "p20_ms": cuts[0], "p80_ms": cuts[-1]}
     return result
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 peak_memory = partial(measuring.peak_memory, device="cuda")

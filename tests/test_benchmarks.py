@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import bench_step
 import gpu_check
+import measuring_cuda
 import pytest
 import report
 import torch
@@ -124,34 +126,142 @@ def test_a_sanitizer_is_judged_by_its_reports_on_our_kernels() -> None:
     assert gpu_check._verdict("tests/x.py ear_ops passed\n").startswith("FAILED: it did not come to its summary")
 
 
+@pytest.fixture
+def gpu_check_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(gpu_check, "OUT", tmp_path)
+    return tmp_path
+
+
 @pytest.mark.parametrize(
     ("test", "result"),
     [
-        ("def test_on_cuda(): pass", "passed"),
-        ("def test_on_cuda(): assert False", "FAILED: exit status 1"),
-        ("import pytest\ndef test_on_cuda(): pytest.skip()", "FAILED: no test ran"),
-        ("def test_on_cpu(): pass", "FAILED: "),
+        ("def test_on(device): pass", "passed"),
+        ("def test_on(device): assert False", "FAILED: exit status 1"),
+        ("def test_on(device): pytest.skip()", "FAILED: no test passed on the GPU"),
+        ("def test_cuda_without_a_gpu(): pass", "FAILED: no test passed on the GPU"),
+        ("def test_on_cpu(): pass", "FAILED: exit status 5"),
     ],
-    ids=["passed", "failed", "skipped", "deselected"],
+    ids=["passed", "failed", "skipped", "not on the GPU", "deselected"],
 )
-def test_a_step_whose_tests_did_not_run_has_failed(tmp_path: Path, test: str, result: str) -> None:
-    (tmp_path / "test_file.py").write_text(test)
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    pytest_step = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "cuda", str(tmp_path)]
-    log, environment = tmp_path / "log.txt", {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    row = gpu_check.run(("tests", pytest_step, 60, None), log, environment, 60)
-    assert str(row["result"]).startswith(result)
-    # Under a sanitizer the summary decides, and tests may fail.
-    sanitized = ["echo", log.read_text() + "\n========= ERROR SUMMARY: 0 errors", "pytest"]
-    row = gpu_check.run(("memcheck", sanitized, 60, None), log, environment, 60)
-    ran = result == "passed" or "exit status" in result
-    assert str(row["result"]).startswith("passed" if ran else "FAILED: no test ran")
+def test_a_step_in_which_no_gpu_test_passed_has_failed(gpu_check_out: Path, test: str, result: str) -> None:
+    params = '[pytest.param("cuda"), pytest.param("cpu")]'
+    fixture = f"import pytest\n@pytest.fixture(params={params})\ndef device(request): return request.param\n"
+    (gpu_check_out / "test_file.py").write_text(fixture + test)
+    (gpu_check_out / "pytest.ini").write_text("[pytest]\n")
+    options = ["-p", "no:cacheprovider", "-rap", "-k", "cuda"]
+    command = [sys.executable, "-m", "pytest", *options, str(gpu_check_out)]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    row = gpu_check.run(("gpu tests", command, 60, None), environment, 60)
+    assert row["result"] == result
+    # Under a sanitizer the summary decides, and tests may fail, but one must have passed.
+    log = (gpu_check_out / "gpu-tests.log").read_text()
+    sanitized = ["echo", log + "\n========= ERROR SUMMARY: 0 errors", "pytest"]
+    row = gpu_check.run(("memcheck", sanitized, 60, None), environment, 60)
+    assert row["result"] == ("passed" if result == "passed" else "FAILED: no test passed on the GPU")
+
+
+WITHOUT_GPU = r"^--device cuda: torch.cuda.is_available\(\) is false$"
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "reached"),
+    [
+        ("environment", "passed", "cuda"),
+        ("gpu tests", "FAILED: no test passed on the GPU", "no GPU: torch.cuda.is_available"),
+        ("memcheck", "FAILED: no test passed on the GPU", "no GPU: torch.cuda.is_available"),
+        ("racecheck", "FAILED: no test passed on the GPU", "no GPU: torch.cuda.is_available"),
+        ("losses", "FAILED: exit status 1", WITHOUT_GPU),
+        ("long rows", "FAILED: exit status 1", WITHOUT_GPU),
+        ("training step", "FAILED: exit status 1", WITHOUT_GPU),
+        ("compile", "FAILED: exit status 1", WITHOUT_GPU),
+    ],
+    ids=lambda value: value if value in gpu_check.steps() else "",
+)
+def test_a_step_gets_as_far_as_it_can_without_a_gpu(
+    gpu_check_out: Path, monkeypatch: pytest.MonkeyPatch, name: str, result: str, reached: str
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    sanitizer = gpu_check_out / "compute-sanitizer"  # runs what follows its own options
+    sanitizer.write_text(
+        f"#!{sys.executable}\n"
+        "import subprocess, sys\n"
+        "assert '--kernel-name kns=ear_ops' in ' '.join(sys.argv)\n"
+        f"status = subprocess.call(sys.argv[sys.argv.index({sys.executable!r}):])\n"
+        "print('========= ERROR SUMMARY: 0 errors')\n"
+        "sys.exit(status)\n"
+    )
+    sanitizer.chmod(0o755)
+    monkeypatch.setattr(gpu_check, "KERNEL_TESTS", ["tests/ops/test_pooled_distance.py"])
+    monkeypatch.setattr(gpu_check, "OTHER_TESTS", [])
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)  # one process is enough
+    environment = {**os.environ, **gpu_check.ENVIRONMENT_OF_STEP.get(name, {}), "PYTHONPATH": str(BENCHMARKS.parent)}
+    environment["PATH"] = f"{gpu_check_out}{os.pathsep}{environment['PATH']}"
+    row = gpu_check.run(gpu_check.steps()[name], environment, 100)
+    log = (gpu_check_out / f"{name.replace(' ', '-')}.log").read_text()
+    assert row["result"] == result, log
+    assert re.search(reached, log, re.MULTILINE), log
+
+
+def test_a_call_keeps_what_it_has_and_ends_with_a_failed_build(
+    gpu_check_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(name: str, command: str, seconds: int = 60, tool: str | None = None) -> gpu_check.Step:
+        return name, [sys.executable, "-c", command], seconds, tool
+
+    def results() -> dict[str, str]:
+        return {row["step"]: row["result"] for row in json.loads((gpu_check_out / "summary.json").read_text())}
+
+    summary = f"import json; print(json.load(open({str(gpu_check_out / 'summary.json')!r}))[-1]['result'])"
+    planned = [step("build", "pass"), step("environment", summary), step("losses", "import time; time.sleep(60)", 1)]
+    planned.append(step("compile", "pass", tool="a-tool-that-nobody-has"))
+    monkeypatch.setattr(gpu_check, "steps", lambda: {step[0]: step for step in planned})
+    names = [step[0] for step in planned]
+    assert gpu_check.run_call(names, dict(os.environ)) == 1
+    assert results() == {
+        "build": "passed",
+        "environment": "passed",
+        "losses": "FAILED: not done within 1 s",
+        "compile": "NOT RUN: a-tool-that-nobody-has is not installed",
+    }
+    assert "FAILED: cut off" in (gpu_check_out / "environment.log").read_text()  # while the step ran
+    planned[0] = step("build", "raise SystemExit(1)")
+    assert gpu_check.run_call(names, dict(os.environ)) == 1
+    assert results()["build"] == "FAILED: exit status 1"
+    assert results()["environment"] == "passed"  # of the call before
+    monkeypatch.setattr(gpu_check, "SECONDS", 5)
+    assert gpu_check.run_call(["environment"], dict(os.environ)) == 0
+    assert results()["environment"] == "NOT RUN: no time was left"
+
+
+def test_gpu_check_without_a_gpu_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu_check.py"), "bench"], capture_output=True, text=True)
+    assert done.returncode == 1 and "torch finds no GPU: " in done.stderr
+
+
+def test_calls_of_gpu_check_name_steps_and_fit_their_time() -> None:
+    steps = gpu_check.steps()
+    assert set().union(*gpu_check.CALLS.values()) == steps.keys()
+    for names in gpu_check.CALLS.values():
+        assert sum(steps[name][2] for name in names if name != "build") <= gpu_check.SECONDS
+    assert gpu_check.SECONDS <= 8 * 60
+
+
+def test_a_graph_holds_many_short_calls_and_one_long_one() -> None:
+    assert measuring_cuda.calls_in_graph(1e-5) == measuring_cuda.MOST_CALLS
+    assert measuring_cuda.calls_in_graph(0.0) == measuring_cuda.MOST_CALLS
+    assert measuring_cuda.calls_in_graph(2e-4) == 10
+    assert measuring_cuda.calls_in_graph(5.0) == 1
+    assert measuring_cuda.per_call(12.0, 2.0, 10) == 1.0
+    assert measuring_cuda.per_call(1.0, 2.0, 10) == 0.0
 
 
 def test_gpu_check_runs_steps_by_name() -> None:
     command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "memchek"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "unknown steps memchek: expected some of 'build'" in done.stderr
+    assert done.returncode == 1 and "unknown steps memchek: expected some of 'tests', 'bench', 'build'" in done.stderr
 
 
 def test_gpu_check_names_test_files_that_exist() -> None:

@@ -1,17 +1,21 @@
-"""What nvcc made of the kernels: registers, spills, the instructions that speed depends on; fails where one is amiss.
+"""What nvcc made of the kernels: registers, spills, the instructions that speed depends on and how many of them run.
 
     python csrc/cuda/check_build.py            the core set: head dimension 64 in bfloat16 and float32; the others
     python csrc/cuda/check_build.py --all      every instance
     python csrc/cuda/check_build.py FILE ...   these
+    python csrc/cuda/check_build.py --record   and write down what was counted, in counts.json
 
-More than a few spilled bytes are an error on every architecture; tensor-core kernels must hold HMMA instructions,
-16-byte asynchronous copies and, in the backward, 16-byte stores. No GPU is needed; nvcc is, and for the instructions
-cuobjdump (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm).
+It fails where a kernel is amiss. More than a few spilled bytes are an error on every architecture. Tensor-core kernels
+must hold HMMA instructions, 16-byte asynchronous copies and, in the backward, 16-byte stores. They may not execute more
+instructions for a tile than counts.json says, nor take more modelled cycles (docs/contributing/kernel-model.md). Counts
+are compared under the version of ptxas that made the recorded ones. No GPU is needed; nvcc is, and for the instructions
+nvdisasm (PyPI: nvidia-cuda-nvdisasm).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -19,14 +23,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+if str(HERE) not in sys.path:
+    sys.path.insert(0, str(HERE))
+
+from sass import counts, issue  # noqa: E402
+from sass.listing import Kernel, parse  # noqa: E402
+
 OTHERS = ("attention_mse.cu", "pooled_distance.cu")
 CORE = ("instances/qk_bfloat16_64.cu", "instances/qk_float_64.cu", *OTHERS)
 ARCHITECTURES = ("80", "90")
+RECORD = HERE / "counts.json"
 SPILLED_AT_MOST = 16  # bytes stored and loaded: two registers, put off once a tile (float32, head dimension 96, sm_80)
 INSTRUCTIONS = {
     "HMMA": r"\bHMMA\.",
@@ -38,8 +51,14 @@ INSTRUCTIONS = {
 def tool(name: str) -> str | None:
     """A program of the toolkit, from PATH or from its PyPI package."""
     packages = [Path(folder) / "nvidia" for folder in sys.path]
-    places = [found for folder in packages if folder.is_dir() for found in folder.glob(f"*/bin/{name}")]
+    places = [path for folder in packages if folder.is_dir() for path in folder.glob(f"*/bin/{name}")]
     return shutil.which(name) or next(map(str, places), None)
+
+
+def ptxas_version() -> str:
+    said = subprocess.run(["ptxas", "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"\bV(\d+\.\d+\.\d+)", said)
+    return version[1] if version else said.strip()
 
 
 def demangled(name: str) -> str:
@@ -49,59 +68,128 @@ def demangled(name: str) -> str:
     return plain.removeprefix("void ").replace("(bool)1", "vectorized").replace("(bool)0", "elements")
 
 
-def compile_one(source: Path, architecture: str) -> list[dict[str, Any]]:
-    """A row of facts for each kernel in a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas=-v", source, "-o", cubin]
-        report = subprocess.run(command, capture_output=True, text=True)
+@dataclass(frozen=True)
+class Built:
+    """One file, compiled for one architecture. The object file is there while the context of `built` is."""
+
+    source: Path
+    architecture: str
+    objects: Path
+    registers: dict[str, int]
+    spills: dict[str, tuple[int, int]]  # bytes of the stack frame, and bytes stored and loaded
+    kernels: dict[str, Kernel] | None  # None without nvdisasm
+
+    @property
+    def instance(self) -> tuple[str, int] | None:
+        """The element type and the features of a file in instances/, None for other files."""
+        name = re.fullmatch(r"qk_(\w+)_(\d+)", self.source.stem)
+        return (name[1], int(name[2])) if name else None
+
+
+@contextlib.contextmanager
+def built(source: Path, architecture: str) -> Iterator[Built]:
+    """Compile a file for one architecture, its host code too."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, objects = Path(name), Path(name) / "kernels.o"
+        command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-c", "-Xptxas=-v", "--keep"]
+        command += ["--keep-dir", name, str(source.resolve()), "-o", str(objects)]
+        report = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if report.returncode:
             raise SystemExit(f"{source.name}, sm_{architecture}: nvcc failed\n{report.stderr}")
-        sass = listing(cubin)
-    found = re.findall(
-        r"Function properties for (\S+)\n"
-        r"\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
-        r".*?Used (\d+) registers",
-        report.stderr,
-    )
+        reported = re.findall(
+            r"Function properties for (\S+)\n"
+            r"\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+            r".*?Used (\d+) registers",
+            report.stderr,
+        )
+        if not reported:
+            raise SystemExit(f"{source.name}, sm_{architecture}: the compiler's report holds no kernel")
+        kernels = None
+        if (nvdisasm := tool("nvdisasm")) is not None:
+            (cubin,) = folder.glob("*.cubin")
+            done = subprocess.run([nvdisasm, "-hex", cubin], capture_output=True, text=True, check=True)
+            kernels = parse(done.stdout)
+        yield Built(
+            source=source,
+            architecture=architecture,
+            objects=objects,
+            registers={name: int(registers) for name, *_, registers in reported},
+            spills={name: (int(stack), int(stores) + int(loads)) for name, stack, stores, loads, _ in reported},
+            kernels=kernels,
+        )
+
+
+def facts(file: Built) -> list[dict[str, Any]]:
+    """A row for each kernel in a file."""
     rows = []
-    for name, stack, stores, loads, registers in found:
-        row: dict[str, Any] = {"kernel": demangled(name), "architecture": f"sm_{architecture}"}
-        row |= {"registers": int(registers), "stack": int(stack), "spills": int(stores) + int(loads)}
-        if sass is not None:
-            row |= {key: len(re.findall(pattern, sass.get(name, ""))) for key, pattern in INSTRUCTIONS.items()}
+    for name, registers in file.registers.items():
+        stack, spills = file.spills[name]
+        row: dict[str, Any] = {"kernel": demangled(name), "architecture": f"sm_{file.architecture}"}
+        row |= {"registers": registers, "stack": stack, "spills": spills}
+        if file.kernels is not None:
+            texts = [instruction.opcode for instruction in file.kernels[name].instructions]
+            for key, pattern in INSTRUCTIONS.items():
+                row[key] = sum(bool(re.match(pattern, text + ".")) for text in texts)
         rows.append(row)
-    if not rows:
-        raise SystemExit(f"{source.name}, sm_{architecture}: the compiler's report holds no kernel")
     return rows
 
 
-def listing(cubin: Path) -> dict[str, str] | None:
-    """The instructions of each kernel, None without cuobjdump."""
-    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
-    if cuobjdump is None or nvdisasm is None:
-        return None
-    path = os.pathsep.join([str(Path(nvdisasm).parent), os.environ["PATH"]])
-    command = [cuobjdump, "-sass", cubin]
-    text = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}).stdout
-    parts = re.split(r"\n\s*Function : (\S+)", text)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+def counted(file: Built) -> tuple[dict[str, Any], list[str]]:
+    """The counts of every case by its name, and complaints about tensor-core kernels that no case starts."""
+    rows: dict[str, Any] = {}
+    if file.kernels is None or file.instance is None:
+        return rows, []
+    element, features = file.instance
+    device, started = issue.DEVICES[file.architecture], set()
+    launcher = counts.build_launcher(element, features, file.objects, file.objects.parent)
+    for case in counts.CASES:
+        launches = counts.launches_of(launcher, case, features, device)
+        started |= {launch.kernel for launch in launches}
+        result = counts.count(case, launches, file.kernels, file.registers, file.architecture)
+        row = result.row(device)
+        row["kernels"] = [demangled(name) for name in row["kernels"]]
+        rows[f"{file.source.name}, sm_{file.architecture}, {case.name}"] = row
+    of_products = {
+        name
+        for name, kernel in file.kernels.items()
+        if any(instruction.name == "HMMA" for instruction in kernel.instructions)
+    }
+    return rows, [
+        f"{demangled(name)}, sm_{file.architecture}: no case of sass/counts.py starts it; add one"
+        for name in sorted(of_products - started)
+    ]
 
 
 def complaints(row: dict[str, Any]) -> list[str]:
-    found = []
+    amiss = []
     if row["spills"] > SPILLED_AT_MOST:
-        found.append(f"spills {row['spills']} bytes")
+        amiss.append(f"spills {row['spills']} bytes")
     tensor_cores = re.match(r"(forward_short|forward_long|backward)<", row["kernel"])
     needed = ("HMMA", "copies", *(("stores",) if row["kernel"].startswith("backward<") else ())) if tensor_cores else ()
-    found += [f"holds no {name}" for name in needed if row.get(name) == 0]
-    return found
+    amiss += [f"holds no {name}" for name in needed if row.get(name) == 0]
+    return amiss
+
+
+def check_one(task: tuple[Path, str]) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
+    with built(*task) as file:
+        return facts(file), *counted(file)
+
+
+def gate(recorded: dict[str, Any], version: str, measured: dict[str, Any], files: list[str]) -> tuple[str, list[str]]:
+    """Compare counts with the recorded ones. Return what to print and the complaints."""
+    if not measured:
+        return "NOT RUN: counts, because there is no nvdisasm or no file of instances/ was asked for", []
+    if recorded.get("ptxas") != version:
+        return f"NOT RUN: the gate on counts; recorded under ptxas {recorded.get('ptxas')}, this is {version}", []
+    worse = counts.complaints(recorded["rows"], measured, files)
+    return f"counts: {len(measured)} calls compared, {len(worse)} complaints", worse
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--record", action="store_true", help="write the counts of these files into counts.json")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
     sources = options.files or [HERE / name for name in CORE]
@@ -109,20 +197,36 @@ def main() -> None:
         sources = [*(HERE / name for name in OTHERS), *sorted(HERE.glob("instances/*.cu"))]
     tasks = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
     rows: list[dict[str, Any]] = []
-    bad = 0
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        for found in pool.map(lambda task: compile_one(*task), tasks):
-            for row in found:
-                problems = complaints(row)
-                bad += bool(problems)
-                print("  ".join(f"{key} {value}" for key, value in row.items()), *problems, sep="  ", flush=True)
-            rows += found
+    measured: dict[str, Any] = {}
+    problems: list[str] = []
+    with ProcessPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        for of_kernels, of_cases, unstarted in pool.map(check_one, tasks):
+            for row in of_kernels:
+                amiss = complaints(row)
+                problems += [f"{row['kernel']}, {row['architecture']}: {text}" for text in amiss]
+                print("  ".join(f"{key} {value}" for key, value in row.items()), *amiss, sep="  ", flush=True)
+            for name, counted_row in of_cases.items():
+                print(f"  {name}: " + "  ".join(f"{key} {counted_row[key]}" for key in counts.GATED), flush=True)
+            rows += of_kernels
+            measured |= of_cases
+            problems += unstarted
     if any("HMMA" not in row for row in rows):
-        print("NOT CHECKED: instructions (there is no cuobjdump with nvdisasm)")
+        print("NOT CHECKED: instructions (there is no nvdisasm)")
+    recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {"ptxas": None, "rows": {}}
+    files, version = [source.name for source in sources], ptxas_version()
+    if options.record:
+        kept = {} if recorded["ptxas"] != version else recorded["rows"]
+        kept = {name: row for name, row in kept.items() if name.split(",")[0] not in files}
+        written = {"ptxas": version, "rows": dict(sorted((kept | measured).items()))}
+        RECORD.write_text(json.dumps(written, indent=1) + "\n")
+    else:
+        said, worse = gate(recorded, version, measured, files)
+        print(said)
+        problems += worse
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
-    if bad:
-        raise SystemExit(f"{bad} kernels are not as they must be")
+    if problems:
+        raise SystemExit("\n".join([f"{len(problems)} complaints:", *problems]))
 
 
 if __name__ == "__main__":

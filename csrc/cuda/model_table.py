@@ -1,0 +1,89 @@
+"""Print what the issue model says of the attention kernels on an H100, beside the memory floor, as a Markdown table.
+
+    python csrc/cuda/model_table.py [--out FILE]
+
+What the model is, and what it is not: docs/contributing/kernel-model.md. It needs nvcc and nvdisasm, and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+if str(HERE) not in sys.path:
+    sys.path.insert(0, str(HERE))
+
+from check_build import built, demangled, ptxas_version  # noqa: E402
+from sass import counts, issue  # noqa: E402
+from sass.counts import Case  # noqa: E402
+
+ARCHITECTURE = "90"
+PAPER = (32, 12, 128)
+CALLS = [
+    ("qk_bfloat16_64.cu", Case("forward", *PAPER, "plain")),
+    ("qk_bfloat16_64.cu", Case("backward", *PAPER, "plain")),
+    ("qk_bfloat16_64.cu", Case("forward", *PAPER, "padded")),
+    ("qk_bfloat16_64.cu", Case("backward", *PAPER, "padded")),
+    ("qk_float_64.cu", Case("forward", *PAPER, "plain")),
+    ("qk_float_64.cu", Case("backward", *PAPER, "plain")),
+    ("qk_bfloat16_64.cu", Case("forward", 1, 12, 4096, "plain")),
+]
+KINDS = (*counts.OPCODES, counts.OTHER)
+
+
+def rows_of(name: str) -> list[tuple[Case, str]]:
+    """A row for each call of one file, without the outer bars."""
+    rows = []
+    device = issue.DEVICES[ARCHITECTURE]
+    with built(HERE / "instances" / name, ARCHITECTURE) as file:
+        if file.kernels is None or file.instance is None:
+            raise SystemExit("there is no nvdisasm: pip install nvidia-cuda-nvdisasm")
+        element, features = file.instance
+        launcher = counts.build_launcher(element, features, file.objects, file.objects.parent)
+        for case in (case for source, case in CALLS if source == name):
+            launches = counts.launches_of(launcher, case, features, device)
+            result = counts.count(case, launches, file.kernels, file.registers, ARCHITECTURE)
+            best, worst = (1e6 * total / device.hertz for total in (result.best_cycles, result.worst_cycles))
+            floor = 1e6 * result.bytes / device.bytes_per_second
+            kernels = ", ".join(f"`{demangled(kernel).partition('<')[0]}`" for kernel in result.kernels)
+            spills = sum(file.spills[kernel][1] for kernel in result.kernels)
+            shape = f"{case.pairs}x{case.heads}x{case.length}x{features}"
+            cells = [element, case.pass_, case.kind, shape, kernels, f"{best:.1f} to {worst:.1f}", f"{floor:.1f}"]
+            cells += [f"{result.warp:,}", f"{result.instructions:,.0f}"]
+            cells += [f"{result.kinds.get(kind, 0):.0f}" for kind in KINDS]
+            rows.append((case, " | ".join([*cells, str(spills)])))
+    return rows
+
+
+def table() -> Iterator[str]:
+    heads = ["dtype", "pass", "masks", "shape", "kernels", "µs", "memory floor, µs", "instructions of a warp"]
+    heads += ["for a tile", *KINDS, "spilled bytes"]
+    yield f"ptxas {ptxas_version()}, sm_{ARCHITECTURE}"
+    yield ""
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
+    names = list(dict.fromkeys(name for name, _ in CALLS))
+    with ProcessPoolExecutor(len(names)) as pool:
+        rows = dict(zip(names, pool.map(rows_of, names), strict=True))
+    for name, case in CALLS:
+        yield from (f"| {row} |" for of, row in rows[name] if of == case)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the table into this file too")
+    options = parser.parse_args()
+    lines = []
+    for line in table():
+        print(line, flush=True)
+        lines.append(line)
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1126 @@
+"""Runs one block of threads of a kernel, instruction by instruction, to learn which instructions its warps execute.
+
+Integers, predicates, addresses, branches and barriers are exact, so loops run as often as they would. Every number that
+the kernel reads from a tensor is the same, 0.5, and every matrix product gives 0.5: values do not matter to the count,
+except where a branch asks for them. Such a branch takes the way of equal scores. An access outside of the memory of
+the call is an error, as is an instruction that this file does not know.
+
+A value is an integer where all 32 lanes agree, and a list of 32 where they do not.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import meanings as m
+from .listing import INSTRUCTION_BYTES, Instruction, Kernel
+
+LANES = 32
+FULL = (1 << LANES) - 1  # a mask of all lanes; also the largest word
+Value = Any  # int | list[int]
+Step = Callable[["Warp", int], None]
+DATA = 0x3F003F00  # what tensors hold: 0.5, as two bfloat16 as well as, nearly, one float
+PRODUCT = 0x3F000000  # what a matrix product gives: 0.5
+ZERO_REGISTER, UNIFORM_ZERO, TRUE = 255, 63, 7
+STACK = 1 << 24  # where a thread's own memory ends
+RESERVED_SHARED = {"80": 0, "90": 1024}  # bytes before those of the kernel
+FIRST_ARGUMENT = {"80": 0x160, "90": 0x210}  # in constant bank 0
+MOST_INSTRUCTIONS = 5_000_000  # of a warp
+
+
+@dataclass(frozen=True)
+class Region:
+    """Memory of a tensor, filled with one 32-bit word."""
+
+    name: str
+    address: int
+    bytes: int
+    word: int = DATA
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: str  # mangled name
+    blocks: int
+    threads: int
+    shared_bytes: int
+    arguments: bytes
+    regions: tuple[Region, ...] = ()
+
+
+class NotUnderstood(Exception):
+    """The machine met something that it does not know, or that a kernel must not do."""
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def lanes_of(value: Value) -> list[int]:
+    return value if type(value) is list else [value] * LANES
+
+
+def lift(function: Callable[..., int], *values: Value) -> Value:
+    """Apply a function to the operands of every lane, once where all lanes agree."""
+    if list not in map(type, values):
+        return function(*values)
+    result = [function(*operands) for operands in zip(*map(lanes_of, values), strict=True)]
+    return result[0] if result.count(result[0]) == LANES else result
+
+
+def compare(function: Callable[..., bool], *values: Value) -> int:
+    """A mask of the lanes for which the function holds."""
+    if list not in map(type, values):
+        return FULL if function(*values) else 0
+    operands = zip(*map(lanes_of, values), strict=True)
+    return sum(1 << lane for lane, operand in enumerate(operands) if function(*operand))
+
+
+def bits_of(mask: int) -> Value:
+    """0 or 1 a lane."""
+    return mask & 1 if mask in (0, FULL) else [mask >> lane & 1 for lane in range(LANES)]
+
+
+def active(value: Value, mask: int) -> list[int]:
+    """The values of the lanes in a mask, without repeating one that all have."""
+    return [value[lane] for lane in range(LANES) if mask >> lane & 1] if type(value) is list else [value]
+
+
+def first(value: Value, mask: int) -> int:
+    return active(value, mask)[0]
+
+
+# --- operands --------------------------------------------------------------------------------------------------------
+
+_REGISTER = re.compile(r"(U?)R(Z|\d+)(?:\.(\w+))?$")
+_PREDICATE = re.compile(r"(!?)(U?)P(T|\d)$")
+_CONSTANT = re.compile(r"c\[0x(\w+)\]\[(?:(U?R\w+)\+?)?(?:0x(\w+))?\]$")
+_MEMORY = re.compile(r"(?:desc\[UR\d+\])?\[(.*)\]$")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A register or a predicate, in the warp's own file or in the uniform one."""
+
+    uniform: bool
+    predicate: bool
+    index: int
+
+
+def place(text: str) -> Place:
+    if match := _PREDICATE.match(text):
+        return Place(bool(match[2]), True, TRUE if match[3] == "T" else int(match[3]))
+    match = _REGISTER.match(text)
+    if not match:
+        raise NotUnderstood(f"{text!r} is no register")
+    uniform = bool(match[1])
+    zero = UNIFORM_ZERO if uniform else ZERO_REGISTER
+    return Place(uniform, False, zero if match[2] == "Z" else int(match[2]))
+
+
+def source(text: str, is_float: bool = False, offset: int = 0) -> Callable[[Warp], Value]:
+    """What reads an operand. With an offset of 1 it is the word after the operand's first."""
+    sign, absolute, plain = "", False, text.strip()
+    if plain[0] in "-~" and (plain[1] in "|Rc" or plain[1:3] == "UR"):
+        sign, plain = plain[0], plain[1:]
+    if plain[0] == "|":
+        absolute, plain = True, plain.strip("|")
+    get: Callable[[Warp], Value]
+    if match := _CONSTANT.match(plain):
+        bank, at = int(match[1], 16), int(match[3] or "0", 16) + 4 * offset
+        if match[2]:
+            base = source(match[2])
+            get = lambda warp: lift(lambda r: warp.block.constant(bank, r + at, 4), base(warp))  # noqa: E731
+        else:
+            get = lambda warp: warp.block.constant(bank, at, 4)  # noqa: E731
+    elif match := _REGISTER.match(plain):
+        register = place(plain)
+        zero = UNIFORM_ZERO if register.uniform else ZERO_REGISTER
+        index = zero if register.index == zero else register.index + offset
+        get = (lambda warp: warp.uniform[index]) if register.uniform else (lambda warp: warp.registers[index])
+    else:
+        literal = m.immediate(plain) if offset == 0 else 0
+        get = lambda warp: literal  # noqa: E731
+    change: Callable[[int], int] | None = None
+    if is_float and (sign or absolute):
+        flip, keep = (1 << 31 if sign else 0), (FULL >> 1 if absolute else FULL)
+        change = lambda word: word & keep ^ flip  # noqa: E731
+    elif absolute:
+        change = (lambda w: -abs(m.signed(w)) & FULL) if sign else (lambda w: abs(m.signed(w)))
+    elif sign == "-":
+        change = lambda word: -word & FULL  # noqa: E731
+    elif sign == "~":
+        change = lambda word: ~word & FULL  # noqa: E731
+    if change is None:
+        return get
+    changed = change
+    return lambda warp: lift(changed, get(warp))
+
+
+def condition(text: str) -> Callable[[Warp], int]:
+    """What reads a predicate, as a mask of lanes."""
+    match = _PREDICATE.match(text)
+    if not match:
+        raise NotUnderstood(f"{text!r} is no predicate")
+    flip, uniform, index = FULL if match[1] else 0, bool(match[2]), TRUE if match[3] == "T" else int(match[3])
+    if uniform:
+        return lambda warp: warp.uniform_predicates[index] ^ flip
+    return lambda warp: warp.predicates[index] ^ flip
+
+
+def address(text: str, wide: bool) -> Callable[[Warp], Value]:
+    """What reads an address such as ``[R6.64+UR4+0x20]``. A wide one has 64 bits."""
+    match = _MEMORY.match(text)
+    if not match:
+        raise NotUnderstood(f"{text!r} is no address")
+    parts: list[Callable[[Warp], Value]] = []
+    added = 0
+    for term in filter(None, re.split(r"\+(?=[-\w])", match[1])):
+        register = _REGISTER.match(term)
+        if not register:
+            added += int(term, 16)
+            continue
+        if wide and register[3] != "32":
+            parts.append(pair(term.partition(".")[0]))
+            continue
+        read, scale = source(term.partition(".")[0]), {"X4": 4, "X8": 8, "X16": 16}.get(register[3] or "", 1)
+        parts.append(lambda warp, read=read, scale=scale: lift(lambda word: word * scale, read(warp)))  # type: ignore[misc]
+    limit = (1 << 64) - 1 if wide else FULL
+
+    def read_all(warp: Warp) -> Value:
+        return lift(lambda *words: (sum(words) + added) & limit, *(part(warp) for part in parts)) if parts else added
+
+    return read_all
+
+
+def pair(text: str) -> Callable[[Warp], Value]:
+    """A register and the one after it, as 64 bits."""
+    low, high = source(text), source(text, offset=1)
+    return lambda warp: lift(lambda a, b: b << 32 | a, low(warp), high(warp))
+
+
+# --- warps and blocks ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Lanes of a warp that are at the same instruction."""
+
+    index: int
+    mask: int
+
+
+class Warp:
+    def __init__(self, block: Block, number: int) -> None:
+        self.block, self.number = block, number
+        self.registers: list[Value] = [0] * 256
+        self.uniform: list[int] = [0] * 64
+        self.predicates = [0] * 7 + [FULL]
+        self.uniform_predicates = [0] * 7 + [FULL]
+        self.convergence: dict[str, int] = {}  # lanes that meet at a BSYNC, by barrier register
+        self.own_memory: dict[int, Value] = {}
+        self.groups = [Group(0, FULL)]
+        self.waiting: list[tuple[str, Group]] = []  # at a BSYNC, with its barrier register
+        # Indices of the instructions in the order of their issue, complemented where no lane did what they say.
+        self.trace: list[int] = []
+
+    def write(self, to: Place, value: Value, mask: int, offset: int = 0) -> None:
+        if to.predicate:
+            if to.index != TRUE:
+                file = self.uniform_predicates if to.uniform else self.predicates
+                if to.uniform:
+                    value, mask = (FULL if value & mask else 0), FULL
+                file[to.index] = file[to.index] & ~mask | value & mask
+        elif to.uniform:
+            if to.index != UNIFORM_ZERO:
+                self.uniform[to.index + offset] = first(value, mask)
+        elif to.index != ZERO_REGISTER:
+            index = to.index + offset
+            if mask != FULL:
+                before, after = lanes_of(self.registers[index]), lanes_of(value)
+                value = [after[lane] if mask >> lane & 1 else before[lane] for lane in range(LANES)]
+            self.registers[index] = value
+
+    def live(self) -> int:
+        return sum(group.mask for group in self.groups) + sum(group.mask for _, group in self.waiting)
+
+    def run(self) -> tuple[str, int] | None:
+        """Run to the next barrier and return its number and how many threads it waits for, or None at the end."""
+        program, trace = self.block.program, self.trace
+        decoded = program.decoded
+        while self.groups:
+            group = self.groups[0] if len(self.groups) == 1 else min(self.groups, key=lambda group: group.index)
+            instruction, guard, flow, step = decoded[group.index] or program.decode(group.index)
+            lanes = group.mask & guard(self) if guard else group.mask
+            trace.append(group.index if lanes else ~group.index)
+            if flow is None:
+                if lanes:
+                    step(self, lanes)
+                group.index += 1
+            elif (barrier := flow(self, group, lanes)) is not None:
+                return barrier
+            if len(self.groups) > 1:
+                self._merge()
+            if len(trace) > MOST_INSTRUCTIONS:
+                raise NotUnderstood(f"more than {MOST_INSTRUCTIONS} instructions, now at {instruction.text!r}")
+        if self.waiting:
+            raise NotUnderstood("lanes wait for others that have ended")
+        return None
+
+    def _merge(self) -> None:
+        by_index: dict[int, Group] = {}
+        for group in self.groups:
+            if group.index in by_index:
+                by_index[group.index].mask |= group.mask
+            else:
+                by_index[group.index] = group
+        self.groups = list(by_index.values())
+
+    def jump(self, group: Group, lanes: int, target: int) -> None:
+        """Send some lanes of a group elsewhere, and the others to the next instruction."""
+        rest = group.mask & ~lanes
+        group.index += 1
+        if not lanes:
+            return
+        if rest:
+            group.mask = rest
+            self.groups.append(Group(target, lanes))
+        else:
+            group.index = target
+
+    def end(self, group: Group, lanes: int) -> None:
+        group.mask &= ~lanes
+        group.index += 1
+        if not group.mask:
+            self.groups.remove(group)
+        for register in self.convergence:
+            self.convergence[register] &= ~lanes
+        self.release()
+
+    def meet(self, register: str, group: Group) -> None:
+        """BSYNC: go on when all lanes of the barrier register are here."""
+        group.index += 1
+        if self.convergence.get(register, 0) & ~group.mask:
+            self.groups.remove(group)
+            self.waiting.append((register, group))
+            self.release()
+
+    def release(self) -> None:
+        for register in {name for name, _ in self.waiting}:
+            arrived = [group for name, group in self.waiting if name == register]
+            if not self.convergence[register] & ~sum(group.mask for group in arrived):
+                self.groups += arrived
+                self.waiting = [(name, group) for name, group in self.waiting if name != register]
+                self._merge()
+
+
+Flow = Callable[[Warp, Group, int], "tuple[str, int] | None"]
+Decoded = tuple[Instruction, "Callable[[Warp], int] | None", "Flow | None", Step]
+
+
+class Program:
+    """A kernel, with the meaning of each instruction that has been executed."""
+
+    def __init__(self, kernel: Kernel, architecture: str) -> None:
+        self.kernel, self.architecture = kernel, architecture
+        self.decoded: list[Decoded | None] = [None] * len(kernel.instructions)
+
+    def decode(self, index: int) -> Decoded:
+        instruction = self.kernel.instructions[index]
+        try:
+            guard = condition(instruction.guard) if instruction.guard else None
+            flow = flow_of(instruction, self.kernel.labels)
+            step = step_of(instruction) if flow is None else nothing
+        except (NotUnderstood, KeyError, ValueError, IndexError) as error:
+            raise NotUnderstood(f"{self.kernel.name}: {instruction.text!r} has no meaning here: {error!r}") from error
+        decoded = self.decoded[index] = (instruction, guard, flow, step)
+        return decoded
+
+
+class Block:
+    """One block of threads, with its shared memory."""
+
+    def __init__(self, program: Program, launch: Launch, index: int) -> None:
+        self.program, self.index = program, index
+        start = FIRST_ARGUMENT[program.architecture]
+        expected = program.kernel.constant_bytes - start
+        if len(launch.arguments) != expected:
+            raise NotUnderstood(f"{launch.kernel} takes {expected} bytes of arguments, not {len(launch.arguments)}")
+        bank = bytearray(start) + launch.arguments
+        bank[0:4], bank[12:16] = launch.threads.to_bytes(4, "little"), launch.blocks.to_bytes(4, "little")
+        bank[4:12] = bank[16:24] = (1).to_bytes(4, "little") * 2
+        bank[0x28:0x2C] = STACK.to_bytes(4, "little")
+        self.bank = bytes(bank)
+        shared = RESERVED_SHARED[program.architecture] + program.kernel.shared_bytes + launch.shared_bytes
+        self.shared = bytearray(DATA.to_bytes(4, "little") * (shared // 4 + 1))
+        self.shared_bytes = shared
+        self.regions = sorted(launch.regions, key=lambda region: region.address)
+        self.starts = [region.address for region in self.regions]
+        self.warps = [Warp(self, number) for number in range(launch.threads // LANES)]
+
+    def constant(self, bank: int, at: int, size: int) -> int:
+        if bank != 0 or at + size > len(self.bank):
+            return 0
+        return int.from_bytes(self.bank[at : at + size], "little")
+
+    def region(self, place: int, size: int) -> Region:
+        index = bisect_right(self.starts, place) - 1
+        if index >= 0 and place + size <= self.regions[index].address + self.regions[index].bytes:
+            return self.regions[index]
+        raise NotUnderstood(f"an access of {size} bytes at {place:#x}, outside of the memory of the call")
+
+    def run(self) -> list[list[int]]:
+        """Run all warps and return their traces."""
+        runnable, left = list(self.warps), len(self.warps)
+        waiting: dict[str, list[tuple[Warp, int]]] = {}
+        while runnable:
+            warp = runnable.pop(0)
+            stopped = warp.run()
+            if stopped is None:
+                left -= 1
+            else:
+                waiting.setdefault(stopped[0], []).append((warp, stopped[1]))
+            for name, warps in list(waiting.items()):
+                needed = warps[0][1] or left
+                if warps and len(warps) >= needed:
+                    runnable += [warp for warp, _ in warps]
+                    del waiting[name]
+        if waiting:
+            raise NotUnderstood(f"warps wait for ever at barrier {', '.join(waiting)}")
+        return [warp.trace for warp in self.warps]
+
+
+def nothing(warp: Warp, mask: int) -> None:
+    pass
+
+
+# --- control flow ----------------------------------------------------------------------------------------------------
+
+
+def flow_of(instruction: Instruction, labels: dict[str, int]) -> Flow | None:
+    """What an instruction does to the groups of a warp, or None where it only computes."""
+    name, operands = instruction.name, instruction.operands
+
+    def target() -> int:
+        return labels[operands[-1].removeprefix("`(").removesuffix(")")]
+
+    if name == "BRA" and ".DIV" in instruction.opcode:
+        to, together = target(), source(operands[0])
+        return lambda warp, group, lanes: warp.jump(group, lanes if together(warp) & ~group.mask else 0, to)
+    if name in ("BRA", "CALL", "JMP"):
+        to, conditions = target(), [condition(operand) for operand in operands[:-1]]
+
+        def branch(warp: Warp, group: Group, lanes: int) -> None:
+            for asked in conditions:
+                lanes &= asked(warp)
+            warp.jump(group, lanes, to)
+
+        return branch
+    if name == "RET":
+        where = source(operands[0])
+
+        def back(warp: Warp, group: Group, lanes: int) -> None:
+            targets = set(active(where(warp), lanes))
+            if len(targets) != 1 or lanes != group.mask:
+                raise NotUnderstood(f"{instruction.text!r} returns to several places")
+            warp.jump(group, lanes, targets.pop() // INSTRUCTION_BYTES)
+
+        return back
+    if name == "EXIT":
+        return lambda warp, group, lanes: warp.end(group, lanes)
+    if name == "BSSY":
+
+        def gather(warp: Warp, group: Group, lanes: int) -> None:
+            warp.convergence[operands[0]] = lanes
+            group.index += 1
+
+        return gather
+    if name == "BSYNC":
+        return lambda warp, group, lanes: warp.meet(operands[0], group)
+    if name == "BREAK":
+
+        def leave(warp: Warp, group: Group, lanes: int) -> None:
+            warp.convergence[operands[-1]] &= ~lanes
+            group.index += 1
+            warp.release()
+
+        return leave
+    if name == "WARPSYNC":
+        if instruction.opcode != "WARPSYNC.ALL":
+            return None
+
+        def together_again(warp: Warp, group: Group, lanes: int) -> None:
+            warp.convergence["all"] = warp.live()
+            warp.meet("all", group)
+
+        return together_again
+    if name == "BAR":
+        if "SYNC" not in instruction.opcode:
+            raise NotUnderstood("only BAR.SYNC is")
+        threads = source(operands[1]) if len(operands) > 1 else None
+
+        def barrier(warp: Warp, group: Group, lanes: int) -> tuple[str, int] | None:
+            if not lanes:
+                group.index += 1
+                return None
+            if group.mask != warp.live() or lanes != group.mask:
+                raise NotUnderstood(f"{instruction.text!r} while lanes of a warp are elsewhere")
+            group.index += 1
+            return operands[0], first(threads(warp), lanes) // LANES if threads else 0
+
+        return barrier
+    return None
+
+
+# --- what computes ---------------------------------------------------------------------------------------------------
+
+# Instructions that change nothing that is kept here.
+SILENT = ("NOP", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "ENDCOLLECTIVE", "MEMBAR", "ERRBAR", "CCTL", "YIELD", "NANOSLEEP")
+
+
+def step_of(instruction: Instruction) -> Step:
+    """What an instruction does for some lanes of a warp."""
+    name = instruction.name
+    if name in SILENT:
+        return nothing
+    maker = _MAKERS.get(name) or (_MAKERS.get(name[1:]) if name[0] == "U" else None)
+    if maker is None:
+        raise NotUnderstood(f"{name} is not in this file")
+    return maker(instruction)
+
+
+_MAKERS: dict[str, Callable[[Instruction], Step]] = {}
+
+
+def meaning(*names: str) -> Callable[[Callable[[Instruction], Step]], Callable[[Instruction], Step]]:
+    def register(maker: Callable[[Instruction], Step]) -> Callable[[Instruction], Step]:
+        for name in names:
+            _MAKERS[name] = maker
+        return maker
+
+    return register
+
+
+def _apply(
+    to: Place, function: Callable[..., int], sources: Sequence[Callable[[Warp], Value]]
+) -> Callable[[Warp, int], None]:
+    def step(warp: Warp, mask: int) -> None:
+        warp.write(to, lift(function, *(read(warp) for read in sources)), mask)
+
+    return step
+
+
+def _modifiers(instruction: Instruction) -> list[str]:
+    return instruction.opcode.split(".")[1:]
+
+
+def _is_predicate(text: str) -> bool:
+    return bool(_PREDICATE.match(text))
+
+
+@meaning("MOV")
+def _mov(instruction: Instruction) -> Step:
+    return _apply(place(instruction.operands[0]), lambda a: a, [source(instruction.operands[1])])
+
+
+@meaning("S2R", "S2UR", "CS2R")
+def _special(instruction: Instruction) -> Step:
+    to, name = place(instruction.operands[0]), instruction.operands[1]
+    words = 2 if instruction.name == "CS2R" and ".32" not in instruction.opcode else 1
+    if name not in ("SR_TID.X", "SR_CTAID.X", "SR_LANEID", "SRZ", "SR_CgaCtaId", "SR_LTMASK", "SR_CLOCKLO") and not (
+        name.startswith(("SR_TID", "SR_CTAID"))
+    ):
+        raise NotUnderstood(f"no special register {name}")
+
+    def step(warp: Warp, mask: int) -> None:
+        value: Value = 0
+        if name == "SR_TID.X":
+            value = [LANES * warp.number + lane for lane in range(LANES)]
+        elif name == "SR_LANEID":
+            value = list(range(LANES))
+        elif name == "SR_LTMASK":
+            value = [(1 << lane) - 1 for lane in range(LANES)]
+        elif name == "SR_CTAID.X":
+            value = warp.block.index
+        for word in range(words):
+            warp.write(to, value if word == 0 else 0, mask, word)
+
+    return step
+
+
+@meaning("LDC")
+def _load_constant(instruction: Instruction) -> Step:
+    to, modifiers = place(instruction.operands[0]), _modifiers(instruction)
+    match = _CONSTANT.match(instruction.operands[1])
+    if not match:
+        raise NotUnderstood("its source is no constant")
+    bank, at, base = int(match[1], 16), int(match[3] or "0", 16), source(match[2]) if match[2] else None
+    size = {"U8": 1, "U16": 2, "64": 8, "128": 16}.get(modifiers[-1] if modifiers else "", 4)
+
+    def step(warp: Warp, mask: int) -> None:
+        for word in range(max(1, size // 4)):
+            offset, count = at + 4 * word, min(size, 4)
+            register = base(warp) if base else 0
+            warp.write(to, lift(lambda r: warp.block.constant(bank, r + offset, count), register), mask, word)  # noqa: B023
+
+    return step
+
+
+@meaning("R2UR")
+def _to_uniform(instruction: Instruction) -> Step:
+    to, read = place(instruction.operands[0]), source(instruction.operands[-1])
+    return lambda warp, mask: warp.write(to, first(read(warp), mask), FULL)
+
+
+@meaning("IADD3", "VIADD")
+def _add(instruction: Instruction) -> Step:
+    to, *rest = instruction.operands
+    carries_out = []
+    while _is_predicate(rest[0]):
+        carries_out.append(place(rest.pop(0)))
+    carries_in = []
+    while _is_predicate(rest[-1]):
+        carries_in.append(condition(rest.pop()))
+    destination = place(to)
+    if not carries_out and not carries_in:
+        return _apply(destination, lambda *words: sum(words) & FULL, [source(text) for text in rest])
+    # With a carry, -x is the complement of x and one more: 2^32 where x is 0.
+    negative = [text.startswith("-") for text in rest]
+    sources = [source(text.removeprefix("-")) for text in rest]
+
+    def total(*words: int) -> int:
+        signs = zip(words, negative, strict=False)
+        return sum((1 << 32) - word if minus else word for word, minus in signs) + sum(words[len(negative) :])
+
+    def step(warp: Warp, mask: int) -> None:
+        values = [read(warp) for read in sources] + [bits_of(carry(warp)) for carry in carries_in]
+        result = lift(total, *values)
+        if carries_out:
+            warp.write(carries_out[0], compare(lambda x: x >> 32 > 0, result), mask)
+        for extra in carries_out[1:]:
+            warp.write(extra, compare(lambda x: x >> 32 > 1, result), mask)
+        warp.write(destination, lift(lambda x: x & FULL, result), mask)
+
+    return step
+
+
+@meaning("IMAD")
+def _multiply_add(instruction: Instruction) -> Step:
+    to, *rest = instruction.operands
+    modifiers = _modifiers(instruction)
+    carry_out = place(rest.pop(0)) if _is_predicate(rest[0]) else None
+    carry_in = condition(rest.pop()) if _is_predicate(rest[-1]) else None
+    destination = place(to)
+    is_signed = "U32" not in modifiers
+    wide, high = "WIDE" in modifiers, "HI" in modifiers
+    factors = [source(rest[0]), source(rest[1])]
+    added = pair(rest[2]) if (wide or high) and not rest[2].startswith(("0x", "-", "~")) else source(rest[2])
+
+    def product(a: int, b: int, c: int, carry: int = 0) -> int:
+        if (wide or high) and is_signed:
+            a, b = m.signed(a), m.signed(b)
+        return a * b + c + carry
+
+    def step(warp: Warp, mask: int) -> None:
+        values = [factors[0](warp), factors[1](warp), added(warp)]
+        if carry_in:
+            values.append(bits_of(carry_in(warp)))
+        result = lift(product, *values)
+        if carry_out:
+            limit = 64 if wide else 32
+            warp.write(carry_out, compare(lambda x: x >> limit != 0, result), mask)
+        if wide:
+            warp.write(destination, lift(lambda x: x & FULL, result), mask)
+            warp.write(destination, lift(lambda x: x >> 32 & FULL, result), mask, 1)
+        else:
+            warp.write(destination, lift(lambda x: (x >> 32 if high else x) & FULL, result), mask)
+
+    return step
+
+
+@meaning("LEA")
+def _scaled_add(instruction: Instruction) -> Step:
+    to, *rest = instruction.operands
+    modifiers = _modifiers(instruction)
+    carry_out = place(rest.pop(0)) if _is_predicate(rest[0]) else None
+    carry_in = condition(rest.pop()) if _is_predicate(rest[-1]) else None
+    count = int(rest.pop(), 16)
+    destination, high, extended = place(to), "HI" in modifiers, "SX32" in modifiers
+    negative = rest[0].startswith("-")
+    sources = [source(rest[0].removeprefix("-")), source(rest[1])]
+    sources.append(source(rest[2]) if len(rest) > 2 else source("RZ"))
+
+    def total(low: int, base: int, upper: int, carry: int = 0) -> int:
+        whole = m.signed(low) if extended else upper << 32 | low
+        whole = (-whole if negative else whole) << count
+        return ((whole >> 32 if high else whole) & FULL) + base + carry
+
+    def step(warp: Warp, mask: int) -> None:
+        values = [read(warp) for read in sources]
+        if carry_in:
+            values.append(bits_of(carry_in(warp)))
+        result = lift(total, *values)
+        if carry_out:
+            warp.write(carry_out, compare(lambda x: x >> 32 != 0, result), mask)
+        warp.write(destination, lift(lambda x: x & FULL, result), mask)
+
+    return step
+
+
+@meaning("LOP3")
+def _logic(instruction: Instruction) -> Step:
+    rest = list(instruction.operands)
+    truth = place(rest.pop(0)) if _is_predicate(rest[0]) else None
+    extra = condition(rest.pop())
+    table = int(rest.pop(), 16)
+    destination, sources, function = place(rest[0]), [source(text) for text in rest[1:]], m.logic3(table)
+
+    def step(warp: Warp, mask: int) -> None:
+        result = lift(function, *(read(warp) for read in sources))
+        if truth:
+            warp.write(truth, compare(lambda x: x != 0, result) | extra(warp), mask)
+        warp.write(destination, result, mask)
+
+    return step
+
+
+@meaning("PLOP3")
+def _predicate_logic(instruction: Instruction) -> Step:
+    first_to, second_to, *rest = instruction.operands
+    tables = [int(rest[3], 16), int(rest[4], 16)]
+    sources = [condition(text) for text in rest[:3]]
+    targets = list(zip((place(first_to), place(second_to)), map(m.logic3, tables), strict=True))
+
+    def step(warp: Warp, mask: int) -> None:
+        values = [read(warp) for read in sources]
+        for to, function in targets:
+            if to.index != TRUE:
+                warp.write(to, function(*values), mask)
+
+    return step
+
+
+@meaning("SHF")
+def _shift(instruction: Instruction) -> Step:
+    modifiers = _modifiers(instruction)
+    to, low, count, upper = instruction.operands
+    function = m.shift(
+        left="L" in modifiers,
+        high="HI" in modifiers,
+        is_signed=bool({"S32", "S64"} & set(modifiers)),
+        bits=64 if {"U64", "S64"} & set(modifiers) else 32,
+        wraps="W" in modifiers,
+    )
+    return _apply(place(to), function, [source(low), source(count), source(upper)])
+
+
+@meaning("ISETP", "FSETP")
+def _set_predicate(instruction: Instruction) -> Step:
+    modifiers = _modifiers(instruction)
+    yes, no, left, right, combined, *lower = instruction.operands
+    floats = instruction.name == "FSETP"
+    sources = [source(left, floats), source(right, floats)]
+    ask, joined = m.COMPARISONS[modifiers[0]], condition(combined)
+    operator = next(name for name in modifiers if name in ("AND", "OR", "XOR"))
+    decided = condition(lower[0]) if lower and "EX" in modifiers else None
+    convert: Callable[[int], float] = m.as_float if floats else (lambda word: word) if "U32" in modifiers else m.signed
+    targets = place(yes), place(no)
+
+    def join(result: int, other: int) -> int:
+        return result & other if operator == "AND" else result | other if operator == "OR" else result ^ other
+
+    def step(warp: Warp, mask: int) -> None:
+        values = [read(warp) for read in sources]
+        result = compare(lambda a, b: ask(convert(a), convert(b)), *values)
+        if decided:  # the upper words decide, unless they are equal
+            equal = compare(lambda a, b: a == b, *values)
+            result = result & ~equal | decided(warp) & equal
+        other = joined(warp)
+        warp.write(targets[0], join(result, other), mask)
+        warp.write(targets[1], join(~result & FULL, other), mask)
+
+    return step
+
+
+@meaning("SEL", "FSEL")
+def _select(instruction: Instruction) -> Step:
+    to, yes, no, asked = instruction.operands
+    floats = instruction.name == "FSEL"
+    sources, chosen = [source(yes, floats), source(no, floats)], condition(asked)
+    destination = place(to)
+
+    def step(warp: Warp, mask: int) -> None:
+        values = [read(warp) for read in sources]
+        warp.write(destination, lift(lambda a, b, c: a if c else b, *values, bits_of(chosen(warp))), mask)
+
+    return step
+
+
+@meaning("IMNMX", "VIMNMX", "FMNMX")
+def _extreme(instruction: Instruction) -> Step:
+    to, left, right, asked = instruction.operands
+    floats = instruction.name == "FMNMX"
+    convert: Callable[[int], float] = (
+        m.as_float if floats else (lambda word: word) if "U32" in instruction.opcode else m.signed
+    )
+    sources, least, destination = [source(left, floats), source(right, floats)], condition(asked), place(to)
+
+    def pick(a: int, b: int, smaller: int) -> int:
+        return (a if convert(a) <= convert(b) else b) if smaller else (a if convert(a) >= convert(b) else b)
+
+    def step(warp: Warp, mask: int) -> None:
+        warp.write(destination, lift(pick, *(read(warp) for read in sources), bits_of(least(warp))), mask)
+
+    return step
+
+
+@meaning("VIADDMNMX")
+def _add_extreme(instruction: Instruction) -> Step:
+    to, left, right, limit, asked = instruction.operands
+    convert: Callable[[int], int] = (lambda word: word) if "U32" in instruction.opcode else m.signed
+    least = condition(asked)
+    sources, destination = [source(left), source(right), source(limit)], place(to)
+
+    def pick(a: int, b: int, c: int, smaller: int) -> int:
+        total = (a + b) & FULL
+        return min(total, c, key=convert) if smaller else max(total, c, key=convert)
+
+    def step(warp: Warp, mask: int) -> None:
+        warp.write(destination, lift(pick, *(read(warp) for read in sources), bits_of(least(warp))), mask)
+
+    return step
+
+
+@meaning("IABS")
+def _absolute(instruction: Instruction) -> Step:
+    return _apply(place(instruction.operands[0]), lambda a: abs(m.signed(a)), [source(instruction.operands[1])])
+
+
+@meaning("POPC", "FLO", "BREV")
+def _bit_counts(instruction: Instruction) -> Step:
+    functions: dict[str, Callable[[int], int]] = {
+        "POPC": lambda a: bin(a).count("1"),
+        "FLO": lambda a: a.bit_length() - 1 & FULL,
+        "BREV": lambda a: int(f"{a:032b}"[::-1], 2),
+    }
+    function = functions[instruction.name.removeprefix("U")]
+    if "SH" in _modifiers(instruction):
+        function = lambda a: 32 - a.bit_length() & FULL  # noqa: E731
+    return _apply(place(instruction.operands[0]), function, [source(instruction.operands[-1])])
+
+
+@meaning("PRMT")
+def _permute(instruction: Instruction) -> Step:
+    to, *rest = instruction.operands
+    return _apply(place(to), m.permute, [source(text) for text in rest])
+
+
+@meaning("P2R")
+def _from_predicates(instruction: Instruction) -> Step:
+    to, _, other, picked = instruction.operands
+    destination, read, chosen = place(to), source(other), int(picked, 16)
+
+    def step(warp: Warp, mask: int) -> None:
+        words = [sum((warp.predicates[i] >> lane & 1) << i for i in range(7)) & chosen for lane in range(LANES)]
+        warp.write(destination, lift(lambda a, b: a & ~chosen | b, read(warp), words), mask)
+
+    return step
+
+
+@meaning("R2P")
+def _to_predicates(instruction: Instruction) -> Step:
+    _, register, picked = instruction.operands
+    read, chosen = source(register), int(picked, 16)
+
+    def step(warp: Warp, mask: int) -> None:
+        value = read(warp)
+        for i in range(7):
+            if chosen >> i & 1:
+                warp.write(Place(False, True, i), compare(lambda a: a >> i & 1 == 1, value), mask)  # noqa: B023
+
+    return step
+
+
+@meaning("VOTE", "VOTEU")
+def _vote(instruction: Instruction) -> Step:
+    *targets, asked = instruction.operands
+    votes, everyone = condition(asked), "ALL" in instruction.opcode
+
+    def step(warp: Warp, mask: int) -> None:
+        ballot = votes(warp) & mask
+        for text in targets:
+            to = place(text)
+            result = (ballot == mask if everyone else ballot != 0) * FULL if to.predicate else ballot
+            warp.write(to, result, mask)
+
+    return step
+
+
+@meaning("SHFL")
+def _shuffle(instruction: Instruction) -> Step:
+    _, to, value, offset, limit = instruction.operands
+    destination, sources = place(to), [source(value), source(offset), source(limit)]
+    kind = _modifiers(instruction)[0]
+
+    def step(warp: Warp, mask: int) -> None:
+        words, by, clamp = (lanes_of(read(warp)) for read in sources)
+        result = []
+        for lane in range(LANES):
+            segment = clamp[lane] >> 8 & 31
+            most = lane & segment | clamp[lane] & 31 & ~segment
+            lane_of = {"BFLY": lane ^ by[lane], "UP": lane - by[lane], "DOWN": lane + by[lane]}
+            other = lane_of.get(kind, lane & segment | by[lane] & 31 & ~segment)
+            result.append(words[other if (other >= most if kind == "UP" else other <= most) else lane])
+        warp.write(destination, lift(lambda word: word, result), mask)
+
+    return step
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@meaning("FADD", "FMUL", "FFMA")
+def _arithmetic(instruction: Instruction) -> Step:
+    to, *rest = instruction.operands
+    function: Callable[..., float] = m.ARITHMETIC[instruction.name]
+    sources = [source(text, True) for text in rest]
+    return _apply(place(to), lambda *words: m.as_bits(function(*map(m.as_float, words))), sources)
+
+
+@meaning("MUFU")
+def _function(instruction: Instruction) -> Step:
+    function = m.FUNCTIONS[_modifiers(instruction)[0]]
+    to, read = instruction.operands
+    return _apply(place(to), lambda word: m.as_bits(function(m.as_float(word))), [source(read, True)])
+
+
+@meaning("FCHK")
+def _check_division(instruction: Instruction) -> Step:
+    to = place(instruction.operands[0])
+    return lambda warp, mask: warp.write(to, 0, mask)  # the quotient needs no slow path
+
+
+@meaning("I2F", "I2FP")
+def _from_integer(instruction: Instruction) -> Step:
+    modifiers = _modifiers(instruction)
+    to, text = instruction.operands
+    read = pair(text) if {"U64", "S64"} & set(modifiers) else source(text)
+    is_signed = not {"U32", "U64", "U16", "U8"} & set(modifiers)
+
+    def convert(word: int) -> int:
+        value = m.signed(word) if is_signed else word
+        bits = m.as_bits(float(value))
+        return bits + 1 if "RP" in modifiers and m.as_float(bits) < value else bits
+
+    return _apply(place(to), convert, [read])
+
+
+@meaning("F2I")
+def _to_integer(instruction: Instruction) -> Step:
+    modifiers = _modifiers(instruction)
+    to, text = instruction.operands
+    bits = 64 if {"U64", "S64"} & set(modifiers) else 32
+    is_signed = not {"U32", "U64"} & set(modifiers)
+    destination, read = place(to), source(text, True)
+
+    def step(warp: Warp, mask: int) -> None:
+        result = lift(lambda word: m.to_integer(m.as_float(word), bits, is_signed), read(warp))
+        for word in range(bits // 32):
+            warp.write(destination, lift(lambda x: x >> 32 * word & FULL, result), mask, word)  # noqa: B023
+
+    return step
+
+
+@meaning("F2FP", "F2F")
+def _narrow(instruction: Instruction) -> Step:
+    to, *rest = instruction.operands
+    modifiers = _modifiers(instruction)
+    sources = [source(text, True) for text in rest]
+
+    def convert(*words: int) -> int:
+        if "TF32" in modifiers:
+            return words[-1] & ~0x1FFF
+        if "BF16" in modifiers:
+            halves = [word >> 16 for word in words]
+        else:
+            halves = [m.half_bits(m.as_float(word)) for word in words]
+        return halves[0] if len(halves) == 1 else halves[0] << 16 | halves[1]
+
+    return _apply(place(to), convert, sources)
+
+
+@meaning("HADD2", "HMUL2", "HFMA2")
+def _halves(instruction: Instruction) -> Step:
+    """Of these, only the conversion of a half to a float and the loading of two constants occur where values matter."""
+    to, *rest = instruction.operands
+    if "F32" in _modifiers(instruction):
+        upper = rest[-1].endswith("H1_H1")
+        return _apply(
+            place(to),
+            lambda word: m.as_bits(m.half_value(word >> 16 if upper else word)),
+            [source(rest[-1].partition(".")[0])],
+        )
+    word = DATA
+    if instruction.name == "HFMA2" and rest[0].lstrip("-") == rest[1].lstrip("-") == "RZ":
+        halves = [m.half_bits(m.as_float(m.immediate(text))) for text in rest[2:4]]
+        word = halves[0] << 16 | halves[1]
+    return _apply(place(to), lambda: word, [])
+
+
+@meaning("HMMA")
+def _matrix_product(instruction: Instruction) -> Step:
+    to, words = place(instruction.operands[0]), 4 if "F32" in _modifiers(instruction) else 2
+
+    def step(warp: Warp, mask: int) -> None:
+        for word in range(words):
+            warp.write(to, PRODUCT, mask, word)
+
+    return step
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _size(instruction: Instruction) -> int:
+    sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+    return next((sizes[name] for name in reversed(_modifiers(instruction)) if name in sizes), 4)
+
+
+def _regions(warp: Warp, places: Value, mask: int, size: int) -> list[Region]:
+    """The regions that the active lanes touch, one for each lane or one for all."""
+    block, touched = warp.block, active(places, mask)
+    lowest = block.region(min(touched), size)
+    if block.region(max(touched), size) is lowest:
+        return [lowest]
+    return [block.region(place, size) for place in touched]
+
+
+@meaning("LDG", "LD")
+def _load_global(instruction: Instruction) -> Step:
+    to = place(instruction.operands[0])
+    where, size = address(instruction.operands[1], True), _size(instruction)
+
+    def step(warp: Warp, mask: int) -> None:
+        words = {region.word for region in _regions(warp, where(warp), mask, size)}
+        if len(words) > 1:
+            raise NotUnderstood(f"{instruction.text!r} reads numbers and masks at once")
+        value = words.pop()
+        for word in range(max(1, size // 4)):
+            warp.write(to, value & (1 << 8 * min(size, 4)) - 1, mask, word)
+
+    return step
+
+
+@meaning("STG", "ST", "RED")
+def _store_global(instruction: Instruction) -> Step:
+    where, size = address(instruction.operands[0], True), _size(instruction)
+
+    def step(warp: Warp, mask: int) -> None:
+        _regions(warp, where(warp), mask, size)
+
+    return step
+
+
+@meaning("ATOMG", "ATOM")
+def _atomic(instruction: Instruction) -> Step:
+    """What it finds in memory is 0, so that a block that counts itself is the first."""
+    targets = [place(text) for text in instruction.operands if _is_predicate(text) or _REGISTER.match(text)]
+    to = next(target for target in targets if not target.predicate)
+    return lambda warp, mask: warp.write(to, 0, mask)
+
+
+def _inside(warp: Warp, places: Value, mask: int, size: int, text: str) -> None:
+    if max(active(places, mask)) + size > warp.block.shared_bytes:
+        raise NotUnderstood(f"{text!r} is outside of the {warp.block.shared_bytes} bytes of shared memory")
+
+
+@meaning("LDS")
+def _load_shared(instruction: Instruction) -> Step:
+    to, where, size = place(instruction.operands[0]), address(instruction.operands[1], False), _size(instruction)
+
+    def step(warp: Warp, mask: int) -> None:
+        places, shared = where(warp), warp.block.shared
+        _inside(warp, places, mask, size, instruction.text)
+        for word in range(max(1, size // 4)):
+            read = lambda at: int.from_bytes(shared[at + 4 * word : at + 4 * word + min(size, 4)], "little")  # noqa: B023, E731
+            warp.write(to, lift(read, places), mask, word)
+
+    return step
+
+
+@meaning("STS")
+def _store_shared(instruction: Instruction) -> Step:
+    where, size, text = address(instruction.operands[0], False), _size(instruction), instruction.operands[1]
+    sources = [source(text, offset=word) for word in range(max(1, size // 4))]
+
+    def step(warp: Warp, mask: int) -> None:
+        places, shared = where(warp), warp.block.shared
+        _inside(warp, places, mask, size, instruction.text)
+        count = min(size, 4)
+        for word, read in enumerate(sources):
+            values = lanes_of(read(warp))
+            for lane, at in enumerate(lanes_of(places)):
+                if mask >> lane & 1:
+                    content = values[lane] & (1 << 8 * count) - 1
+                    shared[at + 4 * word : at + 4 * word + count] = content.to_bytes(count, "little")
+
+    return step
+
+
+@meaning("LDSM")
+def _load_matrices(instruction: Instruction) -> Step:
+    to, where = place(instruction.operands[0]), address(instruction.operands[1], False)
+    words = {"4": 4, "2": 2}.get(_modifiers(instruction)[-1], 1)
+
+    def step(warp: Warp, mask: int) -> None:
+        _inside(warp, where(warp), mask, 16, instruction.text)
+        for word in range(words):
+            warp.write(to, DATA, mask, word)
+
+    return step
+
+
+@meaning("LDGSTS")
+def _copy(instruction: Instruction) -> Step:
+    """A copy brings what its source is filled with, whether or not the lane asks for zeros."""
+    to, where, size = (
+        address(instruction.operands[0], False),
+        address(instruction.operands[1], True),
+        _size(instruction),
+    )
+
+    def step(warp: Warp, mask: int) -> None:
+        places, shared = to(warp), warp.block.shared
+        _inside(warp, places, mask, size, instruction.text)
+        for region in _regions(warp, where(warp), mask, size):
+            if region.word != DATA:
+                content = region.word.to_bytes(4, "little") * (size // 4)
+                for at in active(places, mask):
+                    shared[at : at + size] = content
+
+    return step
+
+
+@meaning("LDL", "STL")
+def _own_memory(instruction: Instruction) -> Step:
+    loads, size = instruction.name == "LDL", _size(instruction)
+    register, where = instruction.operands if loads else instruction.operands[::-1]
+    to, at = place(register), address(where, False)
+    words = max(1, size // 4)
+    sources = [] if loads else [source(register, offset=word) for word in range(words)]
+
+    def step(warp: Warp, mask: int) -> None:
+        places = set(active(at(warp), mask))
+        if len(places) != 1:
+            raise NotUnderstood(f"{instruction.text!r} has another address in each lane")
+        start = places.pop()
+        for word in range(words):
+            if loads:
+                warp.write(to, warp.own_memory.get(start + 4 * word, 0), mask, word)
+            else:
+                warp.own_memory[start + 4 * word] = sources[word](warp)
+
+    return step
