@@ -88,9 +88,13 @@ check-ptx: $(ON_HOST)
 	$(HAVE_NVCC)
 	$(PTX) -m ptx
 
-ptx-full: $(ON_HOST)
+ptx-full: $(PTX_RESULTS)/sm_80.log $(PTX_RESULTS)/sm_90.log
+
+$(PTX_RESULTS)/%.log: $(ON_HOST) FORCE
 	$(HAVE_NVCC)
-	$(PTX) -m "ptx or ptx_full" --verbose --no-header >$(PTX_RESULTS)/checks.log || { tail $(PTX_RESULTS)/checks.log; exit 1; }
+	$(PTX) -m "ptx or ptx_full" -k $* --verbose --no-header >$@ || { tail $@; exit 1; }
+
+FORCE:
 
 ptx-mutants: $(ON_HOST)
 	$(HAVE_NVCC)

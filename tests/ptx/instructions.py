@@ -116,6 +116,16 @@ def _arithmetic(kernel: Kernel, of: Instruction) -> Step:
     return elementwise(kernel, of, modifiers(of, name, known)[-1], compute)
 
 
+@instruction("mul.hi")
+def _high(kernel: Kernel, of: Instruction) -> Step:
+    """The upper half of the whole product."""
+    (kind,) = modifiers(of, "mul.hi", "u16 u32 s16 s32")
+    dtype = dtype_of(kind)
+    wide = dtype_of(f"{kind[0]}{2 * int(kind[1:])}")
+    bits = 8 * dtype.itemsize
+    return elementwise(kernel, of, kind, lambda a, b: (a.astype(wide) * b.astype(wide) >> bits).astype(dtype))
+
+
 @instruction("mul.wide", "mad.wide")
 def _wide(kernel: Kernel, of: Instruction) -> Step:
     """The whole product, twice as long as the factors."""

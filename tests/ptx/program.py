@@ -42,11 +42,11 @@ class Program:
     """
 
     def __init__(self, kernel: Kernel) -> None:
-        for instruction in kernel.instructions:
-            if _kind(instruction.opcode) is None:
-                raise UnknownInstruction(f"the instruction {instruction}")
         self.kernel = kernel
         self._operations: list[Operation | None] = [None] * len(kernel.instructions)
+        last_uses = {instruction.opcode: position for position, instruction in enumerate(kernel.instructions)}
+        for position in last_uses.values():
+            self.operation(position)
 
     def operation(self, position: int) -> Operation:
         operation = self._operations[position]
@@ -66,7 +66,8 @@ def _kind(opcode: str) -> Kind | None:
 
 def _operation(kernel: Kernel, of: Instruction) -> Operation:
     kind = _kind(of.opcode)
-    assert kind is not None
+    if kind is None:
+        raise UnknownInstruction(f"the instruction {of}")
     predicate = reader(kernel, of.predicate, "pred") if of.predicate else None
     if kind is Kind.BRANCH:
         return Operation(of, kind, predicate, target=kernel.labels[of.operands[0]])

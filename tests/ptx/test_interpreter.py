@@ -133,14 +133,14 @@ def test_a_warp_meets_again_after_a_branch() -> None:
     assert np.array_equal(results(body), np.where(np.arange(64) == 4, 2, 1))
 
 
-def test_an_instruction_that_is_not_known_is_named() -> None:
-    for body in (
-        "sin.approx.f32 %f1, %f2",
-        "add.sat.s32 %r1, %r2, %r3",
-        "mma.sync.aligned.m8n8k4.row.col.f32 {%f1}, {%f2}",
-    ):
-        with pytest.raises(UnknownInstruction, match=body.split()[0]):
-            results(body)
+@pytest.mark.parametrize(
+    "unknown",
+    ["sin.approx.f32 %f1, %f2", "add.sat.s32 %r1, %r2, %r3", "mma.sync.aligned.m8n8k4.row.col.f32 {%f1}, {%f2}"],
+)
+def test_an_instruction_that_is_not_known_is_named(unknown: str) -> None:
+    """Reached or not."""
+    with pytest.raises(UnknownInstruction, match=unknown.split()[0]):
+        results(f"bra.uni $OVER; {unknown}; $OVER:\n")
 
 
 ARITHMETIC: dict[str, Any] = {
@@ -151,6 +151,8 @@ ARITHMETIC: dict[str, Any] = {
     "shr.u32 %r9, -1, 40": 0,
     "shl.b32 %r9, %r1, 33": 0,
     "mad.lo.s32 %r9, %r1, %r1, -1": np.arange(64) ** 2 - 1,
+    "mul.hi.s32 %r9, %r1, -5": np.where(np.arange(64) > 0, -1, 0),
+    "mul.hi.u32 %r9, -1, -1": -2,
     "mul.wide.s32 %rd6, %r1, -5; shr.s64 %rd6, %rd6, 32; cvt.u32.u64 %r9, %rd6": np.where(np.arange(64) > 0, -1, 0),
     "mov.u16 %rs1, 65535; cvt.s32.s16 %r9, %rs1": -1,
     "setp.ltu.f32 %p2, 0f7FC00000, 0f00000000; selp.b32 %r9, 1, 0, %p2": 1,
