@@ -30,6 +30,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import ear_ops
 from ear_ops.memory import keep_freed_memory
+from ear_ops.recipes.drawing import COLOURS, PAGE_WIDTH, figure
 
 TINY_REPEATS = 60
 TINY = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 12}
@@ -106,21 +107,15 @@ def step_memory(layers: int, pairs: int, length: int) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], length: int, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
-    bars = axes.barh([row["way"] for row in rows], [row["peak_bytes"] / 2**20 for row in rows])
-    for bar, row in zip(bars, rows, strict=True):
-        bar.set_color("tab:orange" if row["way"].startswith("output_attentions") else "tab:blue")
-    axes.bar_label(bars, fmt="%.0f", padding=3)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlabel(f"peak MiB of a BERT-base training step above its state, L = {length}")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with figure(path, PAGE_WIDTH, 2.2) as drawn:
+        axes = drawn.subplots()
+        bars = axes.barh([row["way"] for row in rows], [row["peak_bytes"] / 2**20 for row in rows])
+        for bar, row in zip(bars, rows, strict=True):
+            bar.set_color(COLOURS[1] if row["way"].startswith("output_attentions") else COLOURS[0])
+        axes.bar_label(bars, fmt="%.0f", padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_xlabel(f"peak MiB of a BERT-base training step above its state, L = {length}")
 
 
 def time_report(arguments: argparse.Namespace) -> dict[str, Any]:

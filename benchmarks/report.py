@@ -16,6 +16,8 @@ from pathlib import Path
 
 from presets import PRESETS
 
+from ear_ops.recipes.drawing import COLOURS, MARKERS, PAGE_WIDTH, figure
+
 ORDER = ("fused", "eager", "compile")
 
 
@@ -87,25 +89,26 @@ def memory_lines(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for (dtype, provider), points in against_length(rows).items():
-        lengths, times, memory = zip(*points, strict=True)
-        style = {"label": f"{provider}, {dtype}", "marker": "o", "linestyle": "-" if provider == "fused" else "--"}
-        axes[0].plot(lengths, times, **style)
-        axes[1].plot(lengths, memory, **style)
-    for axis, label in zip(axes, ("forward + backward, ms", "memory beyond inputs and gradients, MiB"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="L", ylabel=label)
-        axis.grid(True, which="both", alpha=0.3)
+    """Draw time and memory against L, a colour for each provider; the dashed lines are the second dtype."""
+    points_of = against_length(rows)
+    dtypes = list(dict.fromkeys(dtype for dtype, _ in points_of))
+    providers = list(dict.fromkeys(provider for _, provider in points_of))
     preset = PRESETS["long-512"]
-    axes[0].set_title(f"qk_attention_mse, {preset.pairs}x{preset.heads}xLx{preset.dim}")
-    axes[1].legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with figure(path, PAGE_WIDTH, 3.2) as drawn:
+        axes = drawn.subplots(1, 2)
+        for (dtype, provider), points in points_of.items():
+            lengths, times, memory = zip(*points, strict=True)
+            number = providers.index(provider)
+            style = {"color": COLOURS[number], "marker": MARKERS[number], "label": f"{provider}, {dtype}"}
+            style["linestyle"] = "--" if dtypes.index(dtype) else "-"
+            axes[0].plot(lengths, times, **style)
+            axes[1].plot(lengths, memory, **style)
+        labels = "forward + backward, ms", "memory beyond inputs and gradients, MiB"
+        for axis, label in zip(axes, labels, strict=True):
+            axis.set(xscale="log", yscale="log", xlabel="L", ylabel=label)
+            axis.grid(True, alpha=0.3)
+        axes[0].set_title(f"qk_attention_mse, {preset.pairs}x{preset.heads}xLx{preset.dim}")
+        axes[1].legend()
 
 
 def main() -> None:
