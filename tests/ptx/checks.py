@@ -115,6 +115,8 @@ def attention_checks(dtype: torch.dtype) -> Iterator[Check]:
     for queries, keys in ((1, 1), (1, 130), (64, 64), (65, 128), (70, 129), (3, 200), (130, 2)):
         core = brain and keys in (1, 128, 129)
         yield Check(f"{queries} queries, {keys} keys", right(qk(queries, keys, 64), dtype), core)
+    for dim in (32, 96, 128):
+        yield Check(f"long rows, dim {dim}", right(qk(20, 140, dim), dtype))
     yield Check("one key", partial(the_gradient_of_a_single_key_is_zero, dtype), single)
     yield Check("short rows, masks", right(masked_case(70, 100, 64), dtype), brain or single)
     yield Check("long rows, masks", right(masked_case(70, 200, 64), dtype), brain or single)
