@@ -65,7 +65,7 @@ def demangled(name: str) -> str:
 
 def source_of(name: str) -> str:
     """The file below ``csrc/cuda`` that instantiates a kernel, from its argument and template arguments."""
-    match = re.search(r"<(?:ear_ops::cuda::)?(\w+), [^<>]*?(\w+)>\(ear_ops::cuda::(\w+)\)", demangled(name))
+    match = re.search(r"<(?:ear_ops::cuda::)?(\w+), (?:\(\w+\))?(\w+)[^<>]*>\(ear_ops::cuda::(\w+)\)", demangled(name))
     if match is None:
         raise CompileError(f"expected a kernel with an element type and a number or bool, got {demangled(name)}")
     element, number, arguments = match.groups()

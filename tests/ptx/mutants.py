@@ -128,8 +128,8 @@ def instruction_mutants() -> Iterator[Mutant]:
         yield mutant(f"mma of {element}: the sum goes astray", "{%0,%1,%2,%3};", "{%1,%0,%2,%3};", start)
     yield mutant("mma of bfloat16 with float16", "f32.bf16.bf16.f32", "f32.f16.f16.f32")
     yield mutant("mma of float16 with bfloat16", "f32.f16.f16.f32", "f32.bf16.bf16.f32")
-    yield mutant("tf32 rounded towards zero", "cvt.rna.tf32", "cvt.rz.tf32")
-    yield mutant("tf32 rounded to even", "cvt.rna.tf32", "cvt.rn.tf32")
+    yield mutant("tf32 rounded towards zero", "cvt.rn.tf32", "cvt.rz.tf32")
+    yield mutant("tf32 rounded away from zero", "cvt.rn.tf32", "cvt.rna.tf32")
     yield mutant("ex2 of -x", '"=f"(y) : "f"(x)', '"=f"(y) : "f"(-x)')
     for element, kind in (("bfloat16", "bf16x2"), ("float16", "f16x2")):
         old, new = '"f"(second), "f"(first)', '"f"(first), "f"(second)'

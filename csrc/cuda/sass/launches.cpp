@@ -79,6 +79,7 @@ T* memory(const char* name, int64_t bytes, const char* content = "data") {
 }  // namespace
 
 int main(int, char** words) {
+  using Kernels = QKKernels<ELEMENT, FEATURES>;
   const bool backward = !std::strcmp(words[1], "backward");
   const std::string kind = words[6];
   QKArgs a{};
@@ -100,9 +101,12 @@ int main(int, char** words) {
   }
   a.row_stats = memory<float>("row_stats", kRowStats * rows * 4);
   if (backward) a.grad_sums = memory<float>("grad_sums", a.pairs * a.heads * 4);
-  if (!backward) a.block_sums = memory<float>("block_sums", a.pairs * a.heads * blocks_of(a.queries) * 4);
+  if (!backward) {
+    const int rows_of_a_block = Kernels::rows_of_a_block(a);
+    const int64_t blocks = (a.queries + rows_of_a_block - 1) / rows_of_a_block;
+    a.block_sums = memory<float>("block_sums", a.pairs * a.heads * blocks * 4);
+  }
   std::printf("{\"launches\": [\n");
-  using Kernels = QKKernels<ELEMENT, FEATURES>;
   const char* error = backward ? Kernels::backward(a, nullptr) : Kernels::forward(a, nullptr);
   std::printf("\n], \"regions\": [\n%s\n]}\n", regions.c_str());
   if (error) std::fprintf(stderr, "%s\n", error);

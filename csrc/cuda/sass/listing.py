@@ -15,7 +15,9 @@ NO_SCOREBOARD = 7
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s+/\* 0x([0-9a-f]{16}) \*/")
 _CONTROL = re.compile(r"\s*/\* 0x([0-9a-f]{16}) \*/")
 _LABEL = re.compile(r"^([.$][\w$.]+):\s*$")
+_REMARK = re.compile(r"\s*\(\*.*?\*\)")  # such as (*"SpillRefill"*)
 _ZEROS = re.compile(r"\s+\.zero\s+(\d+)")
+_BYTES = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+\.byte\s+(.*)")
 _GUARD = re.compile(r"@(!?)(U?P[\dT])\s+")
 
 
@@ -42,6 +44,7 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # index of the instruction
     constant_bytes: int = 0  # of bank 0, which ends with the arguments
+    literals: bytes = b""  # bank 2, where ptxas keeps numbers
     shared_bytes: int = 0  # static
 
 
@@ -52,6 +55,7 @@ def parse(text: str) -> dict[str, Kernel]:
     low = ""
     section = ""
     sizes: Counter[str] = Counter()  # of the sections that hold nothing but zeros
+    data: dict[str, bytes] = {}  # of the other sections
     for line in text.splitlines():
         if line.startswith("//---"):
             kernel = None
@@ -64,7 +68,7 @@ def parse(text: str) -> dict[str, Kernel]:
                 kernel.labels[section] = len(kernel.instructions)
         elif kernel is not None:
             if match := _INSTRUCTION.match(line):
-                low = match[2]
+                low = _REMARK.sub("", match[2])
                 if int(match[1], 16) != INSTRUCTION_BYTES * len(kernel.instructions):
                     raise ValueError(f"the listing of {kernel.name} has a gap before {line.strip()!r}")
             elif low and (match := _CONTROL.match(line)):
@@ -72,7 +76,10 @@ def parse(text: str) -> dict[str, Kernel]:
                 low = ""
         elif match := _ZEROS.match(line):
             sizes[section] += int(match[1])
+        elif match := _BYTES.match(line):
+            data[section] = data.get(section, b"") + bytes(int(byte, 16) for byte in match[1].split(","))
     for name, kernel in kernels.items():
+        kernel.literals = data.get(f".nv.constant2.{name}", b"")
         kernel.constant_bytes = sizes[f".nv.constant0.{name}"]
         kernel.shared_bytes = sizes[f".nv.shared.{name}"]
     return kernels

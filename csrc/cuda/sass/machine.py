@@ -362,9 +362,8 @@ class Block:
         self.warps = [Warp(self, number) for number in range(launch.threads // LANES)]
 
     def constant(self, bank: int, at: int, size: int) -> int:
-        if bank != 0 or at + size > len(self.bank):
-            return 0
-        return int.from_bytes(self.bank[at : at + size], "little")
+        content = {0: self.bank, 2: self.program.kernel.literals}.get(bank, b"")
+        return int.from_bytes(content[at : at + size], "little")  # 0 for a lane that is elsewhere
 
     def region(self, place: int, size: int) -> Region:
         index = bisect_right(self.starts, place) - 1
@@ -561,9 +560,9 @@ def _load_constant(instruction: Instruction) -> Step:
     size = {"U8": 1, "U16": 2, "64": 8, "128": 16}.get(modifiers[-1] if modifiers else "", 4)
 
     def step(warp: Warp, mask: int) -> None:
+        register = base(warp) if base else 0  # before the first word takes its place
         for word in range(max(1, size // 4)):
             offset, count = at + 4 * word, min(size, 4)
-            register = base(warp) if base else 0
             warp.write(to, lift(lambda r: warp.block.constant(bank, r + offset, count), register), mask, word)  # noqa: B023
 
     return step
@@ -1121,6 +1120,9 @@ def _own_memory(instruction: Instruction) -> Step:
             if loads:
                 warp.write(to, warp.own_memory.get(start + 4 * word, 0), mask, word)
             else:
-                warp.own_memory[start + 4 * word] = sources[word](warp)
+                before, now = warp.own_memory.get(start + 4 * word, 0), sources[word](warp)
+                kept = zip(lanes_of(before), lanes_of(now), strict=True)
+                merged = [new if mask >> lane & 1 else old for lane, (old, new) in enumerate(kept)]
+                warp.own_memory[start + 4 * word] = now if mask == FULL else merged
 
     return step
