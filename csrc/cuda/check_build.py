@@ -40,7 +40,7 @@ OTHERS = ("attention_mse.cu", "pooled_distance.cu")
 CORE = ("instances/qk_bfloat16_64.cu", "instances/qk_float_64.cu", *OTHERS)
 ARCHITECTURES = ("80", "90")
 RECORD = HERE / "counts.json"
-SPILLED_AT_MOST = 16  # bytes stored and loaded: two registers, put off once a tile (float32, head dimension 96, sm_80)
+SPILLED_AT_MOST = 40  # bytes stored and loaded: a few registers put off once a tile (float32 backward, sm_90)
 INSTRUCTIONS = {
     "HMMA": r"\bHMMA\.",
     "copies": r"\bLDGSTS\.E\.(BYPASS\.)?(LTC128B\.)?128\b",
@@ -164,8 +164,8 @@ def complaints(row: dict[str, Any]) -> list[str]:
     amiss = []
     if row["spills"] > SPILLED_AT_MOST:
         amiss.append(f"spills {row['spills']} bytes")
-    tensor_cores = re.match(r"(forward_short|forward_long|backward)<", row["kernel"])
-    needed = ("HMMA", "copies", *(("stores",) if row["kernel"].startswith("backward<") else ())) if tensor_cores else ()
+    tensor_cores = re.match(r"(forward_short|forward_long|backward|backward_short)<", row["kernel"])
+    needed = ("HMMA", "copies", *(("stores",) if row["kernel"].startswith("backward") else ())) if tensor_cores else ()
     amiss += [f"holds no {name}" for name in needed if row.get(name) == 0]
     return amiss
 

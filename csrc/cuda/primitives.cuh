@@ -129,7 +129,11 @@ EAR_OPS_DEVICE void multiply_add(float, float (&c)[4], const uint32_t (&a)[4], u
 
 EAR_OPS_DEVICE uint32_t round_to_tf32(float value) {  // as a float's bits
   uint32_t rounded;
+#if __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));  // one instruction there
+#else
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
+#endif
   return rounded;
 }
 EAR_OPS_DEVICE float bits_as_float(uint32_t bits) { return __uint_as_float(bits); }

@@ -9,11 +9,13 @@ namespace ear_ops::cuda {
 // How vectors of kD features lie in shared memory. The padding spreads those that are read together over all banks.
 template <typename T, int kD>
 struct SharedVectors {
-  static constexpr int kPadding = sizeof(T) == 4 ? 32 : 16;
-  static constexpr int kVectorBytes = kD * sizeof(T) + kPadding;
+  static constexpr int kVectorBytes = kD * sizeof(T) + 16;
   static EAR_OPS_CONSTANT int bytes(int vectors) { return vectors * kVectorBytes; }
+  static EAR_OPS_CONSTANT int offset(int vector, int feature) {
+    return vector * kVectorBytes + feature * static_cast<int>(sizeof(T));
+  }
   static EAR_OPS_DEVICE const char* at(const char* base, int vector, int feature) {
-    return base + vector * kVectorBytes + feature * static_cast<int>(sizeof(T));
+    return base + offset(vector, feature);
   }
 };
 
@@ -94,14 +96,17 @@ struct Products<float> {
   static EAR_OPS_DEVICE void add_scores(const char* owned, const char* visited, float (&scores)[kN / 8][4]) {
     using Layout = SharedVectors<float, kD>;
     const int g = thread_index() % kWarp / 4, t = thread_index() % 4;
+    // The lanes of a step read features 0 to 3 and 16 to 19 of 32, which lie in different banks for all vectors.
+    const int of_lane = t / 2 * 16 + t % 2 * 2;
 #pragma unroll 1  // more at a time and the split numbers run out of registers
-    for (int k = 0; k < kD; k += 8) {
-      const Two top = load_shared<Two>(Layout::at(owned, g, k + 2 * t));
-      const Two bottom = load_shared<Two>(Layout::at(owned, g + 8, k + 2 * t));
+    for (int step = 0; step < kD; step += 8) {
+      const int k = step / 32 * 32 + step % 32 / 2 + of_lane;
+      const Two top = load_shared<Two>(Layout::at(owned, g, k));
+      const Two bottom = load_shared<Two>(Layout::at(owned, g + 8, k));
       const Split a[4] = {Split(top.first), Split(bottom.first), Split(top.second), Split(bottom.second)};
 #pragma unroll
       for (int n = 0; n < kN; n += 8) {
-        const Two b = load_shared<Two>(Layout::at(visited, n + g, k + 2 * t));
+        const Two b = load_shared<Two>(Layout::at(visited, n + g, k));
         multiply<kSwapped>(scores[n / 8], a, Split(b.first), Split(b.second));
       }
     }

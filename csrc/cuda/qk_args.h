@@ -19,7 +19,7 @@ struct QKArgs {
   const uint8_t* key_mask;         // [2B, S]; null: all real
   const uint8_t* counted_queries;  // [B, L]; null: all count
   float* row_stats;                // [6, B, H, L]
-  float* block_sums;               // [B, H, blocks of threads over the queries]
+  float* block_sums;               // [B, H, qk_forward_blocks]
   const float* grad_sums;          // [B, H]
   int64_t pairs;
   int heads, key_heads, queries, keys, dim;
@@ -30,6 +30,9 @@ struct QKArgs {
 };
 
 inline int blocks_of(int count) { return (count + kOwned - 1) / kOwned; }  // of threads, that own all of them
+
+// How many blocks of threads share the queries of one head in the forward.
+int64_t qk_forward_blocks(Element element, const QKArgs& args);
 
 // Null, or what went wrong. The forward writes row_stats and block_sums, the backward the gradients that are not null.
 const char* launch_qk_forward(Element element, const QKArgs& args, void* stream);

@@ -49,10 +49,11 @@ std::tuple<Tensor, Tensor> qk_attention_mse(const AttentionProblem& problem) {
   Call call(problem, sizes);
   const auto options = problem.query.options().dtype(at::kFloat);
   const Tensor row_stats = make({kRowStats, sizes.pairs, sizes.heads, sizes.queries}, options);
-  const Tensor block_sums = make({sizes.pairs, sizes.heads, blocks_of(call.args.queries)}, options);
+  const int64_t blocks = qk_forward_blocks(call.element, call.args);
+  const Tensor block_sums = make({sizes.pairs, sizes.heads, blocks}, options);
   call.args.row_stats = floats(row_stats), call.args.block_sums = floats(block_sums);
   launch.check(kOp, launch_qk_forward(call.element, call.args, launch.stream()));
-  return {block_sums.sum(-1), row_stats};
+  return {blocks == 1 ? block_sums.view({sizes.pairs, sizes.heads}) : block_sums.sum(-1), row_stats};
 }
 
 std::vector<Tensor> qk_attention_mse_backward(const Tensor& grad_sums, const AttentionProblem& problem,

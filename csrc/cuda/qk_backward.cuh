@@ -32,15 +32,31 @@ template <typename T>
 EAR_OPS_CONSTANT int gradient_visited(int kD) {
   return sizeof(T) == 2 && kD <= 64 ? kVisited : kVisited / 2;
 }
-template <typename T>
-EAR_OPS_CONSTANT int gradient_blocks(int kD) {
-  return sizeof(T) == 4 && kD <= 64 ? 3 : 1;
+
+// Writes 16 gradients that a warp has put into `scratch` from `to` on: `count` of them exist, `features` of each.
+template <typename T, int kD>
+EAR_OPS_DEVICE void write_stored(const char* scratch, T* to, int count, int dim, int features) {
+  using Layout = SharedVectors<T, kD>;
+  constexpr int kElements = 16 / sizeof(T), kAccesses = kD / kElements;
+  for (int i = thread_index() % kWarp; i < 16 * kAccesses; i += kWarp) {
+    const int row = i / kAccesses, c = i % kAccesses * kElements;
+    if (row >= count || c >= features) continue;
+    const char* from = Layout::at(scratch, row, c);
+    if (dim % kElements == 0) {
+      store_global(reinterpret_cast<SixteenBytes*>(to + static_cast<int64_t>(row) * dim + c),
+                   load_shared<SixteenBytes>(from));
+    } else {
+      for (int e = 0; e < kElements && c + e < features; ++e)
+        store_global(to + static_cast<int64_t>(row) * dim + c + e,
+                     load_shared<T>(from + e * static_cast<int>(sizeof(T))));
+    }
+  }
 }
 
-// Writes a warp's 16 gradients of one view from `to` on, of which `count` exist, `features` of each.
+// Writes a warp's 16 gradients of one view. Those of vectors that are not `real` are zero.
 template <typename T, int kD>
-EAR_OPS_DEVICE void write_gradient(const float (&gradient)[kD / 8][4], float factor, char* scratch, T* to, int count,
-                                   int dim, int features) {
+EAR_OPS_DEVICE void write_gradient(const float (&gradient)[kD / 8][4], float factor, const bool (&real)[2],
+                                   char* scratch, T* to, int count, int dim, int features) {
   using Layout = SharedVectors<T, kD>;
   const int lane = thread_index() % kWarp;
   sync_warp();
@@ -51,29 +67,14 @@ EAR_OPS_DEVICE void write_gradient(const float (&gradient)[kD / 8][4], float fac
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         T rounded;
-        round_to(gradient[n][2 * half + e] * factor, &rounded);
-        store_shared(scratch + (lane / 4 + 8 * half) * Layout::kVectorBytes +
-                         (n * 8 + lane % 4 * 2 + e) * static_cast<int>(sizeof(T)),
-                     rounded);
+        round_to(real[half] ? gradient[n][2 * half + e] * factor : 0.0f, &rounded);
+        store_shared(scratch + Layout::offset(lane / 4 + 8 * half, n * 8 + lane % 4 * 2 + e), rounded);
       }
   sync_warp();
-  constexpr int kElements = 16 / sizeof(T), kAccesses = kD / kElements;
-  for (int i = lane; i < 16 * kAccesses; i += kWarp) {
-    const int own = i / kAccesses, c = i % kAccesses * kElements;
-    if (own >= count || c >= features) continue;
-    const char* from = Layout::at(scratch, own, c);
-    if (dim % kElements == 0) {
-      store_global(reinterpret_cast<SixteenBytes*>(to + static_cast<int64_t>(own) * dim + c),
-                   load_shared<SixteenBytes>(from));
-    } else {
-      for (int e = 0; e < kElements && c + e < features; ++e)
-        store_global(to + static_cast<int64_t>(own) * dim + c + e,
-                     load_shared<T>(from + e * static_cast<int>(sizeof(T))));
-    }
-  }
+  write_stored<T, kD>(scratch, to, count, dim, features);
 }
 
-template <typename T, int kD, Role kOwner>
+template <typename T, int kD, bool kGeneral, Role kOwner>
 EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int block, int own_chunk) {
   constexpr int kN = gradient_visited<T>(kD);
   constexpr bool kQueries = kOwner == Role::kQueries;
@@ -85,8 +86,8 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
 
   float gradient[2][kD / 8][4];
   clear(gradient);
-  bool owned_real[2][2];
-  real_owned(owned, first_owned, owned_real);
+  bool owned_real[2][2] = {};
+  if (!kQueries) real_owned(owned, first_owned, owned_real);
   float row_stats[3][2][2];  // of the owned queries
   if (kQueries) {
 #pragma unroll
@@ -113,12 +114,12 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
 
   const Stages<T, kD, kN, kOwner> stages{owned, first_owned, chunks};
   if (Real<kOwned>(owned, first_owned).any()) {
-    for_tiles(
+    for_tiles<true>(
         stages, Steps<kN, kOwner>(a, pair, first_owned, first_head, end_head, chunks, own_chunk),
         [&](const auto& step, auto& scores, int stage) {
           uint32_t alive = 0;
-          finish_scores<kN, kOwner>(a, pair, step.head, first_owned, step.first_visited, owned_real,
-                                    Real<kN>(step.visited(), step.first_visited), scores, &alive);
+          finish_scores<kN, kOwner, kGeneral>(a, pair, step.head, first_owned, step.first_visited, owned_real,
+                                              Real<kN>(step.visited(), step.first_visited), scores, &alive);
           const float share = load_global(a.grad_sums + pair * a.heads + step.head) / upstream * gradient_range<T>();
 #pragma unroll
           for (int n = 0; n < kN / 8; ++n)
@@ -138,7 +139,8 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
               }
 #pragma unroll
               for (int v = 0; v < 2; ++v)
-                scores[v][n][e] = scores[v][n][e] == -infinity() ? 0.0f : share * (p[v] * ((p[v] - p[1 - v]) - d[v]));
+                scores[v][n][e] =
+                    kGeneral && scores[v][n][e] == -infinity() ? 0.0f : share * (p[v] * ((p[v] - p[1 - v]) - d[v]));
             }
           const auto add = [&](int v) {
             Products<T>::template add_weighted<kD, kN>(
@@ -155,6 +157,7 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
           }
         });
   }
+  real_owned(owned, first_owned, owned_real);
   const int first_of_warp = first_owned + warp_index() * 16, feature = own_chunk * kD;
   const float factor = 2 * a.scale * upstream / gradient_range<T>();
 #pragma unroll
@@ -165,7 +168,8 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
             feature;
     char* scratch =
         stages.owned(0) + v * SharedVectors<T, kD>::bytes(kOwned) + SharedVectors<T, kD>::bytes(16) * warp_index();
-    write_gradient<T, kD>(gradient[v], factor, scratch, to, owned.count() - first_of_warp, a.dim, a.dim - feature);
+    write_gradient<T, kD>(gradient[v], factor, owned_real[v], scratch, to, owned.count() - first_of_warp, a.dim,
+                          a.dim - feature);
   }
 }
 
@@ -173,22 +177,23 @@ EAR_OPS_DEVICE bool wants(const HeadsPointer (&pointers)[2]) { return pointers[0
 
 // The blocks of threads of one key head make its queries' gradients first, then its keys', so that what they read is at
 // hand.
-template <typename T, int kD>
-EAR_OPS_KERNEL(kThreads, (gradient_blocks<T>(kD)))
+template <typename T, int kD, bool kGeneral>
+EAR_OPS_KERNEL(kThreads, 1)
 backward(EAR_OPS_ARGUMENT const QKArgs a) {
   const int chunks = (a.dim + kD - 1) / kD, group = a.heads / a.key_heads;
   const int query_blocks = (a.queries + kOwned - 1) / kOwned, key_blocks = (a.keys + kOwned - 1) / kOwned;
-  const int64_t of_queries = wants(a.query) ? static_cast<int64_t>(group) * query_blocks * chunks : 0;
-  const int64_t per_head = of_queries + (wants(a.key) ? static_cast<int64_t>(key_blocks) * chunks : 0);
-  int64_t index = block_index() % per_head;
-  const int key_head = block_index() / per_head % a.key_heads;
-  const int64_t pair = block_index() / per_head / a.key_heads;
+  const int of_queries = wants(a.query) ? group * query_blocks * chunks : 0;
+  const int per_head = of_queries + (wants(a.key) ? key_blocks * chunks : 0);
+  const int block = static_cast<int>(block_index());
+  int index = block % per_head;
+  const int key_head = block / per_head % a.key_heads;
+  const int64_t pair = block / per_head / a.key_heads;
   if (index < of_queries) {
     const int head = key_head * group + index / chunks / query_blocks;
-    gradient_block<T, kD, Role::kQueries>(a, pair, head, index / chunks % query_blocks, index % chunks);
+    gradient_block<T, kD, kGeneral, Role::kQueries>(a, pair, head, index / chunks % query_blocks, index % chunks);
   } else {
     index -= of_queries;
-    gradient_block<T, kD, Role::kKeys>(a, pair, key_head, index / chunks, index % chunks);
+    gradient_block<T, kD, kGeneral, Role::kKeys>(a, pair, key_head, index / chunks, index % chunks);
   }
 }
 

@@ -7,42 +7,49 @@ namespace ear_ops::cuda {
 
 namespace {
 
-template <typename T, int kD, int... kNarrower>
-const char* run_widest(bool backward, const QKArgs& a, void* stream, int64_t limit) {
+// Calls use(kernels) with the widest of the instances that the device holds.
+template <typename T, int kD, int... kNarrower, typename Use>
+auto with_widest(const QKArgs& a, int64_t limit, const Use& use) {
   using Kernels = QKKernels<T, kD>;
   if constexpr (sizeof...(kNarrower) > 0)
-    if (Kernels::shared_bytes(a) > limit) return run_widest<T, kNarrower...>(backward, a, stream, limit);
-  return backward ? Kernels::backward(a, stream) : Kernels::forward(a, stream);
+    if (Kernels::shared_bytes(a) > limit) return with_widest<T, kNarrower...>(a, limit, use);
+  return use(Kernels{});
 }
 
-template <typename T>
-const char* run_as(bool backward, const QKArgs& a, void* stream) {
+template <typename T, typename Use>
+auto with_kernels_of(const QKArgs& a, const Use& use) {
   const int64_t limit = shared_memory_limit();
-  if (a.dim <= 32) return run_widest<T, 32>(backward, a, stream, limit);
-  if (a.dim <= 64) return run_widest<T, 64, 32>(backward, a, stream, limit);
-  if (a.dim <= 96) return run_widest<T, 96, 64, 32>(backward, a, stream, limit);
-  return run_widest<T, 128, 64, 32>(backward, a, stream, limit);
+  if (a.dim <= 32) return with_widest<T, 32>(a, limit, use);
+  if (a.dim <= 64) return with_widest<T, 64, 32>(a, limit, use);
+  if (a.dim <= 96) return with_widest<T, 96, 64, 32>(a, limit, use);
+  return with_widest<T, 128, 64, 32>(a, limit, use);
 }
 
-const char* run(Element element, bool backward, const QKArgs& a, void* stream) {
+template <typename Use>
+auto with_kernels(Element element, const QKArgs& a, const Use& use) {
   switch (element) {
     case Element::kFloat32:
-      return run_as<float>(backward, a, stream);
+      return with_kernels_of<float>(a, use);
     case Element::kBFloat16:
-      return run_as<bfloat16>(backward, a, stream);
+      return with_kernels_of<bfloat16>(a, use);
     default:
-      return run_as<float16>(backward, a, stream);
+      return with_kernels_of<float16>(a, use);
   }
 }
 
 }  // namespace
 
+int64_t qk_forward_blocks(Element element, const QKArgs& args) {
+  const int rows = with_kernels(element, args, [&](auto kernels) { return kernels.rows_of_a_block(args); });
+  return (args.queries + rows - 1) / rows;
+}
+
 const char* launch_qk_forward(Element element, const QKArgs& args, void* stream) {
-  return run(element, false, args, stream);
+  return with_kernels(element, args, [&](auto kernels) { return kernels.forward(args, stream); });
 }
 
 const char* launch_qk_backward(Element element, const QKArgs& args, void* stream) {
-  return run(element, true, args, stream);
+  return with_kernels(element, args, [&](auto kernels) { return kernels.backward(args, stream); });
 }
 
 }  // namespace ear_ops::cuda

@@ -8,7 +8,8 @@ namespace ear_ops::cuda {
 
 template <typename T, int kD>
 struct QKKernels {
-  static int64_t shared_bytes(const QKArgs& args);  // that the largest kernel asks of a block
+  static int64_t shared_bytes(const QKArgs& args);  // that the kernels for rows of any length ask of a block
+  static int rows_of_a_block(const QKArgs& args);   // queries that a block of the forward owns
   static const char* forward(const QKArgs& args, void* stream);
   static const char* backward(const QKArgs& args, void* stream);
 };

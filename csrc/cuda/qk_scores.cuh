@@ -32,7 +32,13 @@ EAR_OPS_DEVICE float quad_max(float x) {
 
 // What a softmax subtracts. Where there is no score at all it subtracts nothing, so that infinities never meet.
 EAR_OPS_DEVICE float shift_of(float maximum) { return maximum == -infinity() ? 0.0f : maximum; }
-EAR_OPS_DEVICE float exponential(float score, float shift) { return exp2_fast((score - shift) * kLog2E); }
+EAR_OPS_DEVICE float exponential(float score, float shift) { return exp2_fast(score - shift); }
+
+// A score in units of log 2. One that is finite stays finite, such as the smallest float, which masks are made of.
+EAR_OPS_DEVICE float in_log2(float score) {
+  constexpr float kLargest = 2.3e38f;
+  return (fabsf(score) < infinity() ? fminf(fmaxf(score, -kLargest), kLargest) : score) * kLog2E;
+}
 
 // Where the statistics of a query lie in [6, B, H, L]; one statistic follows the other B * H * L floats later.
 EAR_OPS_DEVICE int64_t stats_index(const QKArgs& a, int64_t pair, int head, int query) {
@@ -40,38 +46,77 @@ EAR_OPS_DEVICE int64_t stats_index(const QKArgs& a, int64_t pair, int head, int 
 }
 EAR_OPS_DEVICE int64_t stats_step(const QKArgs& a) { return a.pairs * a.heads * a.queries; }
 
-// Scales scores as they come out of the products and adds the bias; where a query and a key are not compared, the score
-// becomes -infinity. Sets the bit half + 2 view of `alive` where one is left.
+// A tile of scores under a bias, or of which positions forbid a part: every score is asked about.
 template <int kN, Role kOwner>
-EAR_OPS_DEVICE void finish_scores(const QKArgs& a, int64_t pair, int head, int first_owned, int first_visited,
-                                  const bool (&owned_real)[2][2], const Real<kN>& visited_real,
-                                  float (&scores)[2][kN / 8][4], uint32_t* alive) {
+EAR_OPS_DEVICE void finish_each_score(const QKArgs& a, int64_t pair, int head, int first_owned, int first_visited,
+                                      const bool (&owned_real)[2][2], const Real<kN>& visited_real,
+                                      float (&scores)[2][kN / 8][4], uint32_t* alive) {
+  constexpr bool kQueries = kOwner == Role::kQueries;
   const Structure structure(a);
+  const int owned = first_owned + owned_of_lane(0), visited = first_visited + visited_of_lane(0);
+  const int first_query = kQueries ? owned : visited, first_key = kQueries ? visited : owned;
 #pragma unroll
   for (int n = 0; n < kN / 8; ++n)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int half = e / 2, c = visited_of_lane(e);
-      const int owned = first_owned + owned_of_lane(half), visited = first_visited + n * 8 + c;
-      const int query = kOwner == Role::kQueries ? owned : visited, key = kOwner == Role::kQueries ? visited : owned;
-      const bool allowed = structure.allows(query, key);
+      const int half = e / 2, across = n * 8 + e % 2;
+      const int query = first_query + (kQueries ? 8 * half : across), key = first_key + (kQueries ? across : 8 * half);
+      const bool allowed = structure.allows(query, key) && (!kQueries || query < a.queries);
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
         float score = -infinity();
-        if (allowed && owned_real[v][half] && visited_real(v, n, c)) {
-          float bias = 0;
+        if (allowed && (kQueries || owned_real[v][half]) && visited_real(v, n, visited_of_lane(e))) {
+          float added = 0;
+          score = scores[v][n][e] * (a.scale * kLog2E);
           if (a.bias[v].data) {
             const Strides& s = a.bias[v].strides;
-            bias = load_global(a.bias[v].data + pair * s.batch + head * s.head + query * s.row + key * s.column);
+            added = load_global(a.bias[v].data + pair * s.batch + head * s.head + query * s.row + key * s.column);
+            score = added == -infinity() ? added : in_log2(scores[v][n][e] * a.scale + added);
           }
-          if (bias != -infinity()) {
-            score = scores[v][n][e] * a.scale + bias;
-            *alive |= 1u << (half + 2 * v);
-          }
+          if (added != -infinity()) *alive |= 1u << (half + 2 * v);
         }
         scores[v][n][e] = score;
       }
     }
+}
+
+// Turns products of queries and keys into scores, in units of log 2. Where a query and a key are not compared, the
+// score becomes -infinity; rows of queries that do not count keep numbers without a meaning. Sets the bit half + 2 view
+// of `alive` where something is compared. kGeneral: there may be a bias, a window or a causal mask.
+template <int kN, Role kOwner, bool kGeneral>
+EAR_OPS_DEVICE void finish_scores(const QKArgs& a, int64_t pair, int head, int first_owned, int first_visited,
+                                  const bool (&owned_real)[2][2], const Real<kN>& visited_real,
+                                  float (&scores)[2][kN / 8][4], uint32_t* alive) {
+  constexpr bool kQueries = kOwner == Role::kQueries;
+  if constexpr (kGeneral) {
+    if (a.bias[0].data || a.bias[1].data ||
+        !Structure(a).allows_all(kQueries ? first_owned : first_visited, kQueries ? kOwned : kN,
+                                 kQueries ? first_visited : first_owned, kQueries ? kN : kOwned))
+      return finish_each_score<kN, kOwner>(a, pair, head, first_owned, first_visited, owned_real, visited_real, scores,
+                                           alive);
+  }
+  const float factor = a.scale * kLog2E;
+  const bool full = visited_real.full();
+#pragma unroll
+  for (int v = 0; v < 2; ++v) {
+    if (visited_real.any(v)) *alive |= 3u << (2 * v);
+    const float hidden[2] = {owned_real[v][0] ? 0 : -infinity(), owned_real[v][1] ? 0 : -infinity()};
+#pragma unroll
+    for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        scores[v][n][e] *= factor;
+        if (!kQueries) scores[v][n][e] += hidden[e / 2];
+      }
+    if (full) continue;
+#pragma unroll
+    for (int n = 0; n < kN / 8; ++n) {
+      const uint32_t mine = visited_real.words[v][n / 4] >> visited_of_lane(0);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (!(mine >> (n % 4 * 8 + e % 2) & 1)) scores[v][n][e] = -infinity();
+    }
+  }
 }
 
 template <Role kOwner>
@@ -87,24 +132,25 @@ EAR_OPS_CONSTANT int views_bytes() {  // of 64 vectors of both views
   return 2 * SharedVectors<T, kD>::bytes(kOwned);
 }
 
-template <int kN>
-EAR_OPS_DEVICE void clear(float (&scores)[2][kN][4]) {
+template <int kViews, int kN>
+EAR_OPS_DEVICE void clear(float (&scores)[kViews][kN][4]) {
 #pragma unroll
-  for (int v = 0; v < 2; ++v)
+  for (int v = 0; v < kViews; ++v)
 #pragma unroll
     for (int n = 0; n < kN; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) scores[v][n][e] = 0;
 }
 
-template <typename T, int kD, int kN, Role kOwner>
+// Of the warp's 16 owned vectors and kN visited ones. In shared memory lie kOwnedRows and kVisitedRows of a view.
+template <typename T, int kD, int kN, Role kOwner, int kOwnedRows = kOwned, int kVisitedRows = kN>
 EAR_OPS_DEVICE void add_scores(const char* owned, const char* visited, float (&scores)[2][kN / 8][4]) {
   using Layout = SharedVectors<T, kD>;
 #pragma unroll
   for (int v = 0; v < 2; ++v)
     Products<T>::template add_scores<kD, kN, kOwner == Role::kKeys>(
-        owned + v * Layout::bytes(kOwned) + Layout::bytes(16) * warp_index(), visited + v * Layout::bytes(kN),
-        scores[v]);
+        owned + v * Layout::bytes(kOwnedRows) + Layout::bytes(16) * warp_index(),
+        visited + v * Layout::bytes(kVisitedRows), scores[v]);
 }
 
 }  // namespace ear_ops::cuda

@@ -55,8 +55,7 @@ struct Steps {
     if (!Structure(a).allows_any(queries ? first_owned : first_visited, queries ? kOwned : kN,
                                  queries ? first_visited : first_owned, queries ? kN : kOwned))
       return false;
-    const bool masked = kVisitedRole == Role::kKeys ? a.key_mask != nullptr : a.counted_queries != nullptr;
-    return !masked || Real<kN>(visited(), first_visited).any();
+    return !visited().masked() || Real<kN>(visited(), first_visited).any();
   }
   EAR_OPS_DEVICE void find_tile() {
     for (; head < end_head; ++head, first_visited = 0)
@@ -86,8 +85,15 @@ struct Stages {
   }
 
   EAR_OPS_DEVICE void fill_chunk(int stage, const Steps<kN, kOwner>& step, int chunk, bool first) const {
-    copy_vectors<T, kD, kN>(visited(stage), step.visited(), step.first_visited, chunk * kD);
-    if (first || chunks > 1) copy_vectors<T, kD, kOwned>(owned(stage), vectors, first_owned, chunk * kD);
+    copy_vectors<T, kD, kN, kThreads>(visited(stage), step.visited(), step.first_visited, chunk * kD);
+    if (first || chunks > 1) copy_vectors<T, kD, kOwned, kThreads>(owned(stage), vectors, first_owned, chunk * kD);
+  }
+  // Zeros what masks hide.
+  EAR_OPS_DEVICE void clear(int stage, const Steps<kN, kOwner>& step, bool first) const {
+    const bool of_visited = step.visited().masked(), of_owned = (first || chunks > 1) && vectors.masked();
+    if (of_visited) clear_hidden<T, kD, kN, kThreads>(visited(stage), Real<kN>(step.visited(), step.first_visited));
+    if (of_owned) clear_hidden<T, kD, kOwned, kThreads>(owned(stage), Real<kOwned>(vectors, first_owned));
+    if (of_visited || of_owned) sync_block();
   }
   EAR_OPS_DEVICE void fill(int stage, const Steps<kN, kOwner>& step, bool first) const {
     fill_chunk(stage, step, step.chunk, first);
@@ -103,9 +109,10 @@ struct Stages {
   }
 };
 
-// Calls body(step, scores, stage) for every tile, with raw scores. The stage then holds the owned and the visited
-// vectors of the block's own chunk; where another chunk came last, they are loaded once more.
-template <typename T, int kD, int kN, Role kOwner, typename Body>
+// Calls body(step, scores, stage) for every tile, with the bare products of vectors. The stage then holds the owned and
+// the visited vectors of the block's own chunk; where another chunk came last, they are loaded once more. kClears: what
+// masks hide is zero in both.
+template <bool kClears, typename T, int kD, int kN, Role kOwner, typename Body>
 EAR_OPS_DEVICE void for_tiles(const Stages<T, kD, kN, kOwner>& stages, Steps<kN, kOwner> step, const Body& body) {
   if (step.done()) return;
   Steps<kN, kOwner> ahead = step;
@@ -113,6 +120,7 @@ EAR_OPS_DEVICE void for_tiles(const Stages<T, kD, kN, kOwner>& stages, Steps<kN,
   commit_copies();
   ahead.advance();
   float scores[2][kN / 8][4];
+  bool first = true;
   for (int stage = 0; !step.done(); stage ^= 1) {
     if (!ahead.done()) {
       stages.fill(stage ^ 1, ahead, false);
@@ -121,6 +129,8 @@ EAR_OPS_DEVICE void for_tiles(const Stages<T, kD, kN, kOwner>& stages, Steps<kN,
     commit_copies();
     wait_copies<1>();
     sync_block();
+    if (kClears) stages.clear(stage, step, first);
+    first = false;
     if (step.is_first_chunk()) clear(scores);
     add_scores<T, kD, kN, kOwner>(stages.owned(stage), stages.visited(stage), scores);
     if (step.is_last_chunk()) {
@@ -130,6 +140,7 @@ EAR_OPS_DEVICE void for_tiles(const Stages<T, kD, kN, kOwner>& stages, Steps<kN,
         commit_copies();
         wait_copies<0>();
         sync_block();
+        if (kClears) stages.clear(stage, step, false);
       }
       body(step, scores, stage);
     }

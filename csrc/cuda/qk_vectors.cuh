@@ -10,7 +10,7 @@
 
 namespace ear_ops::cuda {
 
-constexpr int kThreads = 128;  // of a block: four warps, that own 16 vectors each
+constexpr int kThreads = 128;  // of a block that owns kOwned vectors: four warps, that own 16 vectors each
 constexpr int kVisited = 64;   // vectors of a tile that a block visits, at most
 
 enum class Role { kQueries, kKeys };
@@ -25,6 +25,9 @@ struct Vectors {
   EAR_OPS_DEVICE int count() const { return kRole == Role::kQueries ? args.queries : args.keys; }
   EAR_OPS_DEVICE const HeadsPointer& pointer(int v) const {
     return kRole == Role::kQueries ? args.query[v] : args.key[v];
+  }
+  EAR_OPS_DEVICE bool masked() const {
+    return (kRole == Role::kQueries ? args.counted_queries : args.key_mask) != nullptr;
   }
   // Whether a vector takes part: a query that counts, a key that is real in this view.
   EAR_OPS_DEVICE bool real(int v, int index) const {
@@ -54,11 +57,29 @@ struct Real {
 #pragma unroll
       for (int w = 0; w < (kN + 31) / 32; ++w) words[v][w] = ballot(vectors.real(v, first + w * 32 + lane));
   }
-  EAR_OPS_DEVICE bool any() const {
+  EAR_OPS_DEVICE Real() {}
+  // Of the vectors [index * kPart, (index + 1) * kPart) among these.
+  template <int kPart>
+  EAR_OPS_DEVICE Real<kPart> tile(int index) const {
+    Real<kPart> part;
+#pragma unroll
+    for (int v = 0; v < 2; ++v)
+#pragma unroll
+      for (int w = 0; w < (kPart + 31) / 32; ++w) part.words[v][w] = words[v][index * (kPart / 32) + w];
+    return part;
+  }
+  EAR_OPS_DEVICE bool any(int v) const {
     uint32_t all = 0;
 #pragma unroll
-    for (int w = 0; w < (kN + 31) / 32; ++w) all |= words[0][w] | words[1][w];
+    for (int w = 0; w < (kN + 31) / 32; ++w) all |= words[v][w];
     return all != 0;
+  }
+  EAR_OPS_DEVICE bool any() const { return any(0) || any(1); }
+  EAR_OPS_DEVICE bool full() const {
+    uint32_t all = ~0u;
+#pragma unroll
+    for (int w = 0; w < (kN + 31) / 32; ++w) all &= words[0][w] & words[1][w];
+    return all == ~0u;
   }
   // Of vector `of_eight` of the n-th eight.
   EAR_OPS_DEVICE bool operator()(int v, int n, int of_eight) const {
@@ -66,34 +87,52 @@ struct Real {
   }
 };
 
-// Copies the features [feature, feature + kD) of kCount vectors of both views into shared memory, where those that do
-// not take part are zero.
-template <typename T, int kD, int kCount, Role kRole>
+// Copies the features [feature, feature + kD) of kCount vectors of both views into shared memory, and zeros for those
+// that do not exist. Masks are not asked, so that no copy waits for one.
+template <typename T, int kD, int kCount, int kThreads, Role kRole>
 EAR_OPS_DEVICE void copy_vectors(char* to, const Vectors<kRole>& vectors, int first, int feature) {
   using Layout = SharedVectors<T, kD>;
   constexpr int kElements = 16 / sizeof(T), kAccesses = kD / kElements, kBytes = sizeof(T);
-  const int dim = vectors.args.dim;
-#pragma unroll
+  constexpr int kPass = kThreads / kAccesses;  // vectors that the block copies at a time
+  const int exist = vectors.count() - first, features = vectors.args.dim - feature;
+#pragma unroll(sizeof(T) == 4 && kCount == kOwned ? 2 : 1)  // what spills the fewest registers
   for (int v = 0; v < 2; ++v, to += Layout::bytes(kCount)) {
     if (vectors.args.vectorized) {
-#pragma unroll 1  // each copy is short and none is waited for: unrolled, their addresses take registers from the scores
-      for (int i = thread_index(); i < kCount * kAccesses; i += kThreads) {
-        const int n = i / kAccesses, c = i % kAccesses * kElements;
-        const bool there = vectors.real(v, first + n) && feature + c < dim;
-        copy_async<16>(to + n * Layout::kVectorBytes + c * kBytes,
-                       there ? vectors.address(v, first + n, feature + c, kBytes) : vectors.pointer(v).data, there);
-      }
+      const int mine = thread_index() / kAccesses, c = thread_index() % kAccesses * kElements;
+      if (kThreads % kAccesses != 0 && mine >= kPass) continue;
+      const int last = c < features ? exist : 0;
+      const char* from = vectors.address(v, first + mine, feature + c, kBytes);
+      const int64_t step = vectors.pointer(v).strides.row * (kPass * kBytes);
+#pragma unroll
+      for (int n = 0; n < kCount; n += kPass, from += step)
+        if (kCount % kPass == 0 || n + mine < kCount)
+          copy_async<16>(to + Layout::offset(n + mine, c), from, n + mine < last);
     } else {
 #pragma unroll 1
       for (int i = thread_index(); i < kCount * kD; i += kThreads) {
         const int n = i / kD, c = i % kD;
         T value{};
-        if (vectors.real(v, first + n) && feature + c < dim)
+        if (n < exist && c < features)
           value = load_global(reinterpret_cast<const T*>(vectors.address(v, first + n, feature + c, kBytes)));
-        store_shared(to + n * Layout::kVectorBytes + c * kBytes, value);
+        store_shared(to + Layout::offset(n, c), value);
       }
     }
   }
+}
+
+// Zeros the vectors that take no part. A mask may hide any number, and even zero times infinity would be NaN.
+template <typename T, int kD, int kCount, int kThreads>
+EAR_OPS_DEVICE void clear_hidden(char* to, const Real<kCount>& real) {
+  using Layout = SharedVectors<T, kD>;
+  constexpr int kElements = 16 / sizeof(T), kAccesses = kD / kElements;
+#pragma unroll
+  for (int v = 0; v < 2; ++v)
+#pragma unroll
+    for (int first = 0; first < kCount; first += 32, to += Layout::bytes(32))
+#pragma unroll 1
+      for (int i = thread_index(); i < 32 * kAccesses; i += kThreads)
+        if (!(real.words[v][first / 32] >> (i / kAccesses) & 1))
+          store_shared(to + i / kAccesses * Layout::kVectorBytes + i % kAccesses * 16, SixteenBytes{});
 }
 
 // The masks that depend on positions alone, aligned to the bottom right.
@@ -106,6 +145,11 @@ struct Structure {
   EAR_OPS_DEVICE bool allows(int query, int key) const {
     const int behind = query + shift - key;
     return !(is_causal && behind < 0) && !(window && (behind >= window || -behind >= window));
+  }
+  // Whether all of the queries [query, query + rows) may attend to all of the keys [key, key + columns).
+  EAR_OPS_DEVICE bool allows_all(int query, int rows, int key, int columns) const {
+    const int most = query + rows - 1 + shift - key, least = query + shift - (key + columns - 1);  // positions behind
+    return !(is_causal && least < 0) && !(window && (most >= window || -least >= window));
   }
   // Whether any of the queries [query, query + rows) may attend to any of the keys [key, key + columns).
   EAR_OPS_DEVICE bool allows_any(int query, int rows, int key, int columns) const {

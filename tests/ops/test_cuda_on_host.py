@@ -93,7 +93,9 @@ def test_head_dimensions_in_chunks_where_shared_memory_is_scarce(
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys"), [(1, 1), (1, 130), (64, 64), (65, 128), (70, 129), (3, 200), (130, 2)], ids=str
+    ("queries", "keys"),
+    [(1, 1), (1, 130), (64, 64), (64, 65), (65, 64), (65, 128), (128, 128), (129, 128), (70, 129), (3, 200), (130, 2)],
+    ids=str,
 )
 def test_lengths(queries: int, keys: int, dtype: torch.dtype) -> None:
     check(qk_case(queries, keys, 16, pairs=1, heads=1, reduction="none"), dtype)
@@ -105,9 +107,37 @@ def test_padding(lengths: tuple[list[int], list[int]], side: str) -> None:
     check(qk_case(150, None, 32, heads=1, lengths=lengths, side=side), torch.bfloat16)
 
 
-@pytest.mark.parametrize("lengths", [([30, 9], [20, 31]), ([0, 3], [0, 31])], ids=str)
-def test_padding_of_short_rows(lengths: tuple[list[int], list[int]], dtype: torch.dtype) -> None:
-    check(qk_case(31, None, 16, lengths=lengths, reduction="padded_mean"), dtype)
+@pytest.mark.parametrize(
+    ("length", "lengths"),
+    [(31, ([30, 9], [20, 31])), (31, ([0, 3], [0, 31])), (100, ([100, 65], [30, 64])), (128, ([3, 97], [128, 0]))],
+    ids=str,
+)
+def test_padding_of_short_rows(length: int, lengths: tuple[list[int], list[int]], dtype: torch.dtype) -> None:
+    check(qk_case(length, None, 16, lengths=lengths, reduction="padded_mean"), dtype)
+
+
+def test_a_negative_or_no_scale(dtype: torch.dtype) -> None:
+    for scale in (-0.3, 0.0):
+        check(qk_case(18, 21, 16, pairs=1, heads=1, options={"scale": scale}, reduction="sum"), dtype)
+
+
+@pytest.mark.parametrize("keys", [100, 140])
+def test_a_bias_of_the_smallest_float_masks(keys: int, dtype: torch.dtype) -> None:
+    """Masks are made of it. A row of nothing else has equal probabilities, as in torch."""
+    bias = torch.zeros(1, 1, 9, keys, dtype=torch.float64)
+    bias[..., 3:] = torch.finfo(torch.float32).min
+    bias[:, :, 4] = torch.finfo(torch.float32).min
+    check(qk_case(9, keys, 16, pairs=1, biases={"attn_bias": bias}, reduction="sum"), dtype)
+
+
+@pytest.mark.parametrize("keys", [5, 100, 140])
+def test_scores_of_any_finite_size(keys: int, dtype: torch.dtype) -> None:
+    case = qk_case(9, keys, 16, pairs=1, reduction="none").to(dtype)
+    huge = replace(case, x=tuple(view * 1e5 if dtype != torch.float16 else view * 1e4 for view in case.x))
+    value, gradients = huge.run("cpu")
+    assert value.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
+    expected, _ = huge.to(torch.float64).run("reference")
+    assert torch.allclose(value.double(), expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("window", [None, 1, 20])
@@ -201,7 +231,7 @@ def test_the_order_in_which_threads_run_changes_no_bit(make, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("keys", [9, 140])
+@pytest.mark.parametrize("keys", [9, 100, 140])
 def test_bad_numbers_show_where_they_are_real_and_only_there(bad: float, keys: int, dtype: torch.dtype) -> None:
     mask = torch.ones(2, keys, dtype=torch.bool)
     mask[1, 4] = mask[0, 5] = False
@@ -220,7 +250,7 @@ def test_bad_numbers_show_where_they_are_real_and_only_there(bad: float, keys: i
             assert not gradients[1][0, :, 5].any()  # of a padded key, which nothing reaches
 
 
-@pytest.mark.parametrize("keys", [1, 9, 140])
+@pytest.mark.parametrize("keys", [1, 9, 100, 140])
 def test_a_row_of_nothing_but_minus_infinity_shows(keys: int, dtype: torch.dtype) -> None:
     case = qk_case(3, keys, 8, pairs=1, reduction="none").to(dtype)
     query, key = torch.ones_like(case.x[0]), case.x[1].clone()
