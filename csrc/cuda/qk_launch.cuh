@@ -12,7 +12,7 @@ inline int chunks_of(const QKArgs& a, int features) { return (a.dim + features -
 // Whether positions or a bias decide which scores are compared, and not masks of queries and keys alone.
 inline bool is_general(const QKArgs& a) { return a.is_causal || a.window || a.bias[0].data || a.bias[1].data; }
 
-// Shared memory of forward_short and backward_short with kRows queries and keys.
+// Shared memory of forward_short with `rows` queries and keys.
 template <typename T, int kD>
 constexpr int64_t short_forward_bytes(int rows) {
   return 4 * SharedVectors<T, kD>::bytes(rows);
