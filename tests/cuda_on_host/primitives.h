@@ -5,8 +5,8 @@
 // block before the next warp starts, in an order that the seed decides. Copies into shared memory arrive as late as
 // they may. Shared memory starts as NaN. Reported as errors: accesses outside of shared memory or of the tensors of a
 // call, accesses that are not aligned, barriers and exchanges that not every thread reaches or that threads meet in
-// different places. The matrix product is summed exactly, and then rounded towards zero. Hardware is a little less exact: it
-// cuts the smaller addends off below the last places of the largest.
+// different places. The matrix product is summed exactly, and then rounded towards zero. Hardware is a little less
+// exact: it cuts the smaller addends off below the last places of the largest.
 #pragma once
 
 #include <cmath>
