@@ -118,9 +118,6 @@ FUNCTIONS: dict[str, Callable[[float], float]] = {
     "RSQ": lambda x: _reciprocal(math.sqrt(x)) if x >= 0 else math.nan,
     "SQRT": lambda x: math.sqrt(x) if x >= 0 else math.nan,
     "LG2": lambda x: math.log2(x) if x > 0 else -math.inf if x == 0 else math.nan,
-    "SIN": math.sin,
-    "COS": math.cos,
-    "TANH": math.tanh,
 }
 
 
