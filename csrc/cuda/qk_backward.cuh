@@ -33,27 +33,8 @@ EAR_OPS_CONSTANT int gradient_visited(int kD) {
   return sizeof(T) == 2 && kD <= 64 ? kVisited : kVisited / 2;
 }
 
-// Writes 16 gradients that a warp has put into `scratch` from `to` on: `count` of them exist, `features` of each.
-template <typename T, int kD>
-EAR_OPS_DEVICE void write_stored(const char* scratch, T* to, int count, int dim, int features) {
-  using Layout = SharedVectors<T, kD>;
-  constexpr int kElements = 16 / sizeof(T), kAccesses = kD / kElements;
-  for (int i = thread_index() % kWarp; i < 16 * kAccesses; i += kWarp) {
-    const int row = i / kAccesses, c = i % kAccesses * kElements;
-    if (row >= count || c >= features) continue;
-    const char* from = Layout::at(scratch, row, c);
-    if (dim % kElements == 0) {
-      store_global(reinterpret_cast<SixteenBytes*>(to + static_cast<int64_t>(row) * dim + c),
-                   load_shared<SixteenBytes>(from));
-    } else {
-      for (int e = 0; e < kElements && c + e < features; ++e)
-        store_global(to + static_cast<int64_t>(row) * dim + c + e,
-                     load_shared<T>(from + e * static_cast<int>(sizeof(T))));
-    }
-  }
-}
-
-// Writes a warp's 16 gradients of one view. Those of vectors that are not `real` are zero.
+// Writes a warp's 16 gradients of one view from `to` on, of which `count` exist, `features` of each. Those of vectors
+// that are not `real` are zero.
 template <typename T, int kD>
 EAR_OPS_DEVICE void write_gradient(const float (&gradient)[kD / 8][4], float factor, const bool (&real)[2],
                                    char* scratch, T* to, int count, int dim, int features) {
@@ -71,7 +52,20 @@ EAR_OPS_DEVICE void write_gradient(const float (&gradient)[kD / 8][4], float fac
         store_shared(scratch + Layout::offset(lane / 4 + 8 * half, n * 8 + lane % 4 * 2 + e), rounded);
       }
   sync_warp();
-  write_stored<T, kD>(scratch, to, count, dim, features);
+  constexpr int kElements = 16 / sizeof(T), kAccesses = kD / kElements;
+  for (int i = lane; i < 16 * kAccesses; i += kWarp) {
+    const int row = i / kAccesses, c = i % kAccesses * kElements;
+    if (row >= count || c >= features) continue;
+    const char* from = Layout::at(scratch, row, c);
+    if (dim % kElements == 0) {
+      store_global(reinterpret_cast<SixteenBytes*>(to + static_cast<int64_t>(row) * dim + c),
+                   load_shared<SixteenBytes>(from));
+    } else {
+      for (int e = 0; e < kElements && c + e < features; ++e)
+        store_global(to + static_cast<int64_t>(row) * dim + c + e,
+                     load_shared<T>(from + e * static_cast<int>(sizeof(T))));
+    }
+  }
 }
 
 template <typename T, int kD, bool kGeneral, Role kOwner>

@@ -114,13 +114,7 @@ backward_short(EAR_OPS_ARGUMENT const QKArgs a) {
   const Vectors<Role::kKeys> keys{a, pair, head};
   copy_vectors<T, kD, kRows, Short::kThreads>(Short::queries(0), queries, 0, 0);
   copy_vectors<T, kD, kRows, Short::kThreads>(Short::keys(0, 0), keys, 0, 0);
-  for (int i = thread_index(); i < kRowStats * kRows; i += Short::kThreads) {
-    const int query = i % kRows;
-    const bool exists = query < a.queries;
-    const float* from = a.row_stats;
-    if (exists) from += i / kRows * stats_step(a) + stats_index(a, pair, head, query);
-    copy_async<4>(Short::stats() + i * 4, from, exists);
-  }
+  copy_stats<kRows, Short::kThreads>(Short::stats(), a, pair, head, 0);
   commit_copies();
   wait_copies<0>();
   sync_block();

@@ -44,9 +44,9 @@ int64_t QKKernels<T, kD>::shared_bytes(const QKArgs& a) {
 
 template <typename T, int kD>
 const char* QKKernels<T, kD>::forward(const QKArgs& a, void* stream) {
-  const int rows = rows_of_a_block(a);
+  const int short_rows = rows_of_short_forward<T, kD>(a), rows = short_rows ? short_rows : kOwned;
   const int64_t blocks = a.pairs * a.heads * ((a.queries + rows - 1) / rows);
-  switch (rows_of_short_forward<T, kD>(a)) {
+  switch (short_rows) {
     case 64:
       return launch(&forward_short<T, kD, 64>, blocks, 128, short_forward_bytes<T, kD>(64), stream, a);
     case 128:

@@ -64,6 +64,19 @@ struct Steps {
   }
 };
 
+// Copies the statistics of the queries [first, first + kCount) into shared memory, as [6, kCount], and zeros for those
+// that do not exist.
+template <int kCount, int kThreads>
+EAR_OPS_DEVICE void copy_stats(char* to, const QKArgs& a, int64_t pair, int head, int first) {
+  for (int i = thread_index(); i < kRowStats * kCount; i += kThreads) {
+    const int query = first + i % kCount;
+    const bool exists = query < a.queries;
+    const float* from = a.row_stats;
+    if (exists) from += i / kCount * stats_step(a) + stats_index(a, pair, head, query);
+    copy_async<4>(to + i * 4, from, exists);
+  }
+}
+
 // Two stages in shared memory: while one is worked on, the next is on its way. What the block owns is loaded once;
 // where the head dimension has several chunks it is loaded with every stage.
 template <typename T, int kD, int kN, Role kOwner>
@@ -98,14 +111,7 @@ struct Stages {
   EAR_OPS_DEVICE void fill(int stage, const Steps<kN, kOwner>& step, bool first) const {
     fill_chunk(stage, step, step.chunk, first);
     if (kOwner == Role::kQueries) return;
-    const QKArgs& a = vectors.args;
-    for (int i = thread_index(); i < kRowStats * kN; i += kThreads) {
-      const int query = step.first_visited + i % kN;
-      const bool there = query < a.queries;
-      const float* from = a.row_stats;
-      if (there) from += i / kN * stats_step(a) + stats_index(a, step.pair, step.head, query);
-      copy_async<4>(stats(stage) + i * 4, from, there);
-    }
+    copy_stats<kN, kThreads>(stats(stage), vectors.args, step.pair, step.head, step.first_visited);
   }
 };
 
