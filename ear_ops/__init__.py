@@ -6,7 +6,18 @@ from ear_ops.attachment import Attachment, attach
 from ear_ops.diagnostics.gradient_ratios import gradient_ratios
 from ear_ops.diagnostics.running_means import RunningMeans
 from ear_ops.errors import BackendUnavailableError, EarOpsError
-from ear_ops.functional import attention_mse, pooled_distance, qk_attention_mse, repeat_labels, robust_cross_entropy
+from ear_ops.functional import (
+    attention_js,
+    attention_kl,
+    attention_mse,
+    pooled_distance,
+    qk_attention_js,
+    qk_attention_kl,
+    qk_attention_mse,
+    qk_scores_mse,
+    repeat_labels,
+    robust_cross_entropy,
+)
 from ear_ops.integrations.transformers import RegularizedTrainerMixin
 from ear_ops.losses import AttentionMSELoss, PooledDistanceLoss, QKAttentionMSELoss
 from ear_ops.regularizers import (
@@ -36,10 +47,15 @@ __all__ = [
     "RunningMeans",
     "SentencePull",
     "attach",
+    "attention_js",
+    "attention_kl",
     "attention_mse",
     "gradient_ratios",
     "pooled_distance",
+    "qk_attention_js",
+    "qk_attention_kl",
     "qk_attention_mse",
+    "qk_scores_mse",
     "repeat_labels",
     "robust_cross_entropy",
 ]
