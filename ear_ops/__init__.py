@@ -19,7 +19,16 @@ from ear_ops.functional import (
     robust_cross_entropy,
 )
 from ear_ops.integrations.transformers import RegularizedTrainerMixin
-from ear_ops.losses import AttentionMSELoss, PooledDistanceLoss, QKAttentionMSELoss
+from ear_ops.losses import (
+    AttentionJSLoss,
+    AttentionKLLoss,
+    AttentionMSELoss,
+    PooledDistanceLoss,
+    QKAttentionJSLoss,
+    QKAttentionKLLoss,
+    QKAttentionMSELoss,
+    QKScoresMSELoss,
+)
 from ear_ops.regularizers import (
     AttentionPull,
     CosineSchedule,
@@ -33,6 +42,8 @@ __version__ = "0.2.0"
 
 __all__ = [
     "Attachment",
+    "AttentionJSLoss",
+    "AttentionKLLoss",
     "AttentionMSELoss",
     "AttentionPull",
     "BackendUnavailableError",
@@ -41,7 +52,10 @@ __all__ = [
     "EmbeddingPush",
     "LinearWarmupSchedule",
     "PooledDistanceLoss",
+    "QKAttentionJSLoss",
+    "QKAttentionKLLoss",
     "QKAttentionMSELoss",
+    "QKScoresMSELoss",
     "RegularizedTrainerMixin",
     "Regularizer",
     "RunningMeans",
