@@ -104,7 +104,7 @@ RAGGED = {"lengths": ([9, 6], [9, 6])}
 
 
 def test_the_published_loss_of_minilm() -> None:
-    """Wang et al. 2020, eq. 4: KL of the teacher's attention and the student's, a mean over heads and positions."""
+    """Wang et al. 2020: KL of the teacher's attention and the student's, a mean over heads and positions."""
     student, student_key, teacher, teacher_key = (t.float() for t in qk_case(9, None, 8, pairs=3).inputs())
     scores, scores_teacher = student @ student_key.mT / 8**0.5, teacher @ teacher_key.mT / 8**0.5
     flat = [scores.flatten(0, 2), scores_teacher.flatten(0, 2)]

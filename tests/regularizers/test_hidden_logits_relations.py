@@ -180,7 +180,7 @@ def test_predictions_of_a_teacher() -> None:
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 2, 1, 1])])
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_predictions_of_two_views(labels: Tensor | None, return_dict: bool) -> None:
-    """Liang et al. 2021, eq. 2: both directions of KL, each with half of the weight."""
+    """Liang et al. 2021: both directions of KL, each with half of the weight."""
     model = bert()
     first, second = model(**BATCH).logits.chunk(2)
     more = {"return_dict": return_dict} | ({} if labels is None else {"labels": labels})
@@ -267,7 +267,7 @@ def relations(states: Tensor, heads: int, mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("of", ["query", "key", "value"])
 def test_relations_of_a_teacher_with_other_heads(of: str) -> None:
-    """Wang et al. 2021, eq. 4 and 5: KL of the teacher's relations and the student's, over relation heads."""
+    """Wang et al. 2021: KL of the teacher's relations and the student's, over relation heads."""
     student, teacher = bert(), bert(layers=4, hidden=48, heads=6, seed=1)
     states = {}
     for name, model, layer in (("student", student, 2), ("teacher", teacher, 3)):
