@@ -179,8 +179,10 @@ def qk_attention_kl(
     other view has adds nothing, nor does a row in which the target has no key.
 
     Args:
-        query, key, query_aug, key_aug, attention_mask, attention_mask_aug, query_mask, query_mask_aug, attn_bias,
-            attn_bias_aug, scale, is_causal, window, softcap, head_weights, backend: as for :func:`qk_attention_mse`.
+        query, key, query_aug, key_aug: as for :func:`qk_attention_mse`.
+        attention_mask, attention_mask_aug, query_mask, query_mask_aug: as for :func:`qk_attention_mse`.
+        attn_bias, attn_bias_aug, scale, is_causal, window, softcap: as for :func:`qk_attention_mse`.
+        head_weights, backend: as for :func:`qk_attention_mse`.
         temperature: divides the final scores of both views, biases included. No factor temperature^2 is applied.
         direction: ``"forward"`` is KL(T || P), ``"reverse"`` is KL(P || T).
         support: ``"all"``, or ``"shared"``: each view attends only to keys that both views have, so that its rows are

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-BLOCK_ENTRIES = 2**22
+BLOCK_ENTRIES = 2**24
 """How many entries ``[B, H, rows, S]`` a block holds at most, unless one query has more."""
 
 

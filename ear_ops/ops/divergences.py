@@ -51,19 +51,22 @@ class Divergence(NamedTuple):
 
 
 _FAR = 1e4  # exp(-1e4) is 0 in every dtype, so a finite x beyond this changes nothing
-_NEAR = 0.1  # below, exp(-x) - 1 + x is a series: the sum of its terms cancels
+_NEAR = 2.0**-5  # below, exp(-x) - 1 + x is a series: the sum of its terms cancels
 
 
 def _relative_entropy(p: Tensor, t: Tensor, x: Tensor) -> Tensor:
     """``T (exp(-x) - 1 + x)``; +inf at a key that only T has, P at a key that only P has."""
     finite = x.clamp(min=-_FAR)
-    terms = 10 if x.dtype == torch.float64 else 6
-    series = torch.full_like(finite, (-1.0) ** terms / math.factorial(terms))
-    for power in range(terms - 1, 1, -1):
-        series = series * finite + (-1.0) ** power / math.factorial(power)
-    factors = torch.where(finite.abs() < _NEAR, series * finite.square(), torch.expm1(-finite) + finite)
-    entries = torch.where(finite < -1.0, p - t + t * finite, t * factors)  # exp(-x) overflows where T underflows
-    return entries.clamp(min=0.0).masked_fill(x == math.inf, math.inf)
+    highest = 8 if x.dtype == torch.float64 else 4  # the power at which the series ends
+    coefficients = [(-1.0) ** power / math.factorial(power) for power in range(highest, 1, -1)]
+    series = (finite * coefficients[0]).add_(coefficients[1])
+    for coefficient in coefficients[2:]:
+        series.mul_(finite).add_(coefficient)
+    series.mul_(finite).mul_(finite)
+    factors = torch.where(finite.abs() < _NEAR, series, finite.neg().expm1_().add_(finite))
+    far = torch.addcmul(p - t, t, finite)  # where T underflows, exp(-x) overflows
+    entries = torch.where(finite < -1.0, far, factors.mul_(t))
+    return entries.clamp_(min=0.0).masked_fill_(x == math.inf, math.inf)
 
 
 def _with_target(p: Tensor, t: Tensor) -> Tensor:
@@ -153,7 +156,7 @@ class _DivergenceOfScores(Function):
         for view, (attn, mask, slopes) in enumerate(views):
             if ctx.needs_input_grad[1 + view]:
                 slope = slopes(p, t, x)
-                gradient = upstream * (slope - attn * slope.sum(-1, keepdim=True))
+                gradient = upstream * torch.addcmul(slope, attn, slope.sum(-1, keepdim=True), value=-1.0)
                 gradients[view] = gradient if mask is None else gradient.masked_fill(~mask, 0.0)
         return None, *gradients, None, None
 
@@ -190,7 +193,7 @@ def _rows_of_scores(
     (p, log_sum), (t, log_sum_aug) = (
         _softmax_and_log_sum(*view) for view in ((scores, allowed), (scores_aug, allowed_aug))
     )
-    x = (scores_aug - scores) - (log_sum_aug - log_sum)
+    x = (scores_aug - scores).sub_(log_sum_aug - log_sum)
     if allowed is not None and allowed_aug is not None:
         x = x.masked_fill(~allowed, math.inf).masked_fill(~allowed_aug, -math.inf)
         x = x.masked_fill(~(allowed | allowed_aug), 0.0)
@@ -199,10 +202,13 @@ def _rows_of_scores(
 
 def _softmax_and_log_sum(scores: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
     """The softmax of the allowed scores, and the logarithm of the sum of their exponentials in each row."""
-    if allowed is None:
-        return torch.softmax(scores, -1), torch.logsumexp(scores, -1, keepdim=True)
-    scores = fill_masked(scores, allowed)
-    return torch.softmax(scores, -1).masked_fill(~allowed, 0.0), torch.logsumexp(scores, -1, keepdim=True)
+    if allowed is not None:
+        scores = fill_masked(scores, allowed)
+    attn = torch.softmax(scores, -1)
+    if not attn.shape[-1]:
+        return attn, attn.sum(-1, keepdim=True)
+    log_sum = scores.amax(-1, keepdim=True) - torch.log(attn.amax(-1, keepdim=True))
+    return attn if allowed is None else attn.masked_fill(~allowed, 0.0), log_sum
 
 
 def _log_ratio(p: Tensor, t: Tensor) -> Tensor:
