@@ -60,7 +60,8 @@ OTHERS = (
     "pooled bfloat16 130 tokens, 100 features",
     "pooled float32 300 tokens, 64 features",
 )
-CHECKS = {"primitives.cuh": (*ATTENTION, *OTHERS), "qk": ATTENTION, "split": ATTENTION, "": OTHERS}  # by how the name of the file begins
+# by how the name of the file begins
+CHECKS = {"primitives.cuh": (*ATTENTION, *OTHERS), "qk": ATTENTION, "split": ATTENTION, "": OTHERS}
 
 
 @dataclass(frozen=True)
