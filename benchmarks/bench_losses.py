@@ -22,7 +22,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from limits import Limits, Work, against_limit, fastest
@@ -77,19 +76,19 @@ class Case:
     dtype: str
     mode: str
 
-    def eager_seconds(self, using: ModuleType) -> float:
+    def eager_seconds(self, limits: Limits) -> float:
         """Return about how long the products of plain PyTorch take, which also computes what masks leave out."""
         preset = replace(PRESETS[self.preset], ragged=False, is_causal=False)
         dtype = DTYPES[self.dtype]
         work = OPERATIONS[self.op].work(preset, dtype.itemsize, self.mode != "forward")
-        return work.flops / using.torch_product_rate(dtype)
+        return work.flops / limits.torch_products[self.dtype]
 
 
 def measure(case: Case, limits: Limits, options: argparse.Namespace) -> list[dict]:
     using = measurer(options.device)
     operation, preset, dtype = OPERATIONS[case.op], PRESETS[case.preset], DTYPES[case.dtype]
     inputs = operation.make(preset, dtype).to(options.device)
-    seconds, held = case.eager_seconds(using), operation.eager_bytes(preset)
+    seconds, held = case.eager_seconds(limits), operation.eager_bytes(preset)
     with_eager = held <= using.eager_bytes() and seconds <= options.longest
     losses = losses_of(operation, options.compile, with_eager)
     whole = with_eager and held <= FLOAT64_BYTES
@@ -137,8 +136,9 @@ def lines(rows: list[dict]) -> str:
         printed.append(
             f"  eager is left out: about {left_out['seconds']:.1f} s a call and {left_out['bytes'] / 2**30:.1f} GiB"
         )
-    if (winner := fastest(rows)) != "fused":
-        printed.append(f"  {winner} wins")
+    winner = fastest(rows)
+    if winner is not first:
+        printed.append(f"  {winner['provider']} wins{'' if winner['correct'] else ', with an error that is too large'}")
     return "\n".join(printed)
 
 

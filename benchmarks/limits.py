@@ -29,13 +29,16 @@ class Limits:
     """The highest rates that a run has measured, a second. Other work on the processor only ever lowers a rate."""
 
     products: dict[str, float] = field(default_factory=dict)  # multiplications and additions, by the name of the dtype
+    torch_products: dict[str, float] = field(default_factory=dict)  # the same of torch's product alone, as eager has it
     exponentials: float = 0.0
     memory: float = 0.0  # bytes that are read or written
 
     def measure(self, using: ModuleType, dtype: torch.dtype) -> None:
         """Measure the rates again with the functions of `measuring` or `measuring_cuda`, and keep the higher ones."""
         name = str(dtype).removeprefix("torch.")
-        self.products[name] = max(self.products.get(name, 0.0), using.product_rate(dtype))
+        rates = using.product_rates(dtype)
+        self.torch_products[name] = max(self.torch_products.get(name, 0.0), rates["torch"])
+        self.products[name] = max(self.products.get(name, 0.0), *rates.values())
         self.exponentials = max(self.exponentials, using.exponential_rate())
         self.memory = max(self.memory, using.copy_rate())
 
@@ -49,7 +52,10 @@ class Limits:
         return {unit: 1e3 * amount / rate for unit, (amount, rate) in shares.items()}
 
     def __str__(self) -> str:
-        products = ", ".join(f"{dtype} {rate / 1e9:.3g} GFLOP/s" for dtype, rate in self.products.items())
+        products = ", ".join(
+            f"{dtype} {rate / 1e9:.3g} GFLOP/s (torch {self.torch_products[dtype] / 1e9:.3g})"
+            for dtype, rate in self.products.items()
+        )
         exponentials = "" if math.isinf(self.exponentials) else f"; exponentials {self.exponentials / 1e9:.3g} G/s"
         return f"products {products}{exponentials}; copy {self.memory / 1e9:.3g} GB/s"
 
@@ -71,6 +77,6 @@ def against_limit(times: Mapping[str, float], measured_ms: float) -> dict[str, f
     }
 
 
-def fastest(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return the provider with the smallest median among the rows of a case."""
-    return min(rows, key=lambda row: row["median_ms"])["provider"]
+def fastest(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return the row with the smallest median among those of a case, even if its error is too large."""
+    return min(rows, key=lambda row: row["median_ms"])

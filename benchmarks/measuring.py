@@ -30,9 +30,8 @@ __all__ = [
     "measurer",
     "peak_memory",
     "processor_kind",
-    "product_rate",
+    "product_rates",
     "summary",
-    "torch_product_rate",
 ]
 
 SHORTEST_SAMPLE = 2e-3  # seconds; a sample repeats shorter calls
@@ -109,8 +108,8 @@ def shortest(call: Callable[[], object], tries: int) -> float:
     return best
 
 
-def torch_product_rate(dtype: torch.dtype) -> float:
-    """Return the multiplications and additions per second of torch's matrix product, which eager losses use."""
+def _torch_product_rate(dtype: torch.dtype) -> float:
+    """Return the multiplications and additions per second of torch's matrix product."""
     rate = 0.0
     for n in (256, 1024):
         left, right = torch.zeros(2, n, n, dtype=dtype)
@@ -120,10 +119,10 @@ def torch_product_rate(dtype: torch.dtype) -> float:
     return rate
 
 
-def product_rate(dtype: torch.dtype) -> float:
-    """Return the multiplications and additions per second of torch's matrix product, or of the kernels' if higher."""
+def product_rates(dtype: torch.dtype) -> dict[str, float]:
+    """Return the multiplications and additions per second of torch's matrix product and of that of the kernels."""
     kernels = [torch.ops.ear_ops.cpu_rates(256, 64, k, dtype)[0] for k in (64, 128)]
-    return max(torch_product_rate(dtype), *kernels)
+    return {"torch": _torch_product_rate(dtype), "kernels": max(kernels)}
 
 
 def exponential_rate() -> float:

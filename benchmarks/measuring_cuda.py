@@ -105,19 +105,19 @@ def copy_rate() -> float:
 
 
 @cache
-def product_rate(dtype: torch.dtype) -> float:
+def product_rates(dtype: torch.dtype) -> dict[str, float]:
     """Return the multiplications and additions per second of torch's matrix product of 8192 x 8192 in this dtype.
 
     For float32, this is the better of two ways: the float32 unit, or three products of the matrix unit, whose sum is
     as exact.
     """
     if dtype != torch.float32:
-        return _product_rate(dtype)
+        return {"torch": _product_rate(dtype)}
     float32_unit = _product_rate(dtype)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        return max(float32_unit, _product_rate(dtype) / 3)
+        return {"torch": max(float32_unit, _product_rate(dtype) / 3)}
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -128,9 +128,6 @@ def _product_rate(dtype: torch.dtype) -> float:
     out = torch.empty_like(left)
     times = interleaved({"product": lambda: torch.mm(left, right, out=out)}, 10)
     return 2.0 * n**3 / (1e-3 * times["product"]["p20_ms"])
-
-
-torch_product_rate = product_rate
 
 
 def exponential_rate() -> float:

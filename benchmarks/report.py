@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from limits import Limits, fastest
@@ -62,7 +63,8 @@ def loss_table(rows: list[dict]) -> str:
         share = f"{fused['fraction_of_limit']:.2f} ({fused['bound_by']})"
         winner = fastest(by.values())
         cells = [op, preset, dtype, mode, *(cell(by.get(name)) for name in ORDER), *ratios, memory, share]
-        cells.append("-" if len(by) == 1 else winner if winner == "fused" else f"**{winner}**")
+        marked = "fused" if winner is fused else f"**{winner['provider']}**{'' if winner['correct'] else ' ✗'}"
+        cells.append(marked if len(by) > 1 else "-")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -99,7 +101,8 @@ def section(kind: str, results: list[dict]) -> str:
     parts.append(f"{', '.join(described)}, torch {values('torch')}, ear_ops {values('ear_ops')}, {values('date')}.")
     if limits := [result["limits"] for result in results if "limits" in result]:
         best = Limits(
-            {dtype: max(m["products"].get(dtype, 0.0) for m in limits) for m in limits for dtype in m["products"]},
+            highest(m["products"] for m in limits),
+            highest(m["torch_products"] for m in limits),
             max(m["exponentials"] for m in limits),
             max(m["memory"] for m in limits),
         )
@@ -110,13 +113,20 @@ def section(kind: str, results: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def highest(rates: Iterable[dict[str, float]]) -> dict[str, float]:
+    merged: dict[str, float] = {}
+    for by_dtype in rates:
+        merged |= {dtype: max(rate, merged.get(dtype, 0.0)) for dtype, rate in by_dtype.items()}
+    return merged
+
+
 def page(root: Path) -> str:
     """Return the page with the tables of all processors, from the folders with their results."""
     parts = [
         "# Tables of the benchmarks",
         "`ear-ops bench report` makes this page from the results that are committed below `benchmarks/results/speed`.\n"
         "[Benchmarks](benchmarks.md) says what the columns mean. A bold name in the last column is a case that the "
-        "fused loss loses.",
+        "fused loss loses, and ✗ behind it means that the error of the faster way is too large.",
     ]
     parts += [section(folder.name, read(folder)) for folder in folders(root)]
     return "\n\n".join(parts) + "\n"

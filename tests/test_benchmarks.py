@@ -86,26 +86,30 @@ def test_the_work_of_distillation_is_that_of_its_layers_without_the_gradients_of
 
 
 def test_the_unit_that_needs_longest_is_the_limit() -> None:
-    rates = limits.Limits({"float32": 4e9, "bfloat16": 8e9}, exponentials=1e9, memory=2e9)
+    rates = limits.Limits({"float32": 4e9, "bfloat16": 8e9}, {"float32": 4e9, "bfloat16": 1e9}, 1e9, 2e9)
     work = limits.Work(flops=8e6, exponentials=1e6, bytes=3e6)
     assert rates.times(work, "float32") == {"products": 2.0, "exponentials": 1.0, "memory": 1.5}
     row = limits.against_limit(rates.times(work, "float32"), 4.0)
     assert (row["limit_ms"], row["bound_by"], row["fraction_of_limit"]) == (2.0, "products", 0.5)
     row = limits.against_limit(rates.times(work, "bfloat16"), 4.0)
     assert (row["limit_ms"], row["bound_by"], row["fraction_of_limit"]) == (1.5, "memory", 0.375)
-    assert str(rates) == "products float32 4 GFLOP/s, bfloat16 8 GFLOP/s; exponentials 1 G/s; copy 2 GB/s"
+    assert str(rates) == (
+        "products float32 4 GFLOP/s (torch 4), bfloat16 8 GFLOP/s (torch 1); exponentials 1 G/s; copy 2 GB/s"
+    )
 
 
 def test_limits_are_the_highest_rates_of_a_run() -> None:
     def measured(products: float, exponentials: float, memory: float) -> SimpleNamespace:
         rates = {"exponential_rate": lambda: exponentials, "copy_rate": lambda: memory}
-        return SimpleNamespace(product_rate=lambda dtype: products, **rates)
+        return SimpleNamespace(product_rates=lambda dtype: {"torch": products, "kernels": products - 1}, **rates)
 
     rates = limits.Limits()
     rates.measure(measured(3.0, 1.0, 5.0), torch.float32)
     rates.measure(measured(2.0, 4.0, 2.0), torch.float32)
-    rates.measure(measured(9.0, 1.0, 1.0), torch.bfloat16)
-    assert rates == limits.Limits({"float32": 3.0, "bfloat16": 9.0}, 4.0, 5.0)
+    bfloat16 = measured(9.0, 1.0, 1.0)
+    bfloat16.product_rates = lambda dtype: {"torch": 1.0, "kernels": 9.0}
+    rates.measure(bfloat16, torch.bfloat16)
+    assert rates == limits.Limits({"float32": 3.0, "bfloat16": 9.0}, {"float32": 3.0, "bfloat16": 1.0}, 4.0, 5.0)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +148,9 @@ def test_losses_and_report(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     assert {"device", "torch", "date", "cpu_isa"} <= set(result["facts"])
     assert result["facts"]["command"].startswith("ear-ops bench losses --presets small --dtypes float32")
-    assert min(result["limits"]["products"]["float32"], *list(result["limits"].values())[1:]) > 0
+    measured = result["limits"]
+    assert measured["products"]["float32"] >= measured["torch_products"]["float32"] > 0
+    assert measured["exponentials"] > 0 and measured["memory"] > 0
     rows = result["rows"]
     assert {(r["op"], r["mode"], r["provider"]) for r in rows} == {
         (op, mode, provider)
@@ -168,11 +174,11 @@ def row_of(provider: str, median: float, **others: object) -> dict:
 def test_a_case_that_eager_wins_is_marked() -> None:
     losing = [row_of("fused", 4.0), row_of("eager", 2.0), row_of("compile", 3.0)]
     assert bench_losses.lines(losing).splitlines()[-1].strip() == "eager wins"
-    assert (
-        report.loss_table(losing)
-        .splitlines()[-1]
-        .endswith("| 0.5x | 0.8x | 1 MiB (eager 1) | 0.25 (memory) | **eager** |")
-    )
+    last_cells = "| 0.5x | 0.8x | 1 MiB (eager 1) | 0.25 (memory) | **eager** |"
+    assert report.loss_table(losing).splitlines()[-1].endswith(last_cells)
+    inexact = [row_of("fused", 4.0), row_of("compile", 3.0, correct=False)]
+    assert bench_losses.lines(inexact).endswith("compile wins, with an error that is too large")
+    assert report.loss_table(inexact).splitlines()[-1].endswith("| **compile** ✗ |")
     winning = [row_of("fused", 1.0), row_of("eager", 2.0)]
     assert "wins" not in bench_losses.lines(winning)
     assert report.loss_table(winning).splitlines()[-1].endswith("| fused |")
@@ -180,8 +186,8 @@ def test_a_case_that_eager_wins_is_marked() -> None:
 
 def test_eager_is_left_out_where_its_products_take_too_long() -> None:
     case = bench_losses.Case("qk_attention_mse", "xnli", "float32", "forward")
-    using = SimpleNamespace(torch_product_rate=lambda dtype: 1e9)
-    assert case.eager_seconds(using) == 2 * 2 * 32 * 12 * 128 * 128 * 64 / 1e9  # padding included
+    rates = limits.Limits({"float32": 9e9}, {"float32": 1e9})
+    assert case.eager_seconds(rates) == 2 * 2 * 32 * 12 * 128 * 128 * 64 / 1e9  # padding included
     row = row_of("fused", 1.0, eager_left_out={"seconds": 5.25, "bytes": 2**30})
     assert "eager is left out: about 5.2 s a call and 1.0 GiB" in bench_losses.lines([row])
 
@@ -225,7 +231,12 @@ def test_plots_and_tables_are_made_of_the_results_of_each_kind(tmp_path: Path) -
     step = {"op": "distillation step", "preset": "distil", "dtype": "float32", "provider": "fused", "median_ms": 9.0}
     step |= {"extra_bytes": 2**20, "this_over_alone": 1.5}
     measured = result_of(*rows, step, command="ear-ops bench losses --presets paper")
-    measured["limits"] = {"products": {"float32": 4e9}, "exponentials": 1e9, "memory": 2e9}
+    measured["limits"] = {
+        "products": {"float32": 4e9},
+        "torch_products": {"float32": 4e9},
+        "exponentials": 1e9,
+        "memory": 2e9,
+    }
     for kind in ("epyc-avx2", "xeon-amx"):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "rows.json").write_text(json.dumps(measured))
@@ -238,12 +249,16 @@ def test_plots_and_tables_are_made_of_the_results_of_each_kind(tmp_path: Path) -
     text = page.read_text()
     assert text.count("\n## ") == 2 and text.count("**eager**") == 2 and text.count("| 1.50x |") == 2
     assert text.count("ear-ops bench losses --presets paper") == 2
-    assert text.count("At best: products float32 4 GFLOP/s; exponentials 1 G/s; copy 2 GB/s.") == 2
+    assert text.count("At best: products float32 4 GFLOP/s (torch 4); exponentials 1 G/s; copy 2 GB/s.") == 2
 
 
 def test_the_committed_page_of_tables_is_made_of_the_committed_results() -> None:
     assert report.TABLES.read_text(encoding="utf-8") == report.page(report.SPEED), "run ear-ops bench report"
     for folder in report.folders(report.SPEED):
+        plot = f"benchmarks/results/speed/{folder.name}/speed.svg"
+        assert (report.ROOT / plot).is_file()
+        for shown in ("README.md", "docs/benchmarks.md"):
+            assert plot in (report.ROOT / shown).read_text(encoding="utf-8"), f"{shown} shows no plot of {folder.name}"
         for fact in (result["facts"] for result in report.read(folder)):
             assert fact.get("kind", folder.name) == folder.name
 
