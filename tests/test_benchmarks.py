@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -231,12 +232,7 @@ def test_plots_and_tables_are_made_of_the_results_of_each_kind(tmp_path: Path) -
     step = {"op": "distillation step", "preset": "distil", "dtype": "float32", "provider": "fused", "median_ms": 9.0}
     step |= {"extra_bytes": 2**20, "this_over_alone": 1.5}
     measured = result_of(*rows, step, command="ear-ops bench losses --presets paper")
-    measured["limits"] = {
-        "products": {"float32": 4e9},
-        "torch_products": {"float32": 4e9},
-        "exponentials": 1e9,
-        "memory": 2e9,
-    }
+    measured["limits"] = asdict(limits.Limits({"float32": 4e9}, {"float32": 4e9}, 1e9, 2e9))
     for kind in ("epyc-avx2", "xeon-amx"):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "rows.json").write_text(json.dumps(measured))
