@@ -121,9 +121,10 @@ def hold_against(limits: Limits, rows: list[dict]) -> None:
 def lines(rows: list[dict]) -> str:
     """Return what is printed of a case: its limits, a line for each way, and the way that wins."""
     first = rows[0]
-    others = ", ".join(f"{unit} {ms:.3g} ms" for unit, ms in first["units_ms"].items() if unit != first["bound_by"])
+    needed = sorted(first["units_ms"].items(), key=lambda unit: -unit[1])
+    units = ", ".join(f"{unit} {ms:.3g} ms" for unit, ms in needed if ms)
     title = f"{first['op']} {first['preset']} {first['dtype']} {first['mode']}"
-    printed = [f"{title}: at least {first['limit_ms']:.3g} ms by {first['bound_by']} ({others})"]
+    printed = [f"{title}, bound by {first['bound_by']}: {units}"]
     for row in rows:
         ratio = f"{row['median_ms'] / first['median_ms']:7.2f}x fused" if row is not first else " " * 14
         printed.append(

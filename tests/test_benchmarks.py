@@ -180,6 +180,9 @@ def test_a_case_that_eager_wins_is_marked() -> None:
     inexact = [row_of("fused", 4.0), row_of("compile", 3.0, correct=False)]
     assert bench_losses.lines(inexact).endswith("compile wins, with an error that is too large")
     assert report.loss_table(inexact).splitlines()[-1].endswith("| **compile** ✗ |")
+    units = {"exponentials": 0.0, "memory": 1.0, "products": 2.5}
+    title = bench_losses.lines([row_of("fused", 4.0, units_ms=units, bound_by="products")]).splitlines()[0]
+    assert title.endswith("forward+backward, bound by products: products 2.5 ms, memory 1 ms")
     winning = [row_of("fused", 1.0), row_of("eager", 2.0)]
     assert "wins" not in bench_losses.lines(winning)
     assert report.loss_table(winning).splitlines()[-1].endswith("| fused |")
