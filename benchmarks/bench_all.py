@@ -26,7 +26,7 @@ RUNS = {  # the name of a file of results, and what measures it
     "given": "losses --ops attention_mse,pooled_distance --presets paper,xnli,small --modes forward+backward --compile "
     "--repeats 9",
     "long": "losses --ops qk_attention_mse --presets long-512,long-1024,long-2048 --modes forward+backward --compile "
-    "--repeats 5",
+    "--repeats 5 --longest 2",
     "longest": "losses --ops qk_attention_mse --presets gqa,long-4096 --dtypes bfloat16 --modes forward+backward "
     "--repeats 3",
     "distillation": "losses --ops distillation --presets distil --modes forward+backward --compile --repeats 5",
