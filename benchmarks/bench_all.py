@@ -28,7 +28,7 @@ RUNS = {  # the name of a file of results, and what measures it
     "long": "losses --ops qk_attention_mse --presets long-512,long-1024,long-2048 --modes forward+backward --compile "
     "--repeats 5 --longest 2",
     "longest": "losses --ops qk_attention_mse --presets gqa,long-4096 --dtypes bfloat16 --modes forward+backward "
-    "--repeats 3",
+    "--repeats 2",
     "distillation": "losses --ops distillation --presets distil --modes forward+backward --compile --repeats 5",
     "distil": "distil --repeats 5",
     "step": "step --dtypes float32 --repeats 3",
