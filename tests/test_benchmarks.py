@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_all
 import bench_distil
 import bench_losses
 import bench_step
@@ -25,7 +26,7 @@ import pytest
 import report
 import torch
 from operations import OPERATIONS
-from presets import Preset
+from presets import PRESETS, Preset
 from support.memory import peak_memory
 
 from ear_ops.ops import extension
@@ -199,6 +200,21 @@ def test_eager_is_left_out_where_its_products_take_too_long() -> None:
 def result_of(*rows: dict, **facts: object) -> dict:
     known = {"device": "AMD EPYC", "kind": "epyc-avx2", "cpu_isa": "avx2", "threads": 2, "torch": "2.13.0"}
     return {"facts": {**known, "ear_ops": "0.2.0", "date": "2026-11-28", **facts}, "rows": list(rows)}
+
+
+def test_all_runs_known_scripts_with_known_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(bench_all.subprocess, "run", lambda command, **options: started.append(command[1:]))
+    monkeypatch.setattr(bench_all, "SPEED", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench_all.py"])
+    bench_all.main()
+    outputs = [Path(command[command.index("--out") + 1]) for command in started]
+    assert outputs == [tmp_path / str(measuring.facts()["kind"]) / f"{name}.json" for name in bench_all.RUNS]
+    for script, *arguments in started:
+        assert Path(script).is_file()
+        for option, known in {"--ops": OPERATIONS, "--presets": PRESETS}.items():
+            if option in arguments:
+                assert set(arguments[arguments.index(option) + 1].split(",")) <= known.keys()
 
 
 def test_compare_says_what_changed(tmp_path: Path) -> None:
