@@ -41,6 +41,9 @@ EAR_OPS_DEVICE uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// A number that is the same in all lanes of a warp. The compiler learns that it is, and keeps it in a uniform register.
+EAR_OPS_DEVICE int uniform(int number) { return __shfl_sync(0xffffffffu, number, 0); }
+
 // The first multiple of 1024 bytes at or after a place in shared memory.
 EAR_OPS_DEVICE char* align_tiles(char* shared) { return shared + (-shared_address(shared) & 1023u); }
 

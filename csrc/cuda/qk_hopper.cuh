@@ -118,7 +118,7 @@ EAR_OPS_DEVICE void add_tiles(const Vectors<Role::kQueries>& queries, const Vect
                               RunningRows* rows) {
   using R = Ring<kD>;
   const QKArgs& a = queries.args;
-  const Matrix owned = matrix_at(R::queries() + warp_index() / 4 * R::kGroupBytes);
+  const Matrix owned = matrix_at(R::queries() + uniform(warp_index() / 4) * R::kGroupBytes);
   typename R::Turn turn;
   wait_phase(R::queries_full(), 0);
   for (KeyTiles tile(keys); !tile.done(); tile.advance(), turn.advance()) {
