@@ -103,9 +103,9 @@ struct RunningRows {
   }
 };
 
-// Writes what the forward gives: statistics of the rows, and the sum of squares over all rows of the block.
+// Writes the statistics of the rows and returns this thread's part of the sum of squares over all rows of the block.
 template <int kRows>
-EAR_OPS_DEVICE void write_forward(const Vectors<Role::kQueries>& queries, int block, const RunningRows& rows) {
+EAR_OPS_DEVICE float write_rows(const Vectors<Role::kQueries>& queries, int block, const RunningRows& rows) {
   const QKArgs& a = queries.args;
   float total = 0, loss[2], stats[2][kRowStats];
 #pragma unroll
@@ -120,6 +120,14 @@ EAR_OPS_DEVICE void write_forward(const Vectors<Role::kQueries>& queries, int bl
     for (int k = 0; k < kRowStats; ++k, to += stats_step(a)) store_global(to, real ? stats[half][k] : 0.0f);
     if (real) total += loss[half];
   }
+  return total;
+}
+
+// Writes what the forward gives: statistics of the rows, and the sum of squares over all rows of the block.
+template <int kRows>
+EAR_OPS_DEVICE void write_forward(const Vectors<Role::kQueries>& queries, int block, const RunningRows& rows) {
+  const QKArgs& a = queries.args;
+  float total = write_rows<kRows>(queries, block, rows);
 #pragma unroll
   for (int lanes = 1; lanes < kWarp; lanes *= 2) total += shuffle_xor(total, lanes);
   char* sums = shared_memory();

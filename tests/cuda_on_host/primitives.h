@@ -26,7 +26,7 @@ namespace ear_ops::cuda {
 namespace host {
 
 // What the threads of a warp, or of a block, give each other at one point of the program.
-enum class Meeting { kBlock, kWarp, kShuffle, kBallot, kLoadMatrices, kLoadMatricesTransposed, kMultiplyAdd };
+enum class Meeting { kBlock, kWarp, kShuffle, kBallot, kLoadMatrices, kLoadMatricesTransposed, kMultiplyAdd, kPhase };
 
 struct Exchange {  // of one lane
   const void* address = nullptr;

@@ -116,6 +116,31 @@ def test_padding_of_short_rows(length: int, lengths: tuple[list[int], list[int]]
     check(qk_case(length, None, 16, lengths=lengths, reduction="padded_mean"), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys", "dim", "lengths"),
+    [(70, 129, 64, None), (200, 450, 40, None), (140, 130, 128, None), (150, 150, 64, ([150, 9], [70, 131]))],
+    ids=str,
+)
+def test_long_rows_on_hopper(
+    queries: int,
+    keys: int,
+    dim: int,
+    lengths: tuple[list[int], list[int]] | None,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("EAR_OPS_CUDA_HOPPER", "1")
+    case = qk_case(queries, keys, dim, heads=2, key_heads=1, lengths=lengths, reduction="none")
+    check(case, dtype)
+    rounded, sizes = case.to(dtype), []
+    for asked in ("1", "0"):
+        monkeypatch.setenv("EAR_OPS_CUDA_HOPPER", asked)
+        ear_ops.qk_attention_mse(*rounded.x, *rounded.x_aug, backend="cpu")
+        sizes.append(torch.ops.ear_ops_cuda_on_host.memory()[1::3])  # a sum for each block
+    assert sizes[0] != sizes[1], "the same kernel ran"
+
+
 def test_a_negative_or_no_scale(dtype: torch.dtype) -> None:
     for scale in (-0.3, 0.0):
         check(qk_case(18, 21, 16, pairs=1, heads=1, options={"scale": scale}, reduction="sum"), dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from ptx.machine import run
 from ptx.memory import GlobalMemory, extent_of
 from ptx.program import Program
 from support.cases import Case, attention_case, lengths_mask, pooled_case, qk_case
-from support.rules import check_case, check_pairs_without_upstream, check_strides_and_forms
+from support.rules import check_case, check_pairs_without_upstream, check_strides_and_forms, peak_error
 
 HERE = Path(__file__).parent
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -31,6 +32,7 @@ class Check:
     name: str
     run: Callable[[], None]
     core: bool = False  # runs with every change, for one architecture
+    architectures: tuple[str, ...] = ARCHITECTURES
 
 
 def qk(queries: int, keys: int, dim: int, **options: object) -> Case:
@@ -145,6 +147,54 @@ def attention_checks(dtype: torch.dtype) -> Iterator[Check]:
     yield Check("a pair without upstream", unused)
 
 
+def hopper_checks(dtype: torch.dtype) -> Iterator[Check]:
+    """Of the kernels that EAR_OPS_CUDA_HOPPER=1 asks for. None takes float32."""
+    brain = dtype is BF16
+    masked = masked_case(200, 330, 64)
+    cases = {
+        "long rows": (qk(70, 129, 64), True),
+        "more tiles than stages": (qk(20, 450, 64), False),
+        "several blocks": (qk(200, 140, 64), False),
+        "masks": (masked, brain),
+        "grouped queries": (masked_case(30, 140, 64, heads=4, key_heads=2, reduction="none"), False),
+        "dim 40": (qk(20, 140, 40), False),
+        "dim 128, masks": (masked_case(140, 330, 128), False),
+        "dim 104": (qk(20, 140, 104), False),
+        "a negative scale": (qk(20, 140, 64, options={"scale": -0.3}), False),
+    }
+    forwards = {"forward": qk(200, 450, 64), "forward, masks": masked, "forward, dim 128": qk(140, 330, 128)}
+    for name, (case, core) in cases.items() if dtype is not F32 else ():
+        yield Check(name, on_hopper(right(case, dtype)), core)
+    for name, case in forwards.items() if dtype is not F32 else ():
+        yield Check(name, on_hopper(right_value(case, dtype)), not brain)
+    if dtype is not F32:
+        yield Check("strides", on_hopper(strides(masked_case(20, 133, 64, heads=2), "length_first", dtype)), False)
+        yield Check("NaN in 140 keys padded left", on_hopper(padding_is_never_touched(140, dtype, "left")), brain)
+
+
+def right_value(case: Case, dtype: torch.dtype) -> Callable[[], None]:
+    """The value alone, so that no kernel of a backward has to be compiled."""
+
+    def check() -> None:
+        rounded = case.to(dtype)
+        exact = rounded.to(torch.float64)
+        error = peak_error(rounded.call(rounded.inputs(), "cpu"), exact.call(exact.inputs(), "reference"))
+        assert error <= VALUE_BOUND, f"value: error {error:.2e}, allowed {VALUE_BOUND:.2e}"
+
+    return check
+
+
+def on_hopper(check: Callable[[], None]) -> Callable[[], None]:
+    def asked() -> None:
+        os.environ["EAR_OPS_CUDA_HOPPER"] = "1"
+        try:
+            check()
+        finally:
+            del os.environ["EAR_OPS_CUDA_HOPPER"]
+
+    return asked
+
+
 def maps_checks(dtype: torch.dtype) -> Iterator[Check]:
     """Of attention_mse."""
     counted = lengths_mask([90, 80], 90)
@@ -171,9 +221,14 @@ def pooled_checks(dtype: torch.dtype) -> Iterator[Check]:
 
 def checks() -> list[Check]:
     """All of them, named ``operator dtype what``."""
-    families = {"qk": attention_checks, "maps": maps_checks, "pooled": pooled_checks}
+    families = {"qk": attention_checks, "hopper": hopper_checks, "maps": maps_checks, "pooled": pooled_checks}
+    only = {"hopper": ("sm_90",)}
     return [
-        replace(check, name=f"{family} {str(dtype).removeprefix('torch.')} {check.name}")
+        replace(
+            check,
+            name=f"{family} {str(dtype).removeprefix('torch.')} {check.name}",
+            architectures=only.get(family, ARCHITECTURES),
+        )
         for family, family_checks in families.items()
         for dtype in DTYPES
         for check in family_checks(dtype)
