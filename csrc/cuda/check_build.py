@@ -172,7 +172,7 @@ def complaints(row: dict[str, Any]) -> list[str]:
     if row["spills"] > SPILLED_AT_MOST:
         amiss.append(f"spills {row['spills']} bytes")
     tensor_cores = re.match(r"(forward_short|forward_long|backward|backward_short)<", row["kernel"])
-    if row["kernel"].startswith("forward_hopper<"):
+    if re.match(r"(forward|gradient)_hopper<", row["kernel"]):
         return amiss + [f"holds no {name}" for name in ("HGMMA", "tiles") if row.get(name) == 0]
     needed = ("HMMA", "copies", *(("stores",) if row["kernel"].startswith("backward") else ())) if tensor_cores else ()
     amiss += [f"holds no {name}" for name in needed if row.get(name) == 0]

@@ -208,7 +208,7 @@ HOPPER_CHANGES: dict[str, dict[str, tuple[str, str]]] = {
         "a stage is given back by nobody": ("if (thread_index() % kWarp == 0) arrive(R::empty(turn.stage));", ""),
         "a stage is given back by every lane": ("if (thread_index() % kWarp == 0) arrive(R::empty", "arrive(R::empty"),
         "products do not wait for a stage": ("wait_phase(R::full(turn.stage), turn.parity);", ""),
-        "products do not wait for the queries": ("wait_phase(R::queries_full(), 0);", ""),
+        "products do not wait for the queries": ("wait_phase(R::owned_full(), 0);", ""),
         "copies do not wait for a stage": ("wait_phase(R::empty(turn.stage), turn.parity ^ 1);", ""),
     },
 }

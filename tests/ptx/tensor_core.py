@@ -74,6 +74,14 @@ def numbers_of(kind: str, rows: Array) -> Array:
     return _numbers(kind, np.ascontiguousarray(rows).view(np.uint32))
 
 
+def left_factor(kind: str, registers: Array) -> Array:
+    """The numbers ``[warps, 16, 16]`` of a left factor that lanes hold in registers, uint32 ``[warps, 32, 4]``."""
+    numbers = np.zeros((len(registers), 16, 16), np.float32)
+    rows, columns = _A16
+    numbers[:, rows, columns] = _numbers(kind, registers)
+    return numbers
+
+
 def multiply_add_rows(a: Array, b: Array, c: Array) -> Array:
     """``d = a b^T + c`` for the 16 rows that a warp holds of a product of four warps, as its registers.
 

@@ -45,7 +45,7 @@ def nothing(warp: Warp, mask: int) -> None:
 # Instructions that change nothing that is kept here.
 SILENT = ("NOP", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "ENDCOLLECTIVE", "MEMBAR", "ERRBAR", "CCTL", "YIELD", "NANOSLEEP")
 # Copies of tiles bring nothing, and barriers in shared memory never make a warp wait.
-SILENT += ("FENCE", "UTMALDG", "WARPGROUP")
+SILENT += ("FENCE", "UTMALDG", "WARPGROUP", "USETMAXREG")
 
 
 def step_of(instruction: Instruction) -> Step:
