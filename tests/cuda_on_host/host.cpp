@@ -125,30 +125,24 @@ float element(int type, uint32_t word, int half) {
   return type == 0 ? to_float(bfloat16{bits}) : to_float(float16{bits});
 }
 
-// d = a b + c as lanes hold it (PTX: mma.m16n8k16 of 16-bit elements, mma.m16n8k8 of tf32).
+// d = a b + c as lanes hold it (PTX: mma.m16n8k16).
 void multiply_add_of(Exchange* lanes[kWarp]) {
-  const int type = lanes[0]->type, depth = type == 2 ? 8 : 16;
+  const int type = lanes[0]->type;
   float a[16][16], b[16][8];
   for (int lane = 0; lane < kWarp; ++lane) {
     const int g = lane / 4, t = lane % 4;
     const Exchange& of = *lanes[lane];
-    for (int i = 0; i < 4; ++i) {
-      if (type == 2) {
-        a[g + 8 * (i % 2)][t + 4 * (i / 2)] = bits_as_float(of.in[i] & 0xffffe000u);
-        if (i < 2) b[t + 4 * i][g] = bits_as_float(of.in[4 + i] & 0xffffe000u);
-        continue;
-      }
+    for (int i = 0; i < 4; ++i)
       for (int half = 0; half < 2; ++half) {
         a[g + 8 * (i % 2)][2 * t + half + 8 * (i / 2)] = element(type, of.in[i], half);
         if (i < 2) b[2 * t + half + 8 * i][g] = element(type, of.in[4 + i], half);
       }
-    }
   }
   for (int lane = 0; lane < kWarp; ++lane)
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
       double sum = bits_as_float(lanes[lane]->out[i]);
-      for (int k = 0; k < depth; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
+      for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
       lanes[lane]->out[i] = float_as_bits(round_to_zero(sum));
     }
 }

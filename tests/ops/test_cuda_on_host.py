@@ -155,6 +155,28 @@ def test_a_bias_of_the_smallest_float_masks(keys: int, dtype: torch.dtype) -> No
     check(qk_case(9, keys, 16, pairs=1, biases={"attn_bias": bias}, reduction="sum"), dtype)
 
 
+@pytest.mark.parametrize("exponent", [-80, -30, 20, 80])
+@pytest.mark.parametrize("keys", [30, 150])
+def test_powers_of_two_in_floats_change_no_digit(keys: int, exponent: int) -> None:
+    """Floats are multiplied as pairs of float16, which have few exponents: each vector is brought into their range."""
+    case = qk_case(20, keys, 48, reduction="sum").to(torch.float32)
+    powers = 2.0**exponent, 2.0**-exponent
+    scaled = replace(case, **{side: tuple(map(torch.mul, getattr(case, side), powers)) for side in ("x", "x_aug")})
+    value, gradients = case.run("cpu")
+    value_of_scaled, gradients_of_scaled = scaled.run("cpu")
+    assert value == value_of_scaled
+    for power, gradient, of_scaled in zip(powers * 2, gradients, gradients_of_scaled, strict=True):
+        assert torch.equal(gradient / power, of_scaled)
+
+
+@pytest.mark.parametrize("keys", [30, 150])
+def test_floats_whose_features_differ_in_size(keys: int) -> None:
+    case = qk_case(20, keys, 48, reduction="sum")
+    powers = torch.exp2(torch.arange(48) % 13 - 6.0).double()  # sizes from 1 to 4096
+    spread = {side: (getattr(case, side)[0] * powers, getattr(case, side)[1] / powers) for side in ("x", "x_aug")}
+    check(replace(case, **spread), torch.float32)
+
+
 @pytest.mark.parametrize("keys", [5, 100, 140])
 def test_scores_of_any_finite_size(keys: int, dtype: torch.dtype) -> None:
     case = qk_case(9, keys, 16, pairs=1, reduction="none").to(dtype)
