@@ -67,7 +67,8 @@ def ptxas_version() -> str:
 def demangled(name: str) -> str:
     """``forward_short<bfloat16, 64>`` out of a mangled name."""
     plain = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
-    plain = re.sub(r"\(.*\)$", "", plain.replace("ear_ops::cuda::", "").replace("(int)", ""))
+    plain = plain.replace("ear_ops::cuda::", "").replace("(int)", "")
+    plain = re.sub(r"\(.*\)$", "", plain.replace("(Role)0", "queries").replace("(Role)1", "keys"))
     return plain.removeprefix("void ").replace("(bool)1", "vectorized").replace("(bool)0", "elements")
 
 

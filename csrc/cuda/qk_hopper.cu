@@ -58,7 +58,7 @@ template <typename T, int kD, Role kOwner>
 const char* launch_gradient(const QKArgs& a, void* stream) {
   using R = GradientRing<kD>;
   constexpr bool kQueries = kOwner == Role::kQueries;
-  if (!wants(kQueries ? a.query : a.key)) return nullptr;
+  if (!(kQueries ? a.query : a.key)[0].gradient) return nullptr;  // both views or none
   HopperArgs h;
   if (const char* error = make_args(a, kQueries ? R::kRows : kVisited, kQueries ? kVisited : R::kRows, &h))
     return error;
