@@ -66,7 +66,8 @@ def ptxas_version() -> str:
 def demangled(name: str) -> str:
     """``forward_short<bfloat16, 64>`` out of a mangled name."""
     plain = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
-    plain = re.sub(r"\(.*\)$", "", plain.replace("ear_ops::cuda::", "").replace("(int)", ""))
+    plain = plain.replace("ear_ops::cuda::", "").replace("(int)", "")
+    plain = re.sub(r"\(.*\)$", "", plain.replace("(Role)0", "queries").replace("(Role)1", "keys"))
     return plain.removeprefix("void ").replace("(bool)1", "vectorized").replace("(bool)0", "elements")
 
 
@@ -171,7 +172,7 @@ def complaints(row: dict[str, Any]) -> list[str]:
     if row["spills"] > 0:
         amiss.append(f"spills {row['spills']} bytes")
     tensor_cores = re.match(r"(forward_short|forward_long|backward|backward_short)<", row["kernel"])
-    if row["kernel"].startswith("forward_hopper<"):
+    if re.match(r"(forward|gradient)_hopper<", row["kernel"]):
         return amiss + [f"holds no {name}" for name in ("HGMMA", "tiles") if row.get(name) == 0]
     needed = ("HMMA", "copies", *(("stores",) if row["kernel"].startswith("backward") else ())) if tensor_cores else ()
     amiss += [f"holds no {name}" for name in needed if row.get(name) == 0]

@@ -106,17 +106,22 @@ EAR_OPS_DEVICE void wait_products(float (&sums)[kViews][kN][4]) {
       for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(sums[v][n][e])::"memory");  // not read any earlier
 }
 
-#define EAR_OPS_PRODUCT(type)                                                                                       \
-  asm volatile(                                                                                                     \
-      "{.reg .pred adds; setp.ne.b32 adds, %34, 0;\n"                                                               \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                   \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
-      "%23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, adds, 1, 1, 0, 0;}"                                  \
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]),    \
-        "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]),    \
-        "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]),    \
-        "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),    \
-        "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])                                                  \
+#define EAR_OPS_SUMS(c)                                                                                        \
+  "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]),     \
+      "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), \
+      "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), \
+      "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), \
+      "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
+#define EAR_OPS_SUM_NAMES                                                                                           \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31}"
+
+#define EAR_OPS_PRODUCT(type)                                                           \
+  asm volatile(                                                                         \
+      "{.reg .pred adds; setp.ne.b32 adds, %34, 0;\n"                                   \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " EAR_OPS_SUM_NAMES \
+      ", %32, %33, adds, 1, 1, 0, 0;}"                                                  \
+      : EAR_OPS_SUMS(c)                                                                 \
       : "l"(a), "l"(b), "r"(static_cast<int>(adds)))
 
 // Starts c [64, 64] = a [64, 16] b [64, 16]^T, or adds it to c, for the four warps of a group: each holds 16 rows of c.
@@ -124,6 +129,42 @@ EAR_OPS_DEVICE void multiply_async(bfloat16, float (&c)[8][4], Matrix a, Matrix 
   EAR_OPS_PRODUCT("bf16");
 }
 EAR_OPS_DEVICE void multiply_async(float16, float (&c)[8][4], Matrix a, Matrix b, bool adds) { EAR_OPS_PRODUCT("f16"); }
+
+#define EAR_OPS_WEIGHTED(type)                                                          \
+  asm volatile(                                                                         \
+      "{.reg .pred adds; setp.ne.b32 adds, 1, 0;\n"                                     \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " EAR_OPS_SUM_NAMES \
+      ", {%32, %33, %34, %35}, %36, adds, 1, 1, 1;}"                                    \
+      : EAR_OPS_SUMS(c)                                                                 \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+// Starts c [64, 64] += a [64, 16] b [16, 64]. Each warp holds 16 rows of a, as for multiply_add. Neither may change
+// before wait_products; `keep` behind it keeps a.
+EAR_OPS_DEVICE void add_weighted_async(bfloat16, float (&c)[8][4], const uint32_t (&a)[4], Matrix b) {
+  EAR_OPS_WEIGHTED("bf16");
+}
+EAR_OPS_DEVICE void add_weighted_async(float16, float (&c)[8][4], const uint32_t (&a)[4], Matrix b) {
+  EAR_OPS_WEIGHTED("f16");
+}
+template <int kViews, int kN>
+EAR_OPS_DEVICE void keep(uint32_t (&weights)[kViews][kN][4]) {
+#pragma unroll
+  for (int v = 0; v < kViews; ++v)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(weights[v][n][i])::"memory");
+}
+
+// The four warps of a group leave registers to others, and take what others left. Each thread then has so many.
+template <int kRegisters>
+EAR_OPS_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+EAR_OPS_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
 
 // --- on the host ---------------------------------------------------------------------------------------------------
 

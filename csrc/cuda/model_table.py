@@ -31,7 +31,9 @@ CALLS = [
     ("qk_float_64.cu", Case("forward", *PAPER, "plain")),
     ("qk_float_64.cu", Case("backward", *PAPER, "plain")),
     ("qk_bfloat16_64.cu", Case("forward", 1, 12, 4096, "plain")),
+    ("qk_bfloat16_64.cu", Case("backward", 1, 12, 4096, "plain")),
     (HOPPER, Case("forward", 1, 12, 4096, "plain")),
+    (HOPPER, Case("backward", 1, 12, 4096, "plain")),
 ]
 KINDS = (*counts.OPCODES, counts.OTHER)
 

@@ -69,6 +69,17 @@ EAR_OPS_DEVICE void write_gradient(const float (&gradient)[kD / 8][4], float fac
   }
 }
 
+// The upstream gradient is one number a head. It is multiplied in at the end; the heads of a group are weighted by
+// their share of the largest one, which this returns, or 1 where it is 0.
+EAR_OPS_DEVICE float largest_upstream(const QKArgs& a, int64_t pair, int first_head, int end_head) {
+  float upstream = 0;
+  for (int h = first_head; h < end_head; ++h) {
+    const float one = load_global(a.grad_sums + pair * a.heads + h);
+    upstream = end_head - first_head == 1 ? one : fmaxf(upstream, fabsf(one));
+  }
+  return upstream == 0 ? 1 : upstream;
+}
+
 template <typename T, int kD, bool kGeneral, Role kOwner>
 EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int block, int own_chunk) {
   constexpr int kN = gradient_visited<T>(kD, kGeneral);
@@ -98,14 +109,7 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
                   : 0.0f;
       }
   }
-  // The upstream gradient is one number a head. It is multiplied in at the end; the heads of a group are weighted by
-  // their share of the largest one.
-  float upstream = 0;
-  for (int h = first_head; h < end_head; ++h) {
-    const float one = load_global(a.grad_sums + pair * a.heads + h);
-    upstream = end_head - first_head == 1 ? one : fmaxf(upstream, fabsf(one));
-  }
-  if (upstream == 0) upstream = 1;
+  const float upstream = largest_upstream(a, pair, first_head, end_head);
 
   const Stages<T, kD, kN, kOwner> stages{owned, first_owned, chunks};
   if (Real<kOwned>(owned, first_owned).any()) {

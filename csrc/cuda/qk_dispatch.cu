@@ -42,7 +42,7 @@ auto with_kernels(Element element, const QKArgs& a, const Use& use) {
 
 int64_t qk_forward_blocks(Element element, const QKArgs& args) {
   const int rows = hopper_takes_forward(element, args)
-                       ? hopper_rows(args.dim)
+                       ? kHopperRows
                        : with_kernels(element, args, [&](auto kernels) { return kernels.rows_of_a_block(args); });
   return (args.queries + rows - 1) / rows;
 }
@@ -53,6 +53,7 @@ const char* launch_qk_forward(Element element, const QKArgs& args, void* stream)
 }
 
 const char* launch_qk_backward(Element element, const QKArgs& args, void* stream) {
+  if (hopper_takes_backward(element, args)) return launch_hopper_backward(element, args, stream);
   return with_kernels(element, args, [&](auto kernels) { return kernels.backward(args, stream); });
 }
 

@@ -5,11 +5,13 @@
 
 namespace ear_ops::cuda {
 
-// Queries that a block of the forward owns. What a warp adds up for wider vectors takes more registers.
-constexpr int hopper_rows(int dim) { return dim <= 64 ? 192 : 128; }
+constexpr int kHopperRows = 192;          // queries that a block of the forward owns
+constexpr int kHopperGradientRows = 128;  // queries or keys that a block of the backward owns
 
-// Whether they take the forward of a call. They must be asked for with EAR_OPS_CUDA_HOPPER=1.
+// Whether they take a call. They must be asked for with EAR_OPS_CUDA_HOPPER=1.
 bool hopper_takes_forward(Element element, const QKArgs& args);
+bool hopper_takes_backward(Element element, const QKArgs& args);
 const char* launch_hopper_forward(Element element, const QKArgs& args, void* stream);
+const char* launch_hopper_backward(Element element, const QKArgs& args, void* stream);
 
 }  // namespace ear_ops::cuda

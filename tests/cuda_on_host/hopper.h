@@ -15,6 +15,7 @@ void arrive(void* barrier, int bytes);
 void wait_phase(void* barrier, int parity);
 void copy_box(void* shared, const TensorMap& map, const int (&corner)[4], void* barrier);
 void start_product(int type, float (*sums)[4], const char* a, const char* b, bool adds);
+void start_weighted(int type, float (*sums)[4], const uint32_t (&a)[4], const char* b);
 void commit_products();
 void finish_products();
 bool is_hopper();
@@ -52,6 +53,17 @@ template <typename T>
 void multiply_async(T, float (&sums)[8][4], Matrix a, Matrix b, bool adds) {
   host::start_product(std::is_same_v<T, bfloat16> ? 0 : 1, sums, a, b, adds);
 }
+template <typename T>
+void add_weighted_async(T, float (&sums)[8][4], const uint32_t (&a)[4], Matrix b) {
+  host::start_weighted(std::is_same_v<T, bfloat16> ? 0 : 1, sums, a, b);
+}
+template <int kViews, int kN>
+void keep(uint32_t (&)[kViews][kN][4]) {}
+
+template <int kRegisters>
+void give_registers() {}
+template <int kRegisters>
+void take_registers() {}
 
 inline bool is_hopper() { return host::is_hopper(); }
 inline const char* make_tensor_map(TensorMap* map, const TensorShape& of, uint32_t rows) {

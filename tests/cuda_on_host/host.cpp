@@ -47,6 +47,7 @@ struct Product {  // of one lane, that is not made yet
   float (*sums)[4];
   const char *a, *b;
   bool adds, follows;  // another product of the same sums
+  float left[2][16];   // in place of a, where that is null: of rows g and g + 8
   float start[8][4];
 };
 
@@ -113,8 +114,9 @@ void resume(int thread) {
 }
 
 const char* name(Meeting meeting) {
-  constexpr const char* kNames[] = {"sync_block",    "sync_warp",     "shuffle_xor",  "ballot",
-                                    "load_matrices", "load_matrices", "multiply_add", "wait_phase"};
+  constexpr const char* kNames[] = {"sync_block",   "sync_warp",     "shuffle_xor",
+                                    "ballot",       "load_matrices", "load_matrices",
+                                    "multiply_add", "wait_phase",    "add_weighted_async"};
   return kNames[static_cast<int>(meeting)];
 }
 
@@ -169,6 +171,11 @@ void exchange_of(Meeting meeting, Exchange* lanes[kWarp]) {
       for (int lane = 0; lane < kWarp; ++lane) lanes[lane]->out[0] = votes;
       return;
     }
+    case Meeting::kShareFactors:
+      for (int lane = 0; lane < kWarp; ++lane)
+        for (int other = 0; other < kWarp; ++other)
+          std::memcpy(lanes[lane]->factors[other], lanes[other]->in, sizeof(lanes[lane]->factors[other]));
+      return;
     case Meeting::kLoadMatrices:
     case Meeting::kLoadMatricesTransposed:
       return load_matrices_of(lanes, meeting == Meeting::kLoadMatricesTransposed);
@@ -397,13 +404,25 @@ void copy_box(void* shared, const TensorMap& map, const int (&corner)[4], void* 
   state.boxes.push_back(box);
 }
 
-void start_product(int type, float (*sums)[4], const char* a, const char* b, bool adds) {
+static void start(Product product) {
   auto& products = state.fibers[state.running].products;
-  Product product{type, sums, a, b, adds, false, {}};
-  for (const Product& before : products) product.follows |= before.sums == sums;
-  if (adds) std::memcpy(product.start, sums, sizeof(product.start));
-  std::memset(sums, 0xff, sizeof(product.start));
+  for (const Product& before : products) product.follows |= before.sums == product.sums;
+  if (product.adds) std::memcpy(product.start, product.sums, sizeof(product.start));
+  std::memset(product.sums, 0xff, sizeof(product.start));
   products.push_back(product);
+}
+void start_product(int type, float (*sums)[4], const char* a, const char* b, bool adds) {
+  start({type, sums, a, b, adds, false, {}, {}});
+}
+void start_weighted(int type, float (*sums)[4], const uint32_t (&a)[4], const char* b) {
+  std::memcpy(own().in, a, sizeof(a));
+  meet(Meeting::kShareFactors);
+  Product product{type, sums, nullptr, b, true, false, {}, {}};
+  const int g = state.running % kWarp / 4;
+  for (int half = 0; half < 2; ++half)
+    for (int k = 0; k < 16; ++k)
+      product.left[half][k] = element(type, own().factors[4 * g + k % 8 / 2][half + k / 8 * 2], k % 2);
+  start(product);
 }
 void commit_products() { state.fibers[state.running].committed = state.fibers[state.running].products.size(); }
 
@@ -423,14 +442,16 @@ void finish_products() {
     Product& of = fiber.products[p];
     float a[2][16];
     for (int half = 0; half < 2; ++half)
-      for (int k = 0; k < 16; ++k) a[half][k] = number(of, of.a, first_row + lane / 4 + 8 * half, k);
+      for (int k = 0; k < 16; ++k)
+        a[half][k] = of.a ? number(of, of.a, first_row + lane / 4 + 8 * half, k) : of.left[half][k];
     for (int n = 0; n < 8; ++n)
       for (int odd = 0; odd < 2; ++odd) {
         double total[2];
         for (int half = 0; half < 2; ++half)
           total[half] = of.adds ? of.follows ? of.sums[n][2 * half + odd] : of.start[n][2 * half + odd] : 0;
         for (int k = 0; k < 16; ++k) {
-          const double b = number(of, of.b, 8 * n + lane % 4 * 2 + odd, k);
+          const int column = 8 * n + lane % 4 * 2 + odd;
+          const double b = of.a ? number(of, of.b, column, k) : number(of, of.b, k, column);
           for (int half = 0; half < 2; ++half) total[half] += a[half][k] * b;
         }
         for (int half = 0; half < 2; ++half) of.sums[n][2 * half + odd] = round_to_zero(total[half]);

@@ -26,12 +26,23 @@ namespace ear_ops::cuda {
 namespace host {
 
 // What the threads of a warp, or of a block, give each other at one point of the program.
-enum class Meeting { kBlock, kWarp, kShuffle, kBallot, kLoadMatrices, kLoadMatricesTransposed, kMultiplyAdd, kPhase };
+enum class Meeting {
+  kBlock,
+  kWarp,
+  kShuffle,
+  kBallot,
+  kLoadMatrices,
+  kLoadMatricesTransposed,
+  kMultiplyAdd,
+  kPhase,
+  kShareFactors
+};
 
 struct Exchange {  // of one lane
   const void* address = nullptr;
   uint32_t in[8] = {};
   uint32_t out[4] = {};
+  uint32_t factors[kWarp][4] = {};  // of all lanes
   int type = 0;
 };
 

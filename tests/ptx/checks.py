@@ -157,6 +157,8 @@ def hopper_checks(dtype: torch.dtype) -> Iterator[Check]:
         "several blocks": (qk(200, 140, 64), False),
         "masks": (masked, brain),
         "grouped queries": (masked_case(30, 140, 64, heads=4, key_heads=2, reduction="none"), False),
+        "grouped queries without masks": (qk(70, 140, 64, pairs=2, heads=4, key_heads=2, reduction="none"), False),
+        "backward": (qk(330, 390, 64), brain),
         "dim 40": (qk(20, 140, 40), False),
         "dim 128, masks": (masked_case(140, 330, 128), False),
         "dim 104": (qk(20, 140, 104), False),

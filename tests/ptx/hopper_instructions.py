@@ -135,6 +135,13 @@ def _of_warp(machine: Machine, lanes: Array, values: Array, what: str) -> Array:
     return table[:, 0]
 
 
+@warp_instruction("setmaxnreg.inc.sync.aligned.u32")
+@warp_instruction("setmaxnreg.dec.sync.aligned.u32")
+def _registers(kernel: Kernel, of: Instruction) -> WarpStep:
+    count = int(of.operands[0])
+    return lambda machine, lanes: machine.products.set_registers(lanes[:, 0] // 32, count)
+
+
 @warp_instruction("wgmma.fence.sync.aligned")
 def _fence(kernel: Kernel, of: Instruction) -> WarpStep:
     return lambda machine, lanes: machine.products.fence(lanes[:, 0] // 32)
@@ -155,17 +162,22 @@ def _wait(kernel: Kernel, of: Instruction) -> WarpStep:
 def _multiply(kernel: Kernel, of: Instruction) -> WarpStep:
     kind, other = modifiers(of, "wgmma.mma_async.sync.aligned.m64n64k16.f32", "bf16 f16")
     sums, left, right, adds, *rest = of.operands
-    if kind != other or rest != ["1", "1", "0", "0"]:  # nothing negated, nothing transposed
+    held = elements(left) if left.startswith("{") else []
+    # Nothing is negated. A right factor is transposed where the left one is in registers.
+    if kind != other or rest != (["1", "1", "1"] if held else ["1", "1", "0", "0"]):
         raise UnknownInstruction(str(of))
     registers = tuple(elements(sums))
-    left_of, right_of = reader(kernel, left, "b64"), reader(kernel, right, "b64")
-    adds_of = reader(kernel, adds, "pred")
+    left_of = [reader(kernel, name, "b32") for name in held] or [reader(kernel, left, "b64")]
+    right_of, adds_of = reader(kernel, right, "b64"), reader(kernel, adds, "pred")
 
     def step(machine: Machine, lanes: Array) -> None:
         flat = lanes.ravel()
-        factors = [_of_warp(machine, lanes, value(machine, flat), "a factor") for value in (left_of, right_of)]
-        machine.products.begin(
-            lanes[:, 0] // 32, kind, registers, *factors, _of_warp(machine, lanes, adds_of(machine, flat), "scale-d")
-        )
+        values = [np.broadcast_to(value(machine, flat), flat.shape) for value in left_of]
+        left_factor = np.stack(values, axis=-1).reshape(*lanes.shape, -1)
+        if not held:
+            left_factor = _of_warp(machine, lanes, values[0], "a factor")
+        right_factor = _of_warp(machine, lanes, right_of(machine, flat), "a factor")
+        adds_to = _of_warp(machine, lanes, adds_of(machine, flat), "scale-d")
+        machine.products.begin(lanes[:, 0] // 32, kind, registers, left_factor, right_factor, adds_to)
 
     return step

@@ -285,13 +285,12 @@ def _cvta(kernel: Kernel, of: Instruction) -> Step:
 _ROUNDED: dict[str, Callable[[Any, str], Any]] = {
     "bf16": rounding.to_bfloat16,
     "f16": rounding.to_float16,
-    "tf32": rounding.to_tf32,
 }
 
 
 @instruction("cvt")
 def _cvt(kernel: Kernel, of: Instruction) -> Step:
-    known = f"rn rz rna u8 s8 f16 bf16 tf32 f16x2 bf16x2 {INTEGERS} {FLOATS}"
+    known = f"rn rz u8 s8 f16 bf16 f16x2 bf16x2 {INTEGERS} {FLOATS}"
     *modes, result, kind = modifiers(of, "cvt", known)
     mode = modes[0] if modes else ""
     if result.endswith("x2"):  # the first operand comes into the upper half
@@ -304,8 +303,7 @@ def _cvt(kernel: Kernel, of: Instruction) -> Step:
 
         return pack
     if result in _ROUNDED:
-        bits = "b32" if result == "tf32" else "b16"
-        return elementwise(kernel, of, kind, lambda x: _ROUNDED[result](np.atleast_1d(x), mode), bits)
+        return elementwise(kernel, of, kind, lambda x: _ROUNDED[result](np.atleast_1d(x), mode), "b16")
     if kind == "f16":
         return elementwise(kernel, of, kind, lambda x: x.view(np.float16).astype(dtype_of(result)), result)
     if kind == "bf16":

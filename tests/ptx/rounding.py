@@ -31,11 +31,6 @@ def to_float16(x: Array, mode: str) -> Array:
     return rounded.view(np.uint16)
 
 
-def to_tf32(x: Array, mode: str) -> Array:
-    """The 32 bits of ``x`` rounded to 10 stored bits of significand; ``rna``: ties go away from zero."""
-    return np.where(np.isfinite(x), _shorten(x.view(np.uint32), 13, mode), x.view(np.uint32))
-
-
 def to_float32_towards_zero(x: Array) -> Array:
     """float64 to float32, truncated; what is too large becomes infinite."""
     rounded = x.astype(np.float32)
@@ -48,8 +43,6 @@ def _shorten(bits: Array, dropped: int, mode: str) -> Array:
     half, kept = np.uint32(1 << (dropped - 1)), np.uint32((0xFFFFFFFF << dropped) & 0xFFFFFFFF)
     if mode == "rn":
         return (bits + (half - np.uint32(1)) + ((bits >> np.uint32(dropped)) & np.uint32(1))) & kept
-    if mode == "rna":
-        return (bits + half) & kept
     if mode == "rz":
         return bits & kept
-    raise ValueError(f"mode: expected rn, rna or rz, got {mode}")
+    raise ValueError(f"mode: expected rn or rz, got {mode}")

@@ -25,24 +25,17 @@ def _position(elements: int, row: Callable[[Array], Array], column: Callable[[Ar
 
 
 # mma.m16n8k16 with 16-bit elements, two to a register
-_A16 = _position(
+_A = _position(
     8,
     row=lambda i: np.where((i < 2) | ((i >= 4) & (i < 6)), _GROUP, _GROUP + 8),
     column=lambda i: np.where(i < 4, _IN_GROUP * 2 + (i & 1), _IN_GROUP * 2 + (i & 1) + 8),
 )
-_B16 = _position(
+_B = _position(
     4,
     row=lambda i: np.where(i < 2, _IN_GROUP * 2 + (i & 1), _IN_GROUP * 2 + (i & 1) + 8),
     column=lambda i: _GROUP + 0 * i,
 )
-# mma.m16n8k8 with tf32, one to a register
-_A32 = _position(
-    4,
-    row=lambda i: np.where((i == 0) | (i == 2), _GROUP, _GROUP + 8),
-    column=lambda i: np.where(i < 2, _IN_GROUP, _IN_GROUP + 4),
-)
-_B32 = _position(2, row=lambda i: np.where(i == 0, _IN_GROUP, _IN_GROUP + 4), column=lambda i: _GROUP + 0 * i)
-# the accumulators of both
+# the accumulators
 _C = _position(4, row=lambda i: np.where(i < 2, _GROUP, _GROUP + 8), column=lambda i: _IN_GROUP * 2 + (i & 1))
 
 
@@ -50,21 +43,17 @@ def multiply_add(kind: str, a: Array, b: Array, c: Array) -> Array:
     """``d = a b + c`` of every warp, as registers.
 
     Args:
-        kind: ``bf16``, ``f16`` or ``tf32``.
+        kind: ``bf16`` or ``f16``.
         a, b: registers, uint32 ``[warps, 32, 4]`` and ``[warps, 32, 2]``.
         c: float32 ``[warps, 32, 4]``.
     """
-    depth = 8 if kind == "tf32" else 16
-    (a_rows, a_columns), (b_rows, b_columns) = (_A32, _B32) if kind == "tf32" else (_A16, _B16)
-    left, right = np.zeros((len(a), 16, depth)), np.zeros((len(a), depth, 8))
+    left, right = np.zeros((len(a), 16, 16)), np.zeros((len(a), 16, 8))
+    (a_rows, a_columns), (b_rows, b_columns), (rows, columns) = _A, _B, _C
     left[:, a_rows, a_columns], right[:, b_rows, b_columns] = _numbers(kind, a), _numbers(kind, b)
-    rows, columns = _C
     return to_float32_towards_zero(np.matmul(left, right)[:, rows, columns] + c)
 
 
 def _numbers(kind: str, registers: Array) -> Array:
-    if kind == "tf32":  # the unit ignores the 13 lowest bits
-        return (registers & np.uint32(0xFFFFE000)).view(np.float32)
     halves = np.ascontiguousarray(registers).view(np.uint16)  # the lower half comes first
     return bfloat16_to_float(halves) if kind == "bf16" else halves.view(np.float16)
 
@@ -72,6 +61,14 @@ def _numbers(kind: str, registers: Array) -> Array:
 def numbers_of(kind: str, rows: Array) -> Array:
     """The numbers in bytes ``[..., bytes]``, of a type with 16 bits."""
     return _numbers(kind, np.ascontiguousarray(rows).view(np.uint32))
+
+
+def left_factor(kind: str, registers: Array) -> Array:
+    """The numbers ``[warps, 16, 16]`` of a left factor that lanes hold in registers, uint32 ``[warps, 32, 4]``."""
+    numbers = np.zeros((len(registers), 16, 16), np.float32)
+    rows, columns = _A
+    numbers[:, rows, columns] = _numbers(kind, registers)
+    return numbers
 
 
 def multiply_add_rows(a: Array, b: Array, c: Array) -> Array:

@@ -14,8 +14,10 @@ from ptx.operands import Array
 if TYPE_CHECKING:
     from ptx.machine import Machine
 
-ROWS, COLUMNS, BYTES = 64, 64, 32  # of m64n64k16; bytes of a row of a factor
+ROWS, COLUMNS, DEPTH = 64, 64, 16  # of m64n64k16
+BYTES = 2 * DEPTH  # of a row of a factor
 _OF_WARP = 16  # rows
+_REGISTERS = 65536  # of a multiprocessor
 _SWIZZLE_128 = 1
 
 
@@ -27,8 +29,8 @@ class _Product:
     groups: Array  # of each warp, as it commits them
     registers: tuple[str, ...]
     start: Array | None  # [warps, 32, registers]; None: what the product before it leaves
-    left: Array  # cells [warps, 16 * 2]
-    right: Array  # cells [warps, 64 * 2]
+    left: Array  # cells [warps, 16 * 2], or the registers [warps, 32, 4]
+    right: Array  # cells [warps, 64 * 2]; where the left factor is in registers, those of 16 rows of 64 numbers
     kind: str
 
 
@@ -39,8 +41,16 @@ class Products:
         self._machine, self._tiles = machine, tiles
         count = len(machine.threads) // 32
         self._committed, self._made = (np.zeros(count, np.int64) for _ in range(2))
+        at_start = _REGISTERS // (32 * tiles.warps) // 8 * 8  # of a thread, at most
+        self._registers = np.full(count, at_start, np.int64)
         self._ordered = np.zeros(count, np.bool_)  # whether a fence came after what registers were used for
         self._pending: list[_Product] = []
+
+    def set_registers(self, warps: Array, count: int) -> None:
+        """``setmaxnreg``: how many registers each thread has from now on."""
+        if count % 8 or not 24 <= count <= 256:
+            raise Fault(f"expected 24 to 256 registers, a multiple of 8, got {count}", int(warps[0]) * 32)
+        self._registers[warps] = count
 
     def fence(self, warps: Array) -> None:
         self._ordered[warps] = True
@@ -51,7 +61,7 @@ class Products:
     def begin(
         self, warps: Array, kind: str, registers: tuple[str, ...], left: Array, right: Array, adds: Array
     ) -> None:
-        """``left`` and ``right``: a descriptor for each warp."""
+        """``left`` and ``right``: a descriptor for each warp; ``left`` may be its registers ``[warps, 32, 4]``."""
         of_warp = warps % self._tiles.warps
         if (of_warp // 4 * 4 + 4 > self._tiles.warps).any():
             raise Fault("a product of a warp that has no group of four", int(warps[0]) * 32)
@@ -62,17 +72,17 @@ class Products:
             raise Fault("a product of registers that no wgmma.fence orders", int(warps[0]) * 32)
         rows = of_warp % 4 * _OF_WARP
         blocks = warps // self._tiles.warps
-        cells = [
-            self._tiles.begin_read(blocks, of_warp, _addresses(factor, first, count))
-            for factor, first, count in ((left, rows, _OF_WARP), (right, 0 * rows, COLUMNS))
-        ]
+        if left.ndim == 1:
+            left = self._tiles.begin_read(blocks, of_warp, _addresses(left, rows, _OF_WARP, BYTES))
+            addresses = _addresses(right, 0 * rows, COLUMNS, BYTES)
+        else:
+            addresses = _addresses(right, 0 * rows, DEPTH, 2 * COLUMNS)
+        right = self._tiles.begin_read(blocks, of_warp, addresses)
         start = None
-        if not follows.all():
+        if not follows.all() or not adds.all():
             start = np.where(adds[:, None, None], self._sums(warps, registers), np.float32(0))
-        elif not adds.all():
-            raise UnknownInstruction("a product that starts anew where its sums are pending")
         self._made[warps] += 1
-        self._pending.append(_Product(warps, self._committed[warps], registers, start, cells[0], cells[1], kind))
+        self._pending.append(_Product(warps, self._committed[warps], registers, start, left, right, kind))
         self._write(warps, registers, np.full((len(warps), 32, len(registers)), np.nan, np.float32))
 
     def wait(self, warps: Array, groups: int) -> None:
@@ -92,20 +102,28 @@ class Products:
     def check_complete(self) -> None:
         if self._pending:
             raise Fault("a product that nobody waits for")
-        made = self._made.reshape(-1, self._tiles.warps)
-        groups = made[:, : self._tiles.warps // 4 * 4].reshape(len(made), -1, 4)
-        if (groups != groups[:, :, :1]).any():
-            raise Fault("the warps of a group do not make the same products")
+        registers = self._registers.reshape(-1, self._tiles.warps)
+        if (registers.sum(axis=1) * 32 > _REGISTERS).any():
+            raise Fault("more registers are taken than there are")
+        for numbers, what in ((self._made, "make the same products"), (self._registers, "take as many registers")):
+            of_blocks = numbers.reshape(-1, self._tiles.warps)
+            groups = of_blocks[:, : self._tiles.warps // 4 * 4].reshape(len(of_blocks), -1, 4)
+            if (groups != groups[:, :, :1]).any():
+                raise Fault(f"the warps of a group do not {what}")
 
     def _finish(self, product: _Product) -> None:
         warps = product.warps
         blocks, of_warp = warps // self._tiles.warps, warps % self._tiles.warps
-        a, b = (
-            tensor_core.numbers_of(
-                product.kind, self._tiles.end_read(blocks, of_warp, cells).reshape(len(warps), -1, BYTES)
-            )
-            for cells in (product.left, product.right)
-        )
+
+        def numbers(cells: Array, row_bytes: int) -> Array:
+            content = self._tiles.end_read(blocks, of_warp, cells).reshape(len(warps), -1, row_bytes)
+            return tensor_core.numbers_of(product.kind, content)
+
+        if product.left.ndim == 2:
+            a, b = numbers(product.left, BYTES), numbers(product.right, BYTES)
+        else:
+            a = tensor_core.left_factor(product.kind, product.left)
+            b = numbers(product.right, 2 * COLUMNS).swapaxes(1, 2)
         start = product.start if product.start is not None else self._sums(warps, product.registers)
         self._write(warps, product.registers, tensor_core.multiply_add_rows(a, b, start))
 
@@ -135,8 +153,12 @@ def _part(product: _Product, some: Array) -> _Product:
     )
 
 
-def _addresses(descriptors: Array, first: Array, count: int) -> Array:
-    """Where the 16 bytes of a factor lie, ``[warps, count * 2]``, from the ISA's fields of a matrix descriptor."""
+def _addresses(descriptors: Array, first: Array, count: int, row_bytes: int) -> Array:
+    """Where the 16 bytes of a factor lie, row by row, from the ISA's fields of a matrix descriptor.
+
+    Rows of 128 bytes are swizzled. Eight of them follow each other, and the stride leads to the next eight. The same
+    fields describe a factor whose rows are transposed, as long as a row holds all of its 64 numbers.
+    """
     descriptors = descriptors.astype(np.uint64)
     if (descriptors >> np.uint64(62) != _SWIZZLE_128).any() or (descriptors >> np.uint64(49) & np.uint64(7)).any():
         raise UnknownInstruction("a matrix without the swizzle of 128 bytes, or with a base offset")
@@ -146,4 +168,4 @@ def _addresses(descriptors: Array, first: Array, count: int) -> Array:
     group = (descriptors >> np.uint64(32) & np.uint64(0x3FFF)).astype(np.int64) << 4  # from eight rows to the next
     rows = first[:, None] + np.arange(count)
     places = start[:, None] + rows // 8 * group[:, None] + rows % 8 * 128
-    return swizzled(places[:, :, None] + np.arange(0, BYTES, 16)).reshape(len(descriptors), -1)
+    return swizzled(places[:, :, None] + np.arange(0, row_bytes, 16)).reshape(len(descriptors), -1)

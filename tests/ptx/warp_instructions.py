@@ -105,13 +105,10 @@ def _ldmatrix(kernel: Kernel, of: Instruction) -> WarpStep:
     return step
 
 
-_SHAPES = {"bf16": "m16n8k16", "f16": "m16n8k16", "tf32": "m16n8k8"}
-
-
 @warp_instruction("mma.sync.aligned")
 def _mma(kernel: Kernel, of: Instruction) -> WarpStep:
     kind = of.opcode.split(".")[-2]
-    if of.opcode != f"mma.sync.aligned.{_SHAPES.get(kind)}.row.col.f32.{kind}.{kind}.f32":
+    if kind not in ("bf16", "f16") or of.opcode != f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32":
         raise UnknownInstruction(str(of))
     result, *factors, addend = map(elements, of.operands)
     left, right = ([reader(kernel, register, "b32") for register in factor] for factor in factors)

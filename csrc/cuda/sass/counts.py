@@ -54,7 +54,11 @@ CASES = [
 ]
 
 # Of the kernels for Hopper, in bfloat16 with 64 features.
-HOPPER_CASES = [Case("forward", 1, 12, 4096, "plain"), Case("forward", 2, 12, 2048, "padded")]
+HOPPER_CASES = [
+    Case("forward", 1, 12, 4096, "plain"),
+    Case("backward", 1, 12, 4096, "plain"),
+    Case("forward", 2, 12, 2048, "padded"),
+]
 
 OPCODES = {
     "products": "HMMA HGMMA",

@@ -45,7 +45,7 @@ def nothing(warp: Warp, mask: int) -> None:
 # Instructions that change nothing that is kept here.
 SILENT = ("NOP", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "ENDCOLLECTIVE", "MEMBAR", "ERRBAR", "CCTL", "YIELD", "NANOSLEEP")
 # Copies of tiles bring nothing, and barriers in shared memory never make a warp wait.
-SILENT += ("FENCE", "UTMALDG", "WARPGROUP")
+SILENT += ("FENCE", "UTMALDG", "WARPGROUP", "USETMAXREG")
 
 
 def step_of(instruction: Instruction) -> Step:
@@ -507,8 +507,6 @@ def _narrow(instruction: Instruction) -> Step:
     sources = [source(text, True) for text in rest]
 
     def convert(*words: int) -> int:
-        if "TF32" in modifiers:
-            return words[-1] & ~0x1FFF
         if "BF16" in modifiers:
             halves = [word >> 16 for word in words]
         else:

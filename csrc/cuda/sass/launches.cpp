@@ -121,7 +121,7 @@ int main(int, char** words) {
   if (backward) a.grad_sums = memory<float>("grad_sums", a.pairs * a.heads * 4);
   if (!backward) {
 #if defined(HOPPER)
-    const int rows_of_a_block = hopper_rows(a.dim);
+    const int rows_of_a_block = kHopperRows;
 #else
     const int rows_of_a_block = QKKernels<ELEMENT, FEATURES>::rows_of_a_block(a);
 #endif
@@ -130,7 +130,8 @@ int main(int, char** words) {
   }
   std::printf("{\"launches\": [\n");
 #if defined(HOPPER)
-  const char* error = launch_hopper_forward(Element::kBFloat16, a, nullptr);
+  const char* error = backward ? launch_hopper_backward(Element::kBFloat16, a, nullptr)
+                               : launch_hopper_forward(Element::kBFloat16, a, nullptr);
 #else
   using Kernels = QKKernels<ELEMENT, FEATURES>;
   const char* error = backward ? Kernels::backward(a, nullptr) : Kernels::forward(a, nullptr);
