@@ -24,17 +24,13 @@ class QueryBlock {
   int64_t tile_begin = 0, tile_end = 0;  // tile_begin is a multiple of kTile
   int64_t first_key[kBlock], last_key[kBlock];
 
-  QueryBlock(const QKInputs& inputs, const P& products, const Kernels<A>& table, int64_t ld, bool backward,
-             Arena& arena)
-      : inputs_(inputs), products_(products), table_(table), ld_(ld), backward_(backward) {
+  QueryBlock(const QKInputs& inputs, const P& products, int64_t ld, bool backward, Arena& arena)
+      : inputs_(inputs), products_(products), ld_(ld), backward_(backward) {
     const int64_t rows = round_up(std::min(inputs.queries, kBlock), P::kPadding);
     for (int v = 0; v < 2; ++v) {
-      queries_[v] = arena.take<A>(rows * ld);
-      queries_t_[v] = arena.take<A>(rows * ld);
-      if constexpr (P::kConverts) {
-        right_t_[v] = arena.take<Operand>(rows * ld);
-        right_[v] = arena.take<Operand>(backward * rows * ld);
-      }
+      queries_[v] = arena.take<Operand>(rows * ld);
+      columns_[v] = arena.take<Operand>(rows * ld);
+      rows_[v] = P::kInPairs ? arena.take<Operand>(backward * rows * ld) : queries_[v];
     }
   }
 
@@ -43,26 +39,20 @@ class QueryBlock {
     n = std::min(kBlock, counted.n_queries - begin);
     padded = round_up(n, P::kPadding);
     for (int v = 0; v < 2; ++v) {
-      table_.gather_rows(inputs_.query[v].head(b, head), inputs_.kind, inputs_.query[v].row_stride,
-                         counted.query + begin, nullptr, n, padded, inputs_.dim, ld_, queries_[v]);
-      table_.transpose(queries_[v], ld_, padded, ld_, queries_t_[v], padded);
-      if constexpr (P::kConverts) {
-        products_.right(queries_t_[v], padded, ld_, padded, right_t_[v]);
-        if (backward_) products_.right(queries_[v], ld_, padded, ld_, right_[v]);
+      products_.gather(inputs_.query[v].head(b, head), inputs_.kind, inputs_.query[v].row_stride, counted.query + begin,
+                       nullptr, n, padded, inputs_.dim, ld_, queries_[v]);
+      products_.columns(queries_[v], padded, ld_, columns_[v]);
+      if constexpr (P::kInPairs) {
+        if (backward_) products_.pair_rows(queries_[v], padded, ld_, rows_[v]);
       }
     }
     bound_keys(counted, padded_keys);
     find_alive(counted, b, head);
   }
 
-  const Operand* as_columns(int v) const {  // [ld, padded]
-    if constexpr (P::kConverts) return right_t_[v];
-    return operand(queries_t_[v]);
-  }
-  const Operand* as_rows(int v) const {  // [padded, ld]; in the backward only
-    if constexpr (P::kConverts) return right_[v];
-    return operand(queries_[v]);
-  }
+  // Right operands of products.
+  const Operand* as_columns(int v) const { return columns_[v]; }  // [ld, padded]
+  const Operand* as_rows(int v) const { return rows_[v]; }        // [padded, ld]; in the backward only
 
   // [2][kLanes] of the c-th group of lanes: 0 for a query that has no key in a view, whose row is zero. Null: all have.
   const A* alive(const Counted& counted, int64_t c) const { return masked(counted) ? alive_[c] : nullptr; }
@@ -75,14 +65,10 @@ class QueryBlock {
  private:
   const QKInputs& inputs_;
   const P& products_;
-  const Kernels<A>& table_;
   const int64_t ld_;
   const bool backward_;
-  A *queries_[2], *queries_t_[2];
-  Operand *right_t_[2], *right_[2];
+  Operand *queries_[2], *columns_[2], *rows_[2];
   alignas(64) A alive_[kBlock / kLanes][2 * kLanes];
-
-  static const Operand* operand(const void* plain) { return static_cast<const Operand*>(plain); }
 
   bool masked(const Counted& counted) const {
     return counted.masks_differ || inputs_.bias[0].data || inputs_.is_causal || inputs_.window;
