@@ -139,20 +139,36 @@ void gather_bits(const uint16_t* src, int64_t stride, const int32_t* index, cons
   memset(dst, 0, sizeof(*dst) * ld * (padded_rows - n));
 }
 
-// Two elements that lie side by side are one word; words are transposed as floats are.
+// Two elements that lie side by side are one word, and words are transposed in registers as floats are.
+inline void transpose_words(const uint16_t* src, int64_t ld_src, uint32_t* dst, int64_t ld_dst) {
+#if defined(__clang__)
+  for (int64_t i = 0; i < kFloats; ++i)
+    for (int64_t j = 0; j < kFloats; ++j) memcpy(dst + j * ld_dst + i, src + i * ld_src + 2 * j, sizeof(*dst));
+#else
+  f32v r[kFloats];
+#pragma GCC unroll 16
+  for (int i = 0; i < kFloats; ++i) memcpy(&r[i], src + i * ld_src, sizeof(r[i]));
+  swap_squares<float, 1>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < kFloats; ++i) memcpy(dst + i * ld_dst, &r[i], sizeof(r[i]));
+#endif
+}
+
 void transpose_pairs(const uint16_t* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst) {
-  transpose(reinterpret_cast<const float*>(src), ld_src / 2, rows, cols / 2, reinterpret_cast<float*>(dst), rows);
+  auto* words = reinterpret_cast<uint32_t*>(dst);
+  for (int64_t i = 0; i < rows; i += kFloats)
+    for (int64_t j = 0; j < cols / 2; j += kFloats)
+      transpose_words(src + i * ld_src + 2 * j, ld_src, words + j * rows + i, rows);
 }
 
 void transpose_bits(const uint16_t* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst, int64_t ld_dst) {
-  constexpr int64_t W = kFloats;
-  for (int64_t i = 0; i < rows; i += W)
-    for (int64_t j = 0; j < cols; j += 2 * W) {
-      float words[W * W];
-      const auto* square = reinterpret_cast<const float*>(src + i * ld_src + j);
-      transpose_square(square, ld_src / 2, words, W);
-      for (int64_t word = 0; word < W; ++word) {
-        const u32v both = (u32v)vload<float>(words + word * W);
+  for (int64_t i = 0; i < rows; i += kFloats)
+    for (int64_t j = 0; j < cols; j += 2 * kFloats) {
+      uint32_t words[kFloats * kFloats];
+      transpose_words(src + i * ld_src + j, ld_src, words, kFloats);
+      for (int64_t word = 0; word < kFloats; ++word) {
+        u32v both;
+        memcpy(&both, words + word * kFloats, sizeof(both));
         vstore_bits(dst + (j + 2 * word) * ld_dst + i, both & 0xffffu);
         vstore_bits(dst + (j + 2 * word + 1) * ld_dst + i, both >> 16);
       }
@@ -161,9 +177,12 @@ void transpose_bits(const uint16_t* src, int64_t ld_src, int64_t rows, int64_t c
 
 void pair_rows(const uint16_t* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst) {
   for (int64_t i = 0; i < rows; i += 2)
-    for (int64_t j = 0; j < cols; ++j) {
-      dst[i * cols + 2 * j] = src[i * ld_src + j];
-      dst[i * cols + 2 * j + 1] = src[(i + 1) * ld_src + j];
+    for (int64_t j = 0; j < cols; j += kFloats) {
+      u16v even, odd;
+      memcpy(&even, src + i * ld_src + j, sizeof(even));
+      memcpy(&odd, src + (i + 1) * ld_src + j, sizeof(odd));
+      const u32v both = __builtin_convertvector(even, u32v) | __builtin_convertvector(odd, u32v) << 16;
+      memcpy(dst + i * cols + 2 * j, &both, sizeof(both));
     }
 }
 

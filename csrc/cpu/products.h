@@ -36,8 +36,8 @@ struct PlainProducts {
   void transpose(const A* src, int64_t ld_src, int64_t rows, int64_t cols, A* dst, int64_t ld_dst) const {
     table.transpose(src, ld_src, rows, cols, dst, ld_dst);
   }
-  void columns(const A* src, int64_t rows, int64_t cols, A* dst) const {
-    table.transpose(src, cols, rows, cols, dst, rows);
+  void columns(const A* src, int64_t ld_src, int64_t rows, int64_t cols, A* dst) const {
+    table.transpose(src, ld_src, rows, cols, dst, rows);
   }
   void multiply(int64_t m, int64_t n, int64_t k, const A* left, int64_t lda, const A* right, int64_t ldb, A* c,
                 int64_t ldc, bool accumulate) const {
@@ -76,11 +76,11 @@ struct PairProducts {
   void transpose(const uint16_t* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst, int64_t ld_dst) const {
     isa.transpose_bits(src, ld_src, rows, cols, dst, ld_dst);
   }
-  void columns(const uint16_t* src, int64_t rows, int64_t cols, uint16_t* dst) const {
-    isa.transpose_pairs(src, cols, rows, cols, dst);
+  void columns(const uint16_t* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst) const {
+    isa.transpose_pairs(src, ld_src, rows, cols, dst);
   }
-  void pair_rows(const uint16_t* src, int64_t rows, int64_t cols, uint16_t* dst) const {
-    isa.pair_rows(src, cols, rows, cols, dst);
+  void pair_rows(const uint16_t* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst) const {
+    isa.pair_rows(src, ld_src, rows, cols, dst);
   }
   void round(const float* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* left, uint16_t* right) const {
     isa.round_to_bf16(src, ld_src, rows, cols, left, right);

@@ -26,6 +26,7 @@ CASES = [
     attention_case(5, 33, lengths=([33, 9], [20, 31])),
     attention_case(3, 47),
     qk_case(64, 96, 64),  # rows that are operands where they lie
+    qk_case(64, 96, 64, layout="slices"),  # and rows that begin at any element
     pooled_case(9, 37, lengths=([9, 4, 0], [7, 9, 2])),
     pooled_case(33, 16),
 ]

@@ -65,9 +65,10 @@ struct BackwardTask : QKTask<P> {
     const int64_t rows = this->block.padded, ld = this->ld;
     A* to = grad_keys[v] + t * ld;
     if constexpr (P::kInPairs) {
-      this->products.multiply(n, ld, rows, left_, rows, this->block.as_rows(v), ld, to, ld, true);
+      this->products.multiply(n, ld, rows, left_, rows, this->block.as_rows(v), this->block.rows_ld(v), to, ld, true);
     } else {
-      this->products.multiply(n, ld, rows, this->scores[v], kScoresLd, this->block.as_rows(v), ld, to, ld, true);
+      this->products.multiply(n, ld, rows, this->scores[v], kScoresLd, this->block.as_rows(v), this->block.rows_ld(v),
+                              to, ld, true);
     }
   }
 
@@ -126,7 +127,14 @@ void backward_share(BackwardTask<P>& task, const Share& blocks_of, const typenam
     for (int v = 0; v < 2; ++v) {
       if (!out.query[v].data) continue;
       if (first_tile) std::fill_n(task.grad_queries_t[v], ld * task.block.padded, A(0));
-      task.table.transpose(task.grad_queries_t[v], task.block.padded, ld, task.block.padded, task.grad_queries, ld);
+      const bool placed = !P::kInPairs && task.block.placed(task.counted);
+      A* rows = task.grad_queries;
+      if (placed)
+        rows = reinterpret_cast<A*>(out.query[v].head(b, head)) +
+               task.counted.query[task.block.first] * out.query[v].row_stride;
+      task.table.transpose(task.grad_queries_t[v], task.block.padded, ld, task.block.padded, rows,
+                           placed ? out.query[v].row_stride : ld);
+      if (placed) continue;
       task.table.scatter_rows(task.grad_queries, ld, task.block.n, p.dim, p.kind, out.query[v].row_stride,
                               task.counted.query + task.block.first, out.query[v].head(b, head));
     }
