@@ -143,25 +143,27 @@ void add_tile(const LaneGroup<A>& c, RunningRows<A>* rows) {
   add_tile_of<A, false>(c, rows);
 }
 
-// A query with keys whose scores are all -inf gets an infinite inverse and with it NaN, as a softmax gives it.
+// A query with keys whose scores are all -inf gets an infinite inverse and with it NaN, as a softmax gives it. d is of
+// the very P and T that the rounded inverses give, as gradients take them: so its sums are put together in double.
 template <typename A>
 A finish_rows(const A* alive, const RunningRows<A>& rows, LaneStats<A>* stats) {
-  A total = 0;
+  double total = 0;
   for (int64_t lane = 0; lane < kLanes; ++lane) {
-    A inverse[2];
+    double inverse[2];
     for (int view = 0; view < 2; ++view) {
-      inverse[view] = alive && alive[view * kLanes + lane] == 0 ? A(0) : 1 / rows.sum[view][lane];
+      const A rounded_inverse = alive && alive[view * kLanes + lane] == 0 ? A(0) : 1 / rows.sum[view][lane];
       stats->max[view][lane] = rows.max[view][lane];
-      stats->inverse[view][lane] = inverse[view];
+      inverse[view] = stats->inverse[view][lane] = rounded_inverse;
     }
-    const A first = inverse[0], ratio = rows.ratio[lane], rest = first * ratio - inverse[1];
-    const A mixed = rows.with_second[lane], targets = rows.targets[lane];
-    const A of_targets = first * mixed + rest * targets;  // sum T^ (P - T)
-    stats->d[0][lane] = first * (first * rows.with_first[lane] + rest * (mixed + ratio * targets));
-    stats->d[1][lane] = -inverse[1] * of_targets;
+    const double first = inverse[0], ratio = rows.ratio[lane], rest = first * ratio - inverse[1];
+    const double mixed = rows.with_second[lane], targets = rows.targets[lane];
+    const double of_targets = first * mixed + rest * targets;  // sum T^ (P - T)
+    const double of_first = first * rows.with_first[lane] + rest * (mixed + ratio * targets);
+    stats->d[0][lane] = static_cast<A>(first * of_first);
+    stats->d[1][lane] = static_cast<A>(-inverse[1] * of_targets);
     total += first * (first * rows.squares[lane] + rest * mixed) + rest * of_targets;
   }
-  return total;
+  return static_cast<A>(total);
 }
 
 template <typename A, bool kMasked>
