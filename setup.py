@@ -7,7 +7,8 @@ neither a GPU nor a torch with CUDA. ``none`` builds nothing. What was built, an
 ``ear_ops._build_info``: a binary where pybind11 is installed, else a Python file.
 
 ``EAR_OPS_CUDA_ARCHITECTURES`` names what the CUDA kernels are compiled for, ``80 90`` by default. The last name
-without a letter is also compiled to PTX, which later GPUs translate. A name such as ``90a`` never is.
+without a letter is also compiled to PTX, which later GPUs translate. A name such as ``90a`` never is. The kernels for
+Hopper alone are compiled for ``90a``, whatever the names are.
 
 ``EAR_OPS_WHEEL=1`` makes the wheel that a release publishes: for every Python from 3.10, and with a version that names
 the torch that it is for, such as ``0.2.0+torch2.13``.
@@ -40,6 +41,7 @@ CHOICES = ("auto", "cpu", "cuda", "none")
 WHEEL = os.environ.get("EAR_OPS_WHEEL") == "1"
 CPU, CUDA, FACTS = "ear_ops._C_cpu", "ear_ops._C_cuda", "ear_ops._build_info"
 KERNELS = {"cpu": CPU, "cuda": CUDA}  # as the build facts name them
+HOPPER = "qk_hopper.cu"
 LEFT_OUT = {
     CPU: "the CPU kernels were not built; plain PyTorch runs in their place",
     CUDA: "the CUDA kernels were not built; plain PyTorch runs in their place",
@@ -138,10 +140,10 @@ def compiler_flags(windows: bool = WINDOWS) -> list[str]:
     return flags
 
 
-def cuda_flags(windows: bool = WINDOWS) -> list[str]:
-    """The flags of nvcc."""
+def cuda_flags(windows: bool = WINDOWS, names: list[str] = CUDA_ARCHITECTURES) -> list[str]:
+    """The flags of nvcc for these architectures."""
     host = "/O2,/MD" if windows else "-fPIC,-fvisibility=hidden"
-    return ["-std=c++17", "-O3", f"-Xcompiler={host}", *generate_code(CUDA_ARCHITECTURES)]
+    return ["-std=c++17", "-O3", f"-Xcompiler={host}", *generate_code(names)]
 
 
 def cuda_runtime(windows: bool = WINDOWS) -> dict[str, list[str]]:
@@ -259,7 +261,8 @@ def compile_cuda(sources: list[str], folder: Path) -> list[str]:
         target = objects / Path(source).with_suffix(".o")
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists() or target.stat().st_mtime < newest:
-            command = [cuda_home() / "bin" / "nvcc", *cuda_flags(), "-c", HERE / source, "-o", target]
+            names = ["90a"] if Path(source).name == HOPPER else CUDA_ARCHITECTURES
+            command = [cuda_home() / "bin" / "nvcc", *cuda_flags(names=names), "-c", HERE / source, "-o", target]
             if subprocess.run(command).returncode:
                 raise RuntimeError(f"nvcc failed on {source}")
         return str(target)

@@ -1,7 +1,7 @@
 """Measure what attaching costs: the time of an unused recorder, and the memory of an attention pull.
 
-    python benchmarks/bench_capture.py time --out benchmarks/results/NAME.json
-    python benchmarks/bench_capture.py memory --out benchmarks/results/NAME.json    # and NAME.png
+    ear-ops bench capture time --out benchmarks/results/capture/NAME.json
+    ear-ops bench capture memory --out benchmarks/results/capture/NAME.json    # and NAME.png
 
 The model is BERT-base with random weights.
 

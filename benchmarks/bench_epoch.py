@@ -1,6 +1,6 @@
 """Measure an epoch of several methods over the same originals, with all that `ear-ops train` does for a step.
 
-    XTREME_DATA=DATA python benchmarks/bench_epoch.py --pairs 320 --out benchmarks/results/NAME.json
+    XTREME_DATA=DATA ear-ops bench epoch --pairs 320 --out benchmarks/results/NAME.json
 
 The methods take turns, step by step, so that a noisy machine does not change the ratios. The first steps warm up and do
 not count. A step lasts from the end of the previous step to its end. So it includes everything but evaluations and

@@ -1,9 +1,14 @@
-"""Measure speed, memory and error of the three losses: fused, in eager PyTorch and under torch.compile.
+"""Measure speed, memory and error of the losses: fused, in eager PyTorch and under torch.compile.
 
-    ear-ops bench losses --presets paper,xnli --out benchmarks/results/NAME.json
-    ear-ops bench losses --device cuda --out benchmarks/results/NAME.json
+    ear-ops bench losses --presets paper,xnli --out FILE.json
+    ear-ops bench losses --device cuda --out FILE.json
 
-The speed is also compared with a limit: the least time that the work can take on the machine.
+All ways get the same inputs. They are warm before they are timed, and take turns; a row holds medians over the rounds.
+A call that takes more than a second gets three rounds. A case names the way that wins where that is not the fused one.
+
+Each case is held against the limits of the processor: the least time that its products, exponentials and bytes take at
+the highest rates that the run measured. The unit that needs longest binds. The fraction is that time over the p20 of
+the measured times, because other work on the processor only ever adds time.
 
 A row is "ok" when its errors against float64 are small enough. The loss may have twice the error of eager PyTorch, and
 a gradient three times, each plus 8 eps. Where float64 needs too much memory, one key head and 512 queries are compared.
@@ -14,18 +19,22 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
+from limits import Limits, Work, against_limit, fastest
 from measuring import max_error, measurer
 from operations import OPERATIONS, Inputs, Loss, Operation
-from presets import PRESETS, Preset
+from presets import PRESETS
 from torch import Tensor
 
 from ear_ops.memory import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("forward", "forward+backward")
+FLOAT64_BYTES = 3 << 29  # that the maps of a case may hold in plain PyTorch, so that it is checked as a whole
 
 
 def run(loss: Loss, inputs: Inputs, mode: str) -> tuple[Tensor, ...]:
@@ -36,14 +45,10 @@ def run(loss: Loss, inputs: Inputs, mode: str) -> tuple[Tensor, ...]:
     return (value, *torch.autograd.grad(value, inputs.tensors))
 
 
-def losses_of(operation: Operation, preset: Preset, compiled: bool, eager_bytes: float) -> dict[str, Loss]:
-    """Return the ways to compute the loss.
-
-    Eager PyTorch is left out where it would need more than `eager_bytes`. With `compiled`, torch.compile of eager
-    PyTorch is added. It compiles anew for each case.
-    """
+def losses_of(operation: Operation, compiled: bool, eager: bool) -> dict[str, Loss]:
+    """Return the ways to compute the loss. `compiled` adds torch.compile of eager, anew for each case."""
     losses: dict[str, Loss] = {"fused": operation.fused}
-    if operation.eager_bytes(preset) <= eager_bytes:
+    if eager:
         losses["eager"] = operation.eager
         if compiled:
             torch._dynamo.reset()  # otherwise it runs eagerly after some shapes, without a message
@@ -51,13 +56,12 @@ def losses_of(operation: Operation, preset: Preset, compiled: bool, eager_bytes:
     return losses
 
 
-def check(operation: Operation, losses: dict[str, Loss], inputs: Inputs, mode: str) -> dict[str, dict]:
+def check(operation: Operation, losses: dict[str, Loss], part: Inputs, mode: str) -> dict[str, dict]:
     """Return the errors of every way on a part of the inputs, and whether they keep the error rule."""
-    part = operation.part(inputs)
     exact = run(operation.eager, part.to(torch.float64), mode)
     results = {name: run(loss, part, mode) for name, loss in {**losses, "eager": operation.eager}.items()}
     errors = {name: [max_error(a, e) for a, e in zip(tensors, exact, strict=True)] for name, tensors in results.items()}
-    eps = torch.finfo(inputs.tensors[0].dtype).eps
+    eps = torch.finfo(part.tensors[0].dtype).eps
     allowed = [(2 if i == 0 else 3) * e + 8 * eps for i, e in enumerate(errors["eager"])]
     return {
         name: {"max_errors": errors[name], "correct": all(e <= a for e, a in zip(errors[name], allowed, strict=True))}
@@ -65,46 +69,78 @@ def check(operation: Operation, losses: dict[str, Loss], inputs: Inputs, mode: s
     }
 
 
-def measure(
-    op: str, preset_name: str, dtype_name: str, mode: str, repeats: int, compiled: bool, device: str = "cpu"
-) -> list[dict]:
-    using = measurer(device)
-    operation, preset, dtype = OPERATIONS[op], PRESETS[preset_name], DTYPES[dtype_name]
-    inputs = operation.make(preset, dtype).to(device)
-    losses = losses_of(operation, preset, compiled, using.eager_bytes())
-    checked = check(operation, losses, inputs, mode)
+@dataclass(frozen=True)
+class Case:
+    op: str
+    preset: str
+    dtype: str
+    mode: str
+
+    def eager_seconds(self, limits: Limits) -> float:
+        """Return about how long the products of plain PyTorch take, which also computes what masks leave out."""
+        preset = replace(PRESETS[self.preset], ragged=False, is_causal=False)
+        dtype = DTYPES[self.dtype]
+        work = OPERATIONS[self.op].work(preset, dtype.itemsize, self.mode != "forward")
+        return work.flops / limits.torch_products[self.dtype]
+
+
+def measure(case: Case, limits: Limits, options: argparse.Namespace) -> list[dict]:
+    using = measurer(options.device)
+    operation, preset, dtype = OPERATIONS[case.op], PRESETS[case.preset], DTYPES[case.dtype]
+    inputs = operation.make(preset, dtype).to(options.device)
+    seconds, held = case.eager_seconds(limits), operation.eager_bytes(preset)
+    with_eager = held <= using.eager_bytes() and seconds <= options.longest
+    losses = losses_of(operation, options.compile, with_eager)
+    whole = with_eager and held <= FLOAT64_BYTES
+    checked = check(operation, losses, inputs if whole else operation.part(inputs), case.mode)
     calls: dict[str, Callable[[], object]] = {
-        name: lambda loss=loss: run(loss, inputs, mode) for name, loss in losses.items()
+        name: lambda loss=loss: run(loss, inputs, case.mode) for name, loss in losses.items()
     }
-    times = using.interleaved(calls, repeats)
-    gradients = sum(t.nbytes for t in inputs.tensors) if mode != "forward" else 0
-    work = operation.work(preset, inputs.tensors[0].element_size(), mode != "forward")
-    light = using.limit(work, preset.length, preset.dim, dtype)
+    times = using.interleaved(calls, options.repeats)
+    limits.measure(using, dtype)
+    gradients = sum(t.nbytes for t in inputs.tensors) if case.mode != "forward" else 0
+    work = operation.work(preset, inputs.tensors[0].element_size(), case.mode != "forward")
     rows = []
     for name, call in calls.items():
-        row = {"op": op, "preset": preset_name, "length": preset.length, "dtype": dtype_name, "mode": mode}
-        row |= {
-            "provider": name,
-            **times[name],
-            "extra_bytes": using.peak_memory(call) - gradients,
-            **checked[name],
-            **light,
-        }
-        row["fraction_of_limit"] = light["limit_ms"] / times[name]["median_ms"]
-        if "eager" in times:
+        row = asdict(case) | {"length": preset.length, "provider": name, **times[name], "work": asdict(work)}
+        row |= {"extra_bytes": using.peak_memory(call) - gradients, **checked[name]}
+        if with_eager:
             row["eager_over_this"] = times["eager"]["median_ms"] / times[name]["median_ms"]
+        else:
+            row["eager_left_out"] = {"seconds": seconds, "bytes": held}
         rows.append(row)
     return rows
 
 
-def line(row: dict) -> str:
-    ratio = f"{row['eager_over_this']:6.2f}x eager" if "eager_over_this" in row else "             "
-    return (
-        f"{row['op']:<17}{row['preset']:<11}{row['dtype']:<9} {row['mode']:<17}{row['provider']:<8}"
-        f"{row['median_ms']:10.3f} ms [{row['p20_ms']:.3f}, {row['p80_ms']:.3f}] {ratio} "
-        f"{row['extra_bytes'] / 2**20:8.1f} MiB  {row['fraction_of_limit']:5.2f} of the limit ({row['bound_by']})  "
-        f"{'ok' if row['correct'] else 'error too large'}"
-    )
+def hold_against(limits: Limits, rows: list[dict]) -> None:
+    """Put into the rows what the highest rates of the run make of their limits."""
+    for row in rows:
+        row |= against_limit(limits.times(Work(**row["work"]), row["dtype"]), row["p20_ms"])
+
+
+def lines(rows: list[dict]) -> str:
+    """Return what is printed of a case: its limits, a line for each way, and the way that wins."""
+    first = rows[0]
+    needed = sorted(first["units_ms"].items(), key=lambda unit: -unit[1])
+    units = ", ".join(f"{unit} {ms:.3g} ms" for unit, ms in needed if ms)
+    title = f"{first['op']} {first['preset']} {first['dtype']} {first['mode']}"
+    printed = [f"{title}, bound by {first['bound_by']}: {units}"]
+    for row in rows:
+        ratio = f"{row['median_ms'] / first['median_ms']:7.2f}x fused" if row is not first else " " * 14
+        printed.append(
+            f"  {row['provider']:<8}{row['median_ms']:10.3f} ms [{row['p20_ms']:.3f}, {row['p80_ms']:.3f}] {ratio}"
+            f"  {row['fraction_of_limit']:5.2f} of the limit  {row['extra_bytes'] / 2**20:8.1f} MiB  "
+            f"{'ok' if row['correct'] else 'error too large'}"
+        )
+    if "eager_left_out" in first:
+        left_out = first["eager_left_out"]
+        printed.append(
+            f"  eager is left out: about {left_out['seconds']:.1f} s a call and {left_out['bytes'] / 2**30:.1f} GiB"
+        )
+    winner = fastest(rows)
+    if winner is not first:
+        printed.append(f"  {winner['provider']} wins{'' if winner['correct'] else ', with an error that is too large'}")
+    return "\n".join(printed)
 
 
 def chosen(value: str, known: dict, option: str) -> list[str]:
@@ -125,21 +161,34 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile of eager")
+    parser.add_argument("--longest", type=float, default=3.0, help="leave eager out where a call takes more seconds")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
     using = measurer(options.device)
     if options.device == "cpu":
         keep_freed_memory()
-    rows = []
-    for op in chosen(options.ops, OPERATIONS, "ops"):
-        for preset in chosen(options.presets, PRESETS, "presets"):
-            for dtype in chosen(options.dtypes, DTYPES, "dtypes"):
-                for mode in chosen(options.modes, dict.fromkeys(MODES), "modes"):
-                    new = measure(op, preset, dtype, mode, options.repeats, options.compile, options.device)
-                    rows += new
-                    print("\n".join(map(line, new)), flush=True)
-                    if options.out:  # after every case, so that an interrupted run keeps its results
-                        options.out.write_text(json.dumps({"facts": using.facts(), "rows": rows}, indent=1) + "\n")
+    names = (
+        chosen(options.ops, OPERATIONS, "ops"),
+        chosen(options.presets, PRESETS, "presets"),
+        chosen(options.dtypes, DTYPES, "dtypes"),
+        chosen(options.modes, dict.fromkeys(MODES), "modes"),
+    )
+    limits = Limits()
+    for dtype in names[2]:
+        limits.measure(using, DTYPES[dtype])
+    facts = using.facts()
+    threads = f", {facts['threads']} threads" if "threads" in facts else ""
+    print(f"{facts['device']} ({facts['kind']}{threads}) at best: {limits}", flush=True)
+    rows: list[dict] = []
+    for case in product(*names):
+        new = measure(Case(*case), limits, options)
+        rows += new
+        hold_against(limits, rows)
+        print(lines(new), flush=True)
+        if options.out:  # after every case, so that an interrupted run keeps its results
+            result = {"facts": facts, "limits": asdict(limits), "rows": rows}
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"at best, in the whole run: {limits}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Measure speed and memory of a training step on 32 pairs of XNLI: forward, backward, clipping, fused AdamW.
 
-    ear-ops bench step --out benchmarks/results/NAME.json
-    ear-ops bench step --device cuda --out benchmarks/results/NAME.json
+    ear-ops bench step --out FILE.json
+    ear-ops bench step --device cuda --out FILE.json
 
 There are four ways to make the step:
 

@@ -8,14 +8,12 @@ of the device are measured in the same run.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import cache, partial
 
 import measuring
 import torch
-from operations import Work
 
 import ear_ops
 
@@ -67,7 +65,7 @@ def eager_bytes() -> float:
 def interleaved(
     calls: Mapping[str, Callable[[], object]], repeats: int, capture: bool = True
 ) -> dict[str, dict[str, float]]:
-    """Return median, p20 and p80 of each call in ms. Calls take turns. `capture` makes CUDA graphs of them."""
+    """Return what `measuring.summary` says of each call. Calls take turns. `capture` makes CUDA graphs of them."""
     flush = torch.zeros(FLUSH // 4, dtype=torch.int32, device="cuda").max  # reads only, so that nothing is written back
     warm_up(flush)
     runs: dict[str, tuple[Callable[[], object], Callable[[], object], int]] = {}  # with and without the calls
@@ -83,11 +81,7 @@ def interleaved(
             times = [_milliseconds(run) for run in (with_calls, without)]
             if turn:  # the first turn warms up
                 samples[name].append(per_call(*times, count))
-    result = {}
-    for name, times in samples.items():
-        cuts = statistics.quantiles(times, n=5)
-        result[name] = {"median_ms": statistics.median(times), "p20_ms": cuts[0], "p80_ms": cuts[-1]}
-    return result
+    return {name: measuring.summary(times) for name, times in samples.items()}
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
@@ -111,19 +105,19 @@ def copy_rate() -> float:
 
 
 @cache
-def product_rate(dtype: torch.dtype) -> float:
+def product_rates(dtype: torch.dtype) -> dict[str, float]:
     """Return the multiplications and additions per second of torch's matrix product of 8192 x 8192 in this dtype.
 
     For float32, this is the better of two ways: the float32 unit, or three products of the matrix unit, whose sum is
     as exact.
     """
     if dtype != torch.float32:
-        return _product_rate(dtype)
+        return {"torch": _product_rate(dtype)}
     float32_unit = _product_rate(dtype)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        return max(float32_unit, _product_rate(dtype) / 3)
+        return {"torch": max(float32_unit, _product_rate(dtype) / 3)}
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -136,18 +130,11 @@ def _product_rate(dtype: torch.dtype) -> float:
     return 2.0 * n**3 / (1e-3 * times["product"]["p20_ms"])
 
 
-def limit(work: Work, length: int, dim: int, dtype: torch.dtype) -> dict[str, float | str]:
-    """Return the least time in ms that the work can take on this GPU, and which rate decides it."""
+def exponential_rate() -> float:
+    """Return the exponentials per second by clock and multiprocessors; older releases of torch do not say the clock."""
     properties = torch.cuda.get_device_properties(0)
-    terms = {"memory": work.bytes / copy_rate()}
-    clock = getattr(properties, "clock_rate", 0)  # kHz; older releases of torch do not have it
-    if clock:
-        rate = EXPONENTIALS_PER_CLOCK * properties.multi_processor_count * 1e3 * clock
-        terms["exponentials"] = work.exponentials / rate
-    if work.flops:
-        terms["products"] = work.flops / product_rate(dtype)
-    binding = max(terms, key=terms.__getitem__)
-    return {"limit_ms": 1e3 * terms[binding], "bound_by": binding}
+    clock = getattr(properties, "clock_rate", math.inf)  # kHz
+    return EXPONENTIALS_PER_CLOCK * properties.multi_processor_count * 1e3 * clock
 
 
 def facts() -> dict[str, str | int]:
@@ -155,9 +142,11 @@ def facts() -> dict[str, str | int]:
     properties = torch.cuda.get_device_properties(0)
     return {
         "device": properties.name,
+        "kind": "-".join(properties.name.lower().split()[:2]),
         "capability": f"sm_{properties.major}{properties.minor}",
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
         "ear_ops": ear_ops.__version__,
         "date": date.today().isoformat(),
+        "command": measuring.command(),
     }

@@ -1,4 +1,4 @@
-"""Define the three losses for the benchmarks: their inputs, the ways to compute them, and the work that they need.
+"""Define the losses for the benchmarks: their inputs, the ways to compute them, and the work that they need.
 
 Every way gets the same inputs and computes the `mean` reduction. The inputs have the strides that they have in models:
 both views are in one tensor, and its memory is in the order `[2B, L, H, D]`.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from limits import Work
 from presets import Preset
 from torch import Tensor
 
@@ -26,20 +27,13 @@ class Inputs:
     tensors: tuple[Tensor, ...]  # tensors that need a gradient; each holds both views
     mask: Tensor | None = None  # [2B, L] bool
     options: dict[str, bool] = field(default_factory=dict)
+    teacher: tuple[Tensor, ...] = ()  # of `distillation`, where `tensors` hold the student's view alone
 
     def to(self, target: torch.dtype | str) -> Inputs:
         """Return the inputs in another dtype or on another device."""
         mask = self.mask.to(target) if isinstance(target, str) and self.mask is not None else self.mask
-        return Inputs(tuple(t.detach().to(target).requires_grad_() for t in self.tensors), mask, self.options)
-
-
-@dataclass(frozen=True)
-class Work:
-    """The least work of a call: multiplications and additions, exponentials, and bytes to read and write."""
-
-    flops: float
-    exponentials: float
-    bytes: float
+        tensors = tuple(t.detach().to(target).requires_grad_() for t in self.tensors)
+        return Inputs(tensors, mask, self.options, tuple(t.to(target) for t in self.teacher))
 
 
 Loss = Callable[[Inputs], Tensor]
@@ -51,7 +45,7 @@ class Operation:
     eager: Loss
     fused: Loss
     work: Callable[[Preset, int, bool], Work]  # takes the preset, the bytes of an element, whether with backward
-    part: Callable[[Inputs], Inputs]  # a part of the inputs, small enough for float64
+    part: Callable[[Inputs], Inputs]  # a part of the inputs, where they are too large for float64
     eager_bytes: Callable[[Preset], float]  # about how many bytes plain PyTorch holds
 
 
@@ -109,17 +103,23 @@ def _qk_make(preset: Preset, dtype: torch.dtype) -> Inputs:
     return Inputs(tensors, _mask(preset), {"is_causal": True} if preset.is_causal else {})
 
 
-def _qk_eager(inputs: Inputs) -> Tensor:
-    query, key = inputs.tensors
+def _maps(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, bool]) -> Tensor:
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    if inputs.mask is not None:
-        scores = scores.masked_fill(~inputs.mask[:, None, None, :], -math.inf)
-    if inputs.options.get("is_causal"):
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None, :], -math.inf)
+    if options.get("is_causal"):
         allowed = structure_mask(query.shape[2], key.shape[2], True, None, query.device)
         scores = scores.masked_fill(~allowed, -math.inf)
-    first, second = torch.softmax(scores, dim=-1).chunk(2)
-    return F.mse_loss(first, second) if inputs.mask is None else _counted_mean((first - second) ** 2, inputs.mask)
+    return torch.softmax(scores, dim=-1)
+
+
+def _map_mse(first: Tensor, second: Tensor, mask: Tensor | None) -> Tensor:
+    return F.mse_loss(first, second) if mask is None else _counted_mean((first - second) ** 2, mask)
+
+
+def _qk_eager(inputs: Inputs) -> Tensor:
+    return _map_mse(*_maps(*inputs.tensors, inputs.mask, inputs.options).chunk(2), inputs.mask)
 
 
 def _qk_fused(inputs: Inputs) -> Tensor:
@@ -141,17 +141,68 @@ def _qk_work(preset: Preset, element: int, backward: bool) -> Work:
 
 
 def _qk_part(inputs: Inputs) -> Inputs:
-    """Return the inputs, or the first key head and the last 512 queries where the inputs are too large."""
+    """Return the first key head and the last 512 queries."""
     query, key = inputs.tensors
-    if query.shape[:3].numel() * key.shape[2] <= 2**26:
-        return inputs
     group = query.shape[1] // key.shape[1]
     part = (query[:, :group, -512:], key[:, :1])
     return Inputs(tuple(t.detach().requires_grad_() for t in part), inputs.mask, inputs.options)
 
 
 def _maps_bytes(preset: Preset) -> float:
-    return 6.0 * 2 * preset.pairs * preset.heads * preset.length**2 * 4
+    return 6.0 * 2 * preset.layers * preset.pairs * preset.heads * preset.length**2 * 4
+
+
+# --- distillation -------------------------------------------------------------------------------------------------
+
+
+def _distillation_make(preset: Preset, dtype: torch.dtype) -> Inputs:
+    """Return Q and K of all layers of a student, which need a gradient, and those of a teacher, which do not."""
+    layers = [_qk_make(preset, dtype) for _ in range(preset.layers)]
+    student, teacher = zip(*(t.detach().chunk(2) for layer in layers for t in layer.tensors), strict=True)
+    return Inputs(tuple(t.requires_grad_() for t in student), layers[0].mask, layers[0].options, teacher)
+
+
+def _distillation(inputs: Inputs, of_layer: Callable[..., Tensor]) -> Tensor:
+    """Return the sum over the layers of a loss of (query, key, query of the teacher, key of the teacher, masks)."""
+    masks = (None, None) if inputs.mask is None else inputs.mask.chunk(2)
+    tensors, teacher = inputs.tensors, inputs.teacher
+    layers = zip(tensors[::2], tensors[1::2], teacher[::2], teacher[1::2], strict=True)
+    return torch.stack([of_layer(*layer, *masks) for layer in layers]).sum()
+
+
+def _distillation_eager(inputs: Inputs) -> Tensor:
+    def of_layer(query, key, query_aug, key_aug, mask, mask_aug):  # type: ignore[no-untyped-def]
+        maps = _maps(query, key, mask, inputs.options), _maps(query_aug, key_aug, mask_aug, inputs.options)
+        return _map_mse(*maps, inputs.mask)
+
+    return _distillation(inputs, of_layer)
+
+
+def _distillation_fused(inputs: Inputs) -> Tensor:
+    def of_layer(query, key, query_aug, key_aug, mask, mask_aug):  # type: ignore[no-untyped-def]
+        masks = {"attention_mask": mask, "attention_mask_aug": mask_aug}
+        return ear_ops.qk_attention_mse(
+            query, key, query_aug, key_aug, **masks, **inputs.options, backend=query.device.type
+        )
+
+    return _distillation(inputs, of_layer)
+
+
+def _distillation_work(preset: Preset, element: int, backward: bool) -> Work:
+    """Return the work of all layers. It is that of `qk_attention_mse` without the gradients of one view."""
+    work = _qk_work(preset, element, backward)
+    written = preset.pairs * preset.length * preset.dim * element * (preset.heads + (preset.key_heads or preset.heads))
+    return Work(
+        flops=preset.layers * work.flops * (6 / 8 if backward else 1),
+        exponentials=preset.layers * work.exponentials,
+        bytes=preset.layers * (work.bytes - (written if backward else 0)),
+    )
+
+
+def _distillation_part(inputs: Inputs) -> Inputs:
+    """Return the first layer."""
+    tensors = tuple(t.detach().requires_grad_() for t in inputs.tensors[:2])
+    return Inputs(tensors, inputs.mask, inputs.options, inputs.teacher[:2])
 
 
 # --- attention_mse ------------------------------------------------------------------------------------------------
@@ -206,6 +257,14 @@ def _pooled_work(preset: Preset, element: int, backward: bool) -> Work:
 
 OPERATIONS = {
     "qk_attention_mse": Operation(_qk_make, _qk_eager, _qk_fused, _qk_work, _qk_part, _maps_bytes),
+    "distillation": Operation(
+        _distillation_make,
+        _distillation_eager,
+        _distillation_fused,
+        _distillation_work,
+        _distillation_part,
+        _maps_bytes,
+    ),
     "attention_mse": Operation(
         _attention_make, _attention_eager, _attention_fused, _attention_work, lambda inputs: inputs, _maps_bytes
     ),

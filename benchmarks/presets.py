@@ -21,6 +21,7 @@ class Preset:
     key_heads: int | None = None  # heads of the keys; None: H
     is_causal: bool = False
     ragged: bool = False  # the lengths are drawn from the lengths of real XNLI pairs
+    layers: int = 1  # of a student and a teacher, which `distillation` compares all
 
     def lengths(self) -> list[tuple[int, int]] | None:
         """Return the number of real tokens in x and x^a of every pair, or None where nothing is padded."""
@@ -38,4 +39,5 @@ PRESETS = {
     **{f"long-{2**n}": Preset(1, 12, 2**n, 64) for n in range(9, 15)},
     "gqa": Preset(1, 32, 4096, 128, key_heads=8, is_causal=True),
     "small": Preset(2, 4, 16, 32),
+    "distil": Preset(8, 12, 128, 32, layers=12),
 }

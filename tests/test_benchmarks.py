@@ -5,19 +5,28 @@ from __future__ import annotations
 import ast
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import bench_all
+import bench_distil
+import bench_losses
 import bench_step
+import compare_results
 import gpu_check
+import limits
+import measuring
 import measuring_cuda
 import pytest
 import report
 import torch
 from operations import OPERATIONS
-from presets import Preset
+from presets import PRESETS, Preset
 from support.memory import peak_memory
 
 from ear_ops.ops import extension
@@ -39,6 +48,7 @@ def bench(*arguments: str) -> str:
     command = [sys.executable, "-m", "ear_ops.recipes.cli", "bench", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
     return done.stdout
 
 
@@ -66,21 +76,206 @@ def test_work_is_what_the_masks_leave() -> None:
     assert work.exponentials == 4 * cells and work.flops == 8 * 2 * cells * preset.dim
 
 
+def test_the_work_of_distillation_is_that_of_its_layers_without_the_gradients_of_the_teacher() -> None:
+    preset = Preset(3, 4, 20, 8, layers=5)
+    cells = 5 * preset.pairs * preset.heads * preset.length**2
+    work = OPERATIONS["distillation"].work(preset, 4, True)
+    assert work.exponentials == 4 * cells and work.flops == 6 * 2 * cells * preset.dim
+    inputs = OPERATIONS["distillation"].make(preset, torch.float32)
+    read = sum(t.nbytes for t in (*inputs.tensors, *inputs.teacher))
+    assert work.bytes == 2 * read + sum(t.nbytes for t in inputs.tensors)
+    assert all(t.requires_grad for t in inputs.tensors) and not any(t.requires_grad for t in inputs.teacher)
+
+
+def test_the_unit_that_needs_longest_is_the_limit() -> None:
+    rates = limits.Limits({"float32": 4e9, "bfloat16": 8e9}, {"float32": 4e9, "bfloat16": 1e9}, 1e9, 2e9)
+    work = limits.Work(flops=8e6, exponentials=1e6, bytes=3e6)
+    assert rates.times(work, "float32") == {"products": 2.0, "exponentials": 1.0, "memory": 1.5}
+    row = limits.against_limit(rates.times(work, "float32"), 4.0)
+    assert (row["limit_ms"], row["bound_by"], row["fraction_of_limit"]) == (2.0, "products", 0.5)
+    row = limits.against_limit(rates.times(work, "bfloat16"), 4.0)
+    assert (row["limit_ms"], row["bound_by"], row["fraction_of_limit"]) == (1.5, "memory", 0.375)
+    assert str(rates) == (
+        "products float32 4 GFLOP/s (torch 4), bfloat16 8 GFLOP/s (torch 1); exponentials 1 G/s; copy 2 GB/s"
+    )
+
+
+def test_limits_are_the_highest_rates_of_a_run() -> None:
+    def measured(products: float, exponentials: float, memory: float) -> SimpleNamespace:
+        rates = {"exponential_rate": lambda: exponentials, "copy_rate": lambda: memory}
+        return SimpleNamespace(product_rates=lambda dtype: {"torch": products, "kernels": products - 1}, **rates)
+
+    rates = limits.Limits()
+    rates.measure(measured(3.0, 1.0, 5.0), torch.float32)
+    rates.measure(measured(2.0, 4.0, 2.0), torch.float32)
+    bfloat16 = measured(9.0, 1.0, 1.0)
+    bfloat16.product_rates = lambda dtype: {"torch": 1.0, "kernels": 9.0}
+    rates.measure(bfloat16, torch.bfloat16)
+    assert rates == limits.Limits({"float32": 3.0, "bfloat16": 9.0}, {"float32": 3.0, "bfloat16": 1.0}, 4.0, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "kind"),
+    [
+        ("AMD EPYC 9R14", {"avx2", "avx512f", "avx512_bf16"}, "epyc-avx512-bf16"),
+        ("AMD EPYC", {"avx2"}, "epyc-avx2"),
+        ("Intel(R) Xeon(R) Platinum 8488C", {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}, "xeon-amx"),
+        ("Intel(R) Xeon(R) Processor @ 2.50GHz", {"avx2", "avx512f"}, "xeon-avx512"),
+        ("Intel(R) Core(TM) i7-8550U", {"avx2"}, f"{platform.machine()}-avx2"),
+    ],
+)
+def test_a_processor_kind_is_a_family_and_its_best_unit(name: str, flags: set[str], kind: str) -> None:
+    assert measuring.processor_kind(name, flags) == kind
+
+
+def test_calls_take_turns_and_slow_ones_have_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = 0.0, []
+
+    def call(name: str, seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        order.append(name)
+
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now)
+    calls = {"quick": lambda: call("quick", 0.5), "slow": lambda: call("slow", 2.0)}
+    rows = measuring.interleaved(calls, 5)
+    assert (rows["quick"]["median_ms"], rows["quick"]["rounds"]) == (500.0, 5)
+    assert (rows["slow"]["median_ms"], rows["slow"]["rounds"]) == (2000.0, measuring.SLOW_ROUNDS)
+    assert order[4:] == ["quick", "slow", "slow", "quick", "quick", "slow", "quick", "quick"]
+
+
 def test_losses_and_report(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    bench("losses", "--presets", "small", "--dtypes", "float32", "--repeats", "2", "--out", str(out))
+    options = ["--dtypes", "float32", "--modes", "forward+backward", "--repeats", "2", "--out", str(out)]
+    bench("losses", "--presets", "small", *options)
     result = json.loads(out.read_text())
     assert {"device", "torch", "date", "cpu_isa"} <= set(result["facts"])
+    assert result["facts"]["command"].startswith("ear-ops bench losses --presets small --dtypes float32")
+    measured = result["limits"]
+    assert measured["products"]["float32"] >= measured["torch_products"]["float32"] > 0
+    assert measured["exponentials"] > 0 and measured["memory"] > 0
     rows = result["rows"]
     assert {(r["op"], r["mode"], r["provider"]) for r in rows} == {
-        (op, mode, provider)
-        for op in OPERATIONS
-        for mode in ("forward", "forward+backward")
+        (op, "forward+backward", provider)
+        for op in ("qk_attention_mse", "attention_mse", "pooled_distance")
         for provider in ("fused", "eager")
     }
     assert all(row["correct"] and row["median_ms"] > 0 and row["limit_ms"] > 0 for row in rows)
-    table = bench("report", str(out))
+    assert all(max(row["units_ms"].values()) == row["units_ms"][row["bound_by"]] == row["limit_ms"] for row in rows)
+    table = report.tables(rows)
     assert table.count("✓") == len(rows) and "qk_attention_mse" in table
+
+
+def row_of(provider: str, median: float, **others: object) -> dict:
+    row = {"op": "qk_attention_mse", "preset": "paper", "dtype": "float32", "mode": "forward+backward", "length": 128}
+    times = {"median_ms": median, "p20_ms": 0.9 * median, "p80_ms": 1.1 * median, "extra_bytes": 2**20}
+    limit = {"limit_ms": 1.0, "bound_by": "memory", "units_ms": {"memory": 1.0}, "fraction_of_limit": 1.0 / median}
+    return {**row, "provider": provider, **times, **limit, "correct": True, **others}
+
+
+def test_a_case_that_eager_wins_is_marked() -> None:
+    losing = [row_of("fused", 4.0), row_of("eager", 2.0), row_of("compile", 3.0)]
+    assert bench_losses.lines(losing).splitlines()[-1].strip() == "eager wins"
+    last_cells = "| 0.5x | 0.8x | 1 MiB (eager 1) | 0.25 (memory) | **eager** |"
+    assert report.loss_table(losing).splitlines()[-1].endswith(last_cells)
+    inexact = [row_of("fused", 4.0), row_of("compile", 3.0, correct=False)]
+    assert bench_losses.lines(inexact).endswith("compile wins, with an error that is too large")
+    assert report.loss_table(inexact).splitlines()[-1].endswith("| **compile** ✗ |")
+    units = {"exponentials": 0.0, "memory": 1.0, "products": 2.5}
+    title = bench_losses.lines([row_of("fused", 4.0, units_ms=units, bound_by="products")]).splitlines()[0]
+    assert title.endswith("forward+backward, bound by products: products 2.5 ms, memory 1 ms")
+    winning = [row_of("fused", 1.0), row_of("eager", 2.0)]
+    assert "wins" not in bench_losses.lines(winning)
+    assert report.loss_table(winning).splitlines()[-1].endswith("| fused |")
+
+
+def test_eager_is_left_out_where_its_products_take_too_long() -> None:
+    case = bench_losses.Case("qk_attention_mse", "xnli", "float32", "forward")
+    rates = limits.Limits({"float32": 9e9}, {"float32": 1e9})
+    assert case.eager_seconds(rates) == 2 * 2 * 32 * 12 * 128 * 128 * 64 / 1e9  # padding included
+    row = row_of("fused", 1.0, eager_left_out={"seconds": 5.25, "bytes": 2**30})
+    assert "eager is left out: about 5.2 s a call and 1.0 GiB" in bench_losses.lines([row])
+
+
+def result_of(*rows: dict, **facts: object) -> dict:
+    known = {"device": "AMD EPYC", "kind": "epyc-avx2", "cpu_isa": "avx2", "threads": 2, "torch": "2.13.0"}
+    return {"facts": {**known, "ear_ops": "0.2.0", "date": "2026-11-28", **facts}, "rows": list(rows)}
+
+
+def test_all_runs_known_scripts_with_known_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(bench_all.subprocess, "run", lambda command, **options: started.append(command[1:]))
+    monkeypatch.setattr(bench_all, "SPEED", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench_all.py"])
+    bench_all.main()
+    outputs = [Path(command[command.index("--out") + 1]) for command in started]
+    assert outputs == [tmp_path / str(measuring.facts()["kind"]) / f"{name}.json" for name in bench_all.RUNS]
+    for script, *arguments in started:
+        assert Path(script).is_file()
+        for option, known in {"--ops": OPERATIONS, "--presets": PRESETS}.items():
+            if option in arguments:
+                assert set(arguments[arguments.index(option) + 1].split(",")) <= known.keys()
+
+
+def test_compare_says_what_changed(tmp_path: Path) -> None:
+    shared = row_of("fused", 10.0, eager_over_this=2.0)
+    old = result_of(shared, row_of("eager", 20.0), row_of("compile", 15.0))
+    new = result_of(
+        {**shared, **row_of("fused", 5.0, eager_over_this=3.0, correct=False)},
+        row_of("eager", 21.0),
+        row_of("fused", 1.0, preset="small"),
+        threads=1,
+        torch="2.14.0",
+        date="2026-11-29",
+    )
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "rows.json").write_text(json.dumps(old))
+    (tmp_path / "new.json").write_text(json.dumps(new))
+    printed = bench("compare", str(tmp_path / "old"), str(tmp_path / "new.json")).splitlines()
+    assert printed[:2] == ["warning: threads was 2 and is 1", "warning: torch was 2.13.0 and is 2.14.0"]
+    fused, eager, *others = printed[2:]
+    assert "10.000 ms      5.000 ms    0.50 faster  eager over this 2.00 -> 3.00" in fused
+    assert fused.endswith("of the limit 0.10 -> 0.20  error too large now")
+    assert " 1.05 " in eager and "slower" not in eager  # the ranges touch
+    assert others == [
+        "only in OLD: qk_attention_mse paper float32 forward+backward compile",
+        "only in NEW: qk_attention_mse small float32 forward+backward fused",
+    ]
+    assert compare_results.change(new["rows"][0], old["rows"][0]) == "slower"
+
+
+def test_plots_and_tables_are_made_of_the_results_of_each_kind(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [row_of("fused", 4.0), row_of("eager", 2.0), row_of("compile", 6.0)]
+    rows += [row_of("fused", float(n), preset=f"long-{n}", length=n) for n in (512, 1024)]
+    step = {"op": "distillation step", "preset": "distil", "dtype": "float32", "provider": "fused", "median_ms": 9.0}
+    step |= {"extra_bytes": 2**20, "this_over_alone": 1.5}
+    measured = result_of(*rows, step, command="ear-ops bench losses --presets paper")
+    measured["limits"] = asdict(limits.Limits({"float32": 4e9}, {"float32": 4e9}, 1e9, 2e9))
+    for kind in ("epyc-avx2", "xeon-amx"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "rows.json").write_text(json.dumps(measured))
+    page = tmp_path / "tables.md"
+    report.renew(tmp_path, page)
+    for kind in ("epyc-avx2", "xeon-amx"):
+        speed = (tmp_path / kind / "speed.svg").read_text()
+        assert all(text in speed for text in ("float32", "paper", "eager", "compile", "0.5", "1.5"))
+        assert (tmp_path / kind / "length.svg").is_file() and (tmp_path / kind / "speed.png").is_file()
+    text = page.read_text()
+    assert text.count("\n## ") == 2 and text.count("**eager**") == 2 and text.count("| 1.50x |") == 2
+    assert text.count("ear-ops bench losses --presets paper") == 2
+    assert text.count("At best: products float32 4 GFLOP/s (torch 4); exponentials 1 G/s; copy 2 GB/s.") == 2
+
+
+def test_the_committed_page_of_tables_is_made_of_the_committed_results() -> None:
+    assert report.TABLES.read_text(encoding="utf-8") == report.page(report.SPEED), "run ear-ops bench report"
+    for folder in report.folders(report.SPEED):
+        plot = f"benchmarks/results/speed/{folder.name}/speed.svg"
+        assert (report.ROOT / plot).is_file()
+        for shown in ("README.md", "docs/benchmarks.md"):
+            assert plot in (report.ROOT / shown).read_text(encoding="utf-8"), f"{shown} shows no plot of {folder.name}"
+        for fact in (result["facts"] for result in report.read(folder)):
+            assert fact.get("kind", folder.name) == folder.name
 
 
 def test_report_says_how_straight_memory_is_over_length() -> None:
@@ -113,6 +308,16 @@ def test_a_step_of_every_way_runs_and_trains() -> None:
         call()
     after = model.state_dict()["bert.encoder.layer.0.attention.self.query.weight"]
     assert torch.equal(before, after)  # each way trains another copy of the model
+
+
+def test_every_way_of_distillation_has_the_same_loss_and_trains_another_copy() -> None:
+    calls = bench_distil.steps(Preset(2, 2, 6, 4, layers=3), "float32", vocab_size=50, hidden_dropout_prob=0.0)
+    assert list(calls) == ["student alone", "with teacher", "fused", "output_attentions"]
+    losses = {name: call() for name, call in calls.items()}
+    torch.testing.assert_close(losses["student alone"], losses["with teacher"])
+    torch.testing.assert_close(losses["fused"], losses["output_attentions"])
+    assert losses["fused"] > losses["with teacher"]
+    assert calls["fused"]() < losses["fused"]
 
 
 def test_a_sanitizer_is_judged_by_its_reports_on_our_kernels() -> None:
@@ -289,6 +494,22 @@ def test_scripts_import_from_a_checkout_without_help_of_the_tests() -> None:
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_benchmark_is_silent_about_memory_from_before_its_measurement(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "import torch\n"
+        "from measuring import peak_memory\n"
+        "held = [torch.ones(1000)]\n"
+        "peak_memory(lambda: (held.clear(), torch.ones(1000) + 1))\n"
+    )
+    call = f"import sys; from ear_ops.recipes import cli; cli._BENCHMARKS['losses'] = {str(script)!r}; "
+    call += "sys.argv = ['ear-ops', 'bench', 'losses']; cli.main()"
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_measuring_memory_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:

@@ -230,6 +230,20 @@ def test_the_issue_model_waits_for_stalls_scoreboards_units_and_branches() -> No
     assert issue.cycles(kernel, [[0, ~1, 2, 3, 5]], device, issue.WORST) == alone + 1 - issue.LATENCY["MUFU"] + 12
 
 
+def test_products_of_a_warp_group_go_on_until_somebody_waits_for_them() -> None:
+    body = """
+        HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT
+        HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0
+        WARPGROUP.DEPBAR.LE gsb0, 0x0
+        EXIT
+    """
+    kernel = parse(listing(body))["kernel"]
+    held = 4 * 64 // 8  # cycles, as eight products of 16 x 8 x 16
+    waits = held + held + issue.LATENCY["HGMMA"] + 4 + 1
+    assert issue.cycles(kernel, [[0, 1, 2, 3]], issue.DEVICES["90a"], issue.BEST) == waits
+    assert issue.cycles(kernel, [[0, 1, 3]], issue.DEVICES["90a"], issue.BEST) == held + 4 + 1
+
+
 def test_blocks_that_fit_are_limited_by_registers_and_shared_memory() -> None:
     device = issue.DEVICES["90"]
     assert issue.resident_blocks(217, 128, 55296, device) == 2

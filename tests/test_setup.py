@@ -433,6 +433,15 @@ def test_cuda_sources_are_compiled_again_for_other_architectures_alone(
     assert [re.findall("code=(sm_..)", command) for command in commands] == [["sm_80"]] * 2 + [["sm_90"]] * 2
 
 
+def test_the_kernels_for_hopper_are_compiled_for_it_alone(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other architectures do not have their instructions."""
+    monkeypatch.setenv("EAR_OPS_CUDA_ARCHITECTURES", "80 90")
+    write(project / "csrc" / "cuda" / "qk_hopper.cu", "")
+    assert build(project)["cuda_architectures"] == "sm_80 sm_90"
+    (command,) = (line for line in (project / "nvcc.log").read_text().splitlines() if "qk_hopper" in line)
+    assert re.findall(r"code=(sm_\w+)", command) == ["sm_90a"]
+
+
 # --- names of architectures -----------------------------------------------------------------------------------------
 
 

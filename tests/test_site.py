@@ -58,8 +58,8 @@ def in_site():
         ("attach.md", "[how to help](../CONTRIBUTING.md)", "[how to help](CONTRIBUTING.md)"),
         (
             "concepts/capture.md",
-            "![time](../../benchmarks/results/long-xeon-avx512.png)",
-            "![time](../benchmarks/results/long-xeon-avx512.png)",
+            "![time](../../benchmarks/results/speed/xeon-avx512/length.svg)",
+            "![time](../benchmarks/results/speed/xeon-avx512/length.svg)",
         ),
         ("attach.md", "[runs](../benchmarks/results/scale/#a)", "[runs](benchmarks/results/scale/README.md#a)"),
         ("attach.md", "the [build](../setup.py) file", "the build (`setup.py`) file"),

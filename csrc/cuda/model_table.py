@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
-from check_build import built, demangled, ptxas_version  # noqa: E402
+from check_build import HOPPER, built, demangled, ptxas_version  # noqa: E402
 from sass import counts, issue  # noqa: E402
 from sass.counts import Case  # noqa: E402
 
@@ -31,6 +31,7 @@ CALLS = [
     ("qk_float_64.cu", Case("forward", *PAPER, "plain")),
     ("qk_float_64.cu", Case("backward", *PAPER, "plain")),
     ("qk_bfloat16_64.cu", Case("forward", 1, 12, 4096, "plain")),
+    (HOPPER, Case("forward", 1, 12, 4096, "plain")),
 ]
 KINDS = (*counts.OPCODES, counts.OTHER)
 
@@ -38,15 +39,17 @@ KINDS = (*counts.OPCODES, counts.OTHER)
 def rows_of(name: str) -> list[tuple[Case, str]]:
     """A row for each call of one file, without the outer bars."""
     rows = []
-    device = issue.DEVICES[ARCHITECTURE]
-    with built(HERE / "instances" / name, ARCHITECTURE) as file:
+    hopper = name == HOPPER
+    architecture = "90a" if hopper else ARCHITECTURE
+    device = issue.DEVICES[architecture]
+    with built(HERE / name if hopper else HERE / "instances" / name, architecture) as file:
         if file.kernels is None or file.instance is None:
             raise SystemExit("there is no nvdisasm: pip install nvidia-cuda-nvdisasm")
         element, features = file.instance
-        launcher = counts.build_launcher(element, features, file.objects, file.objects.parent)
+        launcher = counts.build_launcher(element, features, file.objects, file.objects.parent, hopper)
         for case in (case for source, case in CALLS if source == name):
             launches = counts.launches_of(launcher, case, features, device)
-            result = counts.count(case, launches, file.kernels, file.registers, ARCHITECTURE)
+            result = counts.count(case, launches, file.kernels, file.registers, architecture)
             best, worst = (1e6 * total / device.hertz for total in (result.best_cycles, result.worst_cycles))
             floor = 1e6 * result.bytes / device.bytes_per_second
             kernels = ", ".join(f"`{demangled(kernel).partition('<')[0]}`" for kernel in result.kernels)

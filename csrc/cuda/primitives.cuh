@@ -108,7 +108,7 @@ EAR_OPS_DEVICE void load_matrices(uint32_t (&to)[4], const void* shared_row) {
   }
 }
 
-// c [16, 8] += a [16, k] b [k, 8]: k = 16 for 16-bit elements, 8 for float, of which 11 bits of the significand count.
+// c [16, 8] += a [16, 16] b [16, 8]
 EAR_OPS_DEVICE void multiply_add(bfloat16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -120,22 +120,7 @@ EAR_OPS_DEVICE void multiply_add(float16, float (&c)[4], const uint32_t (&a)[4],
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-EAR_OPS_DEVICE void multiply_add(float, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-EAR_OPS_DEVICE uint32_t round_to_tf32(float value) {  // as a float's bits
-  uint32_t rounded;
-#if __CUDA_ARCH__ >= 900
-  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));  // one instruction there
-#else
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
-#endif
-  return rounded;
-}
+EAR_OPS_DEVICE uint32_t float_as_bits(float value) { return __float_as_uint(value); }
 EAR_OPS_DEVICE float bits_as_float(uint32_t bits) { return __uint_as_float(bits); }
 EAR_OPS_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }  // never fused with what is added to it
 EAR_OPS_DEVICE float exp2_fast(float x) {                                   // within 2 ulp

@@ -27,10 +27,11 @@ EAR_OPS_DEVICE float gradient_range<float16>() {
 }
 
 // How many vectors of a tile a block visits. Registers hold the scores and the gradients of kD features: wide gradients
-// leave room for fewer scores, and split floats for fewer still.
+// leave room for fewer scores, and split floats or scores that are asked about for fewer still.
 template <typename T>
-EAR_OPS_CONSTANT int gradient_visited(int kD) {
-  return sizeof(T) == 2 && kD <= 64 ? kVisited : kVisited / 2;
+EAR_OPS_CONSTANT int gradient_visited(int kD, bool general) {
+  if (sizeof(T) == 4) return kD <= 64 ? 32 : 16;
+  return kD <= 64 ? 64 : kD <= 96 || !general ? 32 : 16;
 }
 
 // Writes a warp's 16 gradients of one view from `to` on, of which `count` exist, `features` of each. Those of vectors
@@ -70,7 +71,7 @@ EAR_OPS_DEVICE void write_gradient(const float (&gradient)[kD / 8][4], float fac
 
 template <typename T, int kD, bool kGeneral, Role kOwner>
 EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int block, int own_chunk) {
-  constexpr int kN = gradient_visited<T>(kD);
+  constexpr int kN = gradient_visited<T>(kD, kGeneral);
   constexpr bool kQueries = kOwner == Role::kQueries;
   const int first_owned = block * kOwned, chunks = (a.dim + kD - 1) / kD, group = a.heads / a.key_heads;
   const Vectors<kOwner> owned{a, pair, head};
@@ -140,14 +141,10 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
             Products<T>::template add_weighted<kD, kN>(
                 scores[v], stages.visited(stage) + v * SharedVectors<T, kD>::bytes(kN), gradient[v]);
           };
-          if (wanted[0] && wanted[1]) {
-            add(0);
-            sync_warp();  // both at a time would need more registers than there are
-            add(1);
-          } else if (wanted[0]) {
-            add(0);
-          } else {
-            add(1);
+#pragma unroll
+          for (int v = 0; v < 2; ++v) {
+            if (wanted[v]) add(v);
+            if (v == 0) sync_warp();  // both at a time would need more registers than there are
           }
         });
   }

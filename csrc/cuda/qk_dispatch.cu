@@ -1,6 +1,7 @@
 // Picks the instance of the qk_attention_mse kernels: the narrowest chunk that holds the head dimension, or the widest
 // one that the device's shared memory holds.
 #include "primitives.cuh"
+#include "qk_hopper.h"
 #include "qk_kernels.h"
 
 namespace ear_ops::cuda {
@@ -40,11 +41,14 @@ auto with_kernels(Element element, const QKArgs& a, const Use& use) {
 }  // namespace
 
 int64_t qk_forward_blocks(Element element, const QKArgs& args) {
-  const int rows = with_kernels(element, args, [&](auto kernels) { return kernels.rows_of_a_block(args); });
+  const int rows = hopper_takes_forward(element, args)
+                       ? hopper_rows(args.dim)
+                       : with_kernels(element, args, [&](auto kernels) { return kernels.rows_of_a_block(args); });
   return (args.queries + rows - 1) / rows;
 }
 
 const char* launch_qk_forward(Element element, const QKArgs& args, void* stream) {
+  if (hopper_takes_forward(element, args)) return launch_hopper_forward(element, args, stream);
   return with_kernels(element, args, [&](auto kernels) { return kernels.forward(args, stream); });
 }
 

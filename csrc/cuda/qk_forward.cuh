@@ -103,23 +103,31 @@ struct RunningRows {
   }
 };
 
-// Writes what the forward gives: statistics of the rows, and the sum of squares over all rows of the block.
+// Writes the statistics of the rows and returns this thread's part of the sum of squares over all rows of the block.
 template <int kRows>
-EAR_OPS_DEVICE void write_forward(const Vectors<Role::kQueries>& queries, int block, const RunningRows& rows) {
+EAR_OPS_DEVICE float write_rows(const Vectors<Role::kQueries>& queries, int block, const RunningRows& rows) {
   const QKArgs& a = queries.args;
-  float total = 0;
+  float total = 0, loss[2], stats[2][kRowStats];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) loss[half] = rows.finish(half, stats[half]);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float stats[kRowStats];
-    const float loss = rows.finish(half, stats);
     const int query = block * kRows + owned_of_lane(half);
     if (thread_index() % 4 != 0 || query >= a.queries) continue;
     float* to = a.row_stats + stats_index(a, queries.pair, queries.head, query);
     const bool real = queries.real(0, query);  // in both views
 #pragma unroll
-    for (int k = 0; k < kRowStats; ++k, to += stats_step(a)) store_global(to, real ? stats[k] : 0.0f);
-    if (real) total += loss;
+    for (int k = 0; k < kRowStats; ++k, to += stats_step(a)) store_global(to, real ? stats[half][k] : 0.0f);
+    if (real) total += loss[half];
   }
+  return total;
+}
+
+// Writes what the forward gives: statistics of the rows, and the sum of squares over all rows of the block.
+template <int kRows>
+EAR_OPS_DEVICE void write_forward(const Vectors<Role::kQueries>& queries, int block, const RunningRows& rows) {
+  const QKArgs& a = queries.args;
+  float total = write_rows<kRows>(queries, block, rows);
 #pragma unroll
   for (int lanes = 1; lanes < kWarp; lanes *= 2) total += shuffle_xor(total, lanes);
   char* sums = shared_memory();
@@ -175,6 +183,10 @@ forward_short(EAR_OPS_ARGUMENT const QKArgs a) {
   RunningRows rows;
   wait_copies<0>();
   sync_block();
+  if constexpr (Products<T>::kSplit) {
+    Products<T>::template split<kD, 4 * kRows, kRows / 16>(owned);  // all that there are
+    sync_block();
+  }
 #pragma unroll
   for (int tile = 0; tile < kRows / kVisited; ++tile) {
     if (tile > 0 && tile * kVisited >= a.keys) break;

@@ -34,11 +34,16 @@ int QKKernels<T, kD>::rows_of_a_block(const QKArgs& a) {
   return rows ? rows : kOwned;
 }
 
+template <typename T, int kD, bool kGeneral>
+constexpr int64_t backward_bytes(int chunks) {
+  return Stages<T, kD, gradient_visited<T>(kD, kGeneral), Role::kKeys>::bytes(chunks);
+}
+
 template <typename T, int kD>
 int64_t QKKernels<T, kD>::shared_bytes(const QKArgs& a) {
   const int chunks = chunks_of(a, kD);
   const int64_t forward = Stages<T, kD, kVisited, Role::kQueries>::bytes(chunks);
-  const int64_t backward = Stages<T, kD, gradient_visited<T>(kD), Role::kKeys>::bytes(chunks);
+  const int64_t backward = backward_bytes<T, kD, false>(chunks);  // the other one needs no more
   return forward > backward ? forward : backward;
 }
 
@@ -79,9 +84,10 @@ const char* QKKernels<T, kD>::backward(const QKArgs& a, void* stream) {
   const bool queries = a.query[0].gradient || a.query[1].gradient, keys = a.key[0].gradient || a.key[1].gradient;
   const int64_t per_head =
       (queries ? int64_t(a.heads / a.key_heads) * blocks_of(a.queries) : 0) + (keys ? int64_t(blocks_of(a.keys)) : 0);
-  return launch(is_general(a) ? &cuda::backward<T, kD, true> : &cuda::backward<T, kD, false>,
-                a.pairs * a.key_heads * per_head * chunks, kThreads,
-                Stages<T, kD, gradient_visited<T>(kD), Role::kKeys>::bytes(chunks), stream, a);
+  const int64_t blocks = a.pairs * a.key_heads * per_head * chunks;
+  return is_general(a)
+             ? launch(&cuda::backward<T, kD, true>, blocks, kThreads, backward_bytes<T, kD, true>(chunks), stream, a)
+             : launch(&cuda::backward<T, kD, false>, blocks, kThreads, backward_bytes<T, kD, false>(chunks), stream, a);
 }
 
 }  // namespace ear_ops::cuda

@@ -101,12 +101,21 @@ struct Stages {
     copy_vectors<T, kD, kN, kThreads>(visited(stage), step.visited(), step.first_visited, chunk * kD);
     if (first || chunks > 1) copy_vectors<T, kD, kOwned, kThreads>(owned(stage), vectors, first_owned, chunk * kD);
   }
-  // Zeros what masks hide.
-  EAR_OPS_DEVICE void clear(int stage, const Steps<kN, kOwner>& step, bool first) const {
-    const bool of_visited = step.visited().masked(), of_owned = (first || chunks > 1) && vectors.masked();
-    if (of_visited) clear_hidden<T, kD, kN, kThreads>(visited(stage), Real<kN>(step.visited(), step.first_visited));
-    if (of_owned) clear_hidden<T, kD, kOwned, kThreads>(owned(stage), Real<kOwned>(vectors, first_owned));
-    if (of_visited || of_owned) sync_block();
+  // Makes a stage ready for products. kClears: what masks hide becomes zero.
+  template <bool kClears>
+  EAR_OPS_DEVICE void prepare(int stage, const Steps<kN, kOwner>& step, bool first) const {
+    const bool with_owned = first || chunks > 1;
+    if constexpr (kClears) {
+      const bool of_visited = step.visited().masked(), of_owned = with_owned && vectors.masked();
+      if (of_visited) clear_hidden<T, kD, kN, kThreads>(visited(stage), Real<kN>(step.visited(), step.first_visited));
+      if (of_owned) clear_hidden<T, kD, kOwned, kThreads>(owned(stage), Real<kOwned>(vectors, first_owned));
+      if (of_visited || of_owned) sync_block();
+    }
+    if constexpr (Products<T>::kSplit) {
+      Products<T>::template split<kD, 2 * kN, kThreads / kWarp>(visited(stage));
+      if (with_owned) Products<T>::template split<kD, 2 * kOwned, kThreads / kWarp>(owned(stage));
+      sync_block();
+    }
   }
   EAR_OPS_DEVICE void fill(int stage, const Steps<kN, kOwner>& step, bool first) const {
     fill_chunk(stage, step, step.chunk, first);
@@ -135,7 +144,7 @@ EAR_OPS_DEVICE void for_tiles(const Stages<T, kD, kN, kOwner>& stages, Steps<kN,
     commit_copies();
     wait_copies<1>();
     sync_block();
-    if (kClears) stages.clear(stage, step, first);
+    stages.template prepare<kClears>(stage, step, first);
     first = false;
     if (step.is_first_chunk()) clear(scores);
     add_scores<T, kD, kN, kOwner>(stages.owned(stage), stages.visited(stage), scores);
@@ -146,14 +155,13 @@ EAR_OPS_DEVICE void for_tiles(const Stages<T, kD, kN, kOwner>& stages, Steps<kN,
         commit_copies();
         wait_copies<0>();
         sync_block();
-        if (kClears) stages.clear(stage, step, false);
+        stages.template prepare<kClears>(stage, step, false);
       }
       body(step, scores, stage);
     }
     sync_block();
     step.advance();
   }
-  wait_copies<0>();
 }
 
 }  // namespace ear_ops::cuda

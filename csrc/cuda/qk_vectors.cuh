@@ -5,8 +5,8 @@
 // owns queries it visits keys, and the other way round.
 #pragma once
 
-#include "products.cuh"
 #include "qk_args.h"
+#include "split_products.cuh"
 
 namespace ear_ops::cuda {
 
@@ -55,7 +55,8 @@ struct Real {
 #pragma unroll
     for (int v = 0; v < 2; ++v)
 #pragma unroll
-      for (int w = 0; w < (kN + 31) / 32; ++w) words[v][w] = ballot(vectors.real(v, first + w * 32 + lane));
+      for (int w = 0; w < (kN + 31) / 32; ++w)
+        words[v][w] = ballot((kN >= 32 || lane < kN) && vectors.real(v, first + w * 32 + lane));
   }
   EAR_OPS_DEVICE Real() {}
   // Of the vectors [index * kPart, (index + 1) * kPart) among these.
@@ -79,7 +80,7 @@ struct Real {
     uint32_t all = ~0u;
 #pragma unroll
     for (int w = 0; w < (kN + 31) / 32; ++w) all &= words[0][w] & words[1][w];
-    return all == ~0u;
+    return all == ~0u >> (kN < 32 ? 32 - kN : 0);
   }
   // Of vector `of_eight` of the n-th eight.
   EAR_OPS_DEVICE bool operator()(int v, int n, int of_eight) const {
@@ -95,7 +96,7 @@ EAR_OPS_DEVICE void copy_vectors(char* to, const Vectors<kRole>& vectors, int fi
   constexpr int kElements = 16 / sizeof(T), kAccesses = kD / kElements, kBytes = sizeof(T);
   constexpr int kPass = kThreads / kAccesses;  // vectors that the block copies at a time
   const int exist = vectors.count() - first, features = vectors.args.dim - feature;
-#pragma unroll(sizeof(T) == 4 && kCount == kOwned ? 2 : 1)  // what spills the fewest registers
+#pragma unroll 1
   for (int v = 0; v < 2; ++v, to += Layout::bytes(kCount)) {
     if (vectors.args.vectorized) {
       const int mine = thread_index() / kAccesses, c = thread_index() % kAccesses * kElements;
@@ -124,13 +125,13 @@ EAR_OPS_DEVICE void copy_vectors(char* to, const Vectors<kRole>& vectors, int fi
 template <typename T, int kD, int kCount, int kThreads>
 EAR_OPS_DEVICE void clear_hidden(char* to, const Real<kCount>& real) {
   using Layout = SharedVectors<T, kD>;
-  constexpr int kElements = 16 / sizeof(T), kAccesses = kD / kElements;
+  constexpr int kElements = 16 / sizeof(T), kAccesses = kD / kElements, kWord = kCount < 32 ? kCount : 32;
 #pragma unroll
   for (int v = 0; v < 2; ++v)
 #pragma unroll
-    for (int first = 0; first < kCount; first += 32, to += Layout::bytes(32))
+    for (int first = 0; first < kCount; first += kWord, to += Layout::bytes(kWord))
 #pragma unroll 1
-      for (int i = thread_index(); i < 32 * kAccesses; i += kThreads)
+      for (int i = thread_index(); i < kWord * kAccesses; i += kThreads)
         if (!(real.words[v][first / 32] >> (i / kAccesses) & 1))
           store_shared(to + i / kAccesses * Layout::kVectorBytes + i % kAccesses * 16, SixteenBytes{});
 }

@@ -13,7 +13,7 @@ from mkdocs.structure.files import File, Files
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Files outside of docs/ that the site holds too, at their path in the repository.
-OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/results/**/*.md", "benchmarks/results/**/*.png")
+OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", *(f"benchmarks/results/**/*.{kind}" for kind in ("md", "png", "svg")))
 LINK = re.compile(r"(?P<start>!?\[(?P<text>[^\[\]]*)\])\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 

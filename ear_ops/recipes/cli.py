@@ -7,6 +7,7 @@ seconds, only when they run, so `--help` and mistakes show at once.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Collection
@@ -307,9 +308,12 @@ def analyse(
 
 # The scripts of `benchmarks/` by the name that the command takes.
 _BENCHMARKS = {
-    **{name: f"bench_{name}.py" for name in ("losses", "step", "epoch", "capture")},
+    **{name: f"bench_{name}.py" for name in ("all", "losses", "step", "distil", "epoch", "capture")},
     "report": "report.py",
+    "compare": "compare_results.py",
 }
+# Torch's profiler measures memory. It would print a line at its starts, and of memory from before them.
+_QUIET_PROFILER = {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 @_command(_DATA_AND_SPEED, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -317,7 +321,7 @@ def bench(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="|".join(_BENCHMARKS))],
 ) -> None:
-    """Measure speed and memory of losses, a step, an epoch or capturing (in a checkout); see `bench NAME -h`."""
+    """Measure speed and memory, draw results, or compare two of them (in a checkout); see `bench NAME -h`."""
     import subprocess
 
     if name not in _BENCHMARKS:
@@ -325,7 +329,8 @@ def bench(
     folder = Path(__file__).parents[2] / "benchmarks"
     if not folder.is_dir():
         raise FileNotFoundError(f"the benchmarks come with a checkout, not with the installed package: no {folder}")
-    sys.exit(subprocess.call([sys.executable, str(folder / _BENCHMARKS[name]), *context.args]))
+    command = [sys.executable, str(folder / _BENCHMARKS[name]), *context.args]
+    sys.exit(subprocess.call(command, env={**_QUIET_PROFILER, **os.environ}))
 
 
 def _run_module() -> Any:

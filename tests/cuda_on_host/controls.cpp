@@ -64,10 +64,12 @@ std::string run_mistaken(const at::Tensor& data, int64_t mistake, int64_t blocks
 }  // namespace ear_ops::cuda
 
 TORCH_LIBRARY_FRAGMENT(ear_ops_cuda_on_host, m) {
-  m.def("configure(int seed, int shared_limit) -> ()", [](int64_t seed, int64_t shared_limit) {
-    ear_ops::cuda::host::set_seed(static_cast<uint64_t>(seed));
-    ear_ops::cuda::host::set_shared_limit(shared_limit);
-  });
+  m.def("configure(int seed, int shared_limit, bool hopper) -> ()",
+        [](int64_t seed, int64_t shared_limit, bool hopper) {
+          ear_ops::cuda::host::set_hopper(hopper);
+          ear_ops::cuda::host::set_seed(static_cast<uint64_t>(seed));
+          ear_ops::cuda::host::set_shared_limit(shared_limit);
+        });
   m.def("set_device(int function) -> ()", [](int64_t function) {
     ear_ops::cuda::host::set_device(reinterpret_cast<ear_ops::cuda::host::Device>(function));
   });

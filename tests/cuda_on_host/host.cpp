@@ -9,13 +9,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/primitives.cuh"
+#include "../../csrc/cuda/hopper.cuh"
 
 namespace ear_ops::cuda::host {
 
@@ -30,6 +31,25 @@ struct Copy {
   bool real;
 };
 
+struct Barrier {  // in shared memory
+  int expected, missing, bytes, phase;
+};
+
+struct Box {  // a copy of a tile that is on its way
+  char* to;
+  BoxedTensor tensor;
+  int corner[4];
+  Barrier* barrier;
+};
+
+struct Product {  // of one lane, that is not made yet
+  int type;
+  float (*sums)[4];
+  const char *a, *b;
+  bool adds, follows;  // another product of the same sums
+  float start[8][4];
+};
+
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   ucontext_t start;
@@ -38,6 +58,8 @@ struct Fiber {
   Meeting meeting;
   Exchange exchange;
   std::vector<std::vector<Copy>> copies;  // groups; the last is not committed yet
+  std::vector<Product> products;
+  size_t committed;  // of the products
 };
 
 struct Failed {};  // unwinds a fiber whose block has failed
@@ -55,6 +77,9 @@ struct State {
   std::string error;
   uint64_t seed = 0;
   int64_t limit = 227 * 1024;
+  bool hopper = true;
+  std::map<const void*, Barrier> barriers;
+  std::vector<Box> boxes;
 } state;
 
 void fail(const std::string& what) {
@@ -88,8 +113,8 @@ void resume(int thread) {
 }
 
 const char* name(Meeting meeting) {
-  constexpr const char* kNames[] = {"sync_block",    "sync_warp",     "shuffle_xor", "ballot",
-                                    "load_matrices", "load_matrices", "multiply_add"};
+  constexpr const char* kNames[] = {"sync_block",    "sync_warp",     "shuffle_xor",  "ballot",
+                                    "load_matrices", "load_matrices", "multiply_add", "wait_phase"};
   return kNames[static_cast<int>(meeting)];
 }
 
@@ -98,30 +123,24 @@ float element(int type, uint32_t word, int half) {
   return type == 0 ? to_float(bfloat16{bits}) : to_float(float16{bits});
 }
 
-// d = a b + c as lanes hold it (PTX: mma.m16n8k16 of 16-bit elements, mma.m16n8k8 of tf32).
+// d = a b + c as lanes hold it (PTX: mma.m16n8k16).
 void multiply_add_of(Exchange* lanes[kWarp]) {
-  const int type = lanes[0]->type, depth = type == 2 ? 8 : 16;
+  const int type = lanes[0]->type;
   float a[16][16], b[16][8];
   for (int lane = 0; lane < kWarp; ++lane) {
     const int g = lane / 4, t = lane % 4;
     const Exchange& of = *lanes[lane];
-    for (int i = 0; i < 4; ++i) {
-      if (type == 2) {
-        a[g + 8 * (i % 2)][t + 4 * (i / 2)] = bits_as_float(of.in[i] & 0xffffe000u);
-        if (i < 2) b[t + 4 * i][g] = bits_as_float(of.in[4 + i] & 0xffffe000u);
-        continue;
-      }
+    for (int i = 0; i < 4; ++i)
       for (int half = 0; half < 2; ++half) {
         a[g + 8 * (i % 2)][2 * t + half + 8 * (i / 2)] = element(type, of.in[i], half);
         if (i < 2) b[2 * t + half + 8 * i][g] = element(type, of.in[4 + i], half);
       }
-    }
   }
   for (int lane = 0; lane < kWarp; ++lane)
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
       double sum = bits_as_float(lanes[lane]->out[i]);
-      for (int k = 0; k < depth; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
+      for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
       lanes[lane]->out[i] = float_as_bits(round_to_zero(sum));
     }
 }
@@ -181,11 +200,74 @@ bool run_to_meeting(int begin, int end, const std::vector<int>& order, Meeting* 
   return true;
 }
 
-// One warp up to the next barrier of the block, or its end.
-void run_warp(int begin, int end, const std::vector<int>& order) {
+Barrier& barrier_at(const void* address) {
+  const auto place = state.barriers.find(address);
+  if (place == state.barriers.end()) fail("no barrier was made here");
+  return place->second;
+}
+
+void end_phase(Barrier* barrier) {
+  if (barrier->missing || barrier->bytes) return;
+  ++barrier->phase;
+  barrier->missing = barrier->expected;
+}
+
+bool phases_have_ended(int begin, int end) {
+  for (int i = begin; i < end; ++i) {
+    const Exchange& of = state.fibers[i].exchange;
+    const auto place = state.barriers.find(of.address);
+    if (place == state.barriers.end()) {
+      state.error = "wait_phase: no barrier was made here (block " + std::to_string(state.block) + ")";
+      return false;
+    }
+    if (static_cast<uint32_t>(place->second.phase & 1) == of.in[0]) return false;
+  }
+  return true;
+}
+
+// Where 16 bytes of a tile lie: bits 7 to 9 of the address change bits 4 to 6.
+char* swizzled(const char* address) {
+  const auto bits = reinterpret_cast<uintptr_t>(address);
+  return reinterpret_cast<char*>(bits ^ (bits >> 7 & 7) << 4);
+}
+
+// The last copy of a tile that was started arrives. Returns whether there was one.
+bool deliver() {
+  if (state.boxes.empty()) return false;
+  const Box box = state.boxes.back();
+  state.boxes.pop_back();
+  const BoxedTensor& of = box.tensor;
+  for (uint64_t row = 0; row < of.box_rows; ++row)
+    for (int place = 0; place < 8; ++place) {
+      char* to = swizzled(box.to + row * kTileRowBytes + place * 16);
+      const uint64_t feature = box.corner[0] + 8 * place, index = box.corner[1] + row;
+      std::memset(to, 0, 16);
+      if (feature >= of.sizes[0] || index >= of.sizes[1]) continue;
+      const uint64_t from =
+          of.data + 2 * feature + index * of.strides[0] + box.corner[2] * of.strides[1] + box.corner[3] * of.strides[2];
+      try {
+        check_global(reinterpret_cast<const void*>(from), 16);
+      } catch (const Failed&) {
+        return true;
+      }
+      std::memcpy(to, reinterpret_cast<const void*>(from), 16);
+    }
+  box.barrier->bytes -= static_cast<int>(of.box_rows) * kTileRowBytes;
+  end_phase(box.barrier);
+  return true;
+}
+
+// One warp up to the next barrier, or its end. Returns whether a thread has run.
+bool run_warp(int begin, int end, const std::vector<int>& order) {
   Meeting meeting;
-  while (run_to_meeting(begin, end, order, &meeting)) {
-    if (meeting == Meeting::kBlock) return;
+  bool runs = false;
+  const auto can_run = [&]() {
+    for (int i = begin; i < end; ++i)
+      if (!state.fibers[i].finished && !state.fibers[i].waiting) return runs = true;
+    return false;
+  };
+  while (can_run(), run_to_meeting(begin, end, order, &meeting)) {
+    if (meeting == Meeting::kBlock || (meeting == Meeting::kPhase && !phases_have_ended(begin, end))) return runs;
     Exchange* lanes[kWarp];
     for (int i = begin; i < end; ++i) {
       lanes[i - begin] = &state.fibers[i].exchange;
@@ -193,6 +275,7 @@ void run_warp(int begin, int end, const std::vector<int>& order) {
     }
     exchange_of(meeting, lanes);
   }
+  return runs;
 }
 
 void run_block(int threads, std::mt19937_64& random) {
@@ -200,20 +283,36 @@ void run_block(int threads, std::mt19937_64& random) {
   for (Fiber& fiber : state.fibers) {
     fiber.started = fiber.finished = fiber.waiting = false;
     fiber.copies.assign(1, {});
+    fiber.products.clear();
+    fiber.committed = 0;
   }
+  state.barriers.clear();
+  state.boxes.clear();
   std::vector<int> warps(threads / kWarp);
   std::iota(warps.begin(), warps.end(), 0);
   while (state.error.empty()) {
     std::shuffle(warps.begin(), warps.end(), random);
+    bool runs = false;
     for (const int warp : warps) {
       std::vector<int> order(kWarp);
       std::iota(order.begin(), order.end(), warp * kWarp);
       std::shuffle(order.begin(), order.end(), random);
-      run_warp(warp * kWarp, (warp + 1) * kWarp, order);
+      runs |= run_warp(warp * kWarp, (warp + 1) * kWarp, order);
     }
     const auto finished =
         std::count_if(state.fibers.begin(), state.fibers.end(), [](const Fiber& f) { return f.finished; });
-    if (!state.error.empty() || finished == threads) return;
+    if (!state.error.empty()) return;
+    if (finished == threads) {
+      if (!state.boxes.empty()) state.error = "copy_box: a tile is still on its way when the block has ended";
+      return;
+    }
+    const bool phases = std::any_of(state.fibers.begin(), state.fibers.end(),
+                                    [](const Fiber& f) { return !f.finished && f.meeting == Meeting::kPhase; });
+    if (phases) {
+      if (!runs && !deliver())
+        state.error = "wait_phase: a phase never ends (block " + std::to_string(state.block) + ")";
+      continue;
+    }
     if (finished > 0)
       state.error = "sync_block: some threads have finished (block " + std::to_string(state.block) + ")";
     for (Fiber& fiber : state.fibers) fiber.waiting = false;
@@ -271,6 +370,77 @@ void wait(int groups) {
     copies.erase(copies.begin());
   }
 }
+
+void init_barrier(void* barrier, int arrivals) {
+  check_shared(barrier, 8);
+  state.barriers[barrier] = {arrivals, arrivals, 0, 0};
+}
+void arrive(void* barrier, int bytes) {
+  Barrier& of = barrier_at(barrier);
+  of.bytes += bytes;
+  --of.missing;
+  end_phase(&of);
+}
+void wait_phase(void* barrier, int parity) {
+  own().address = barrier, own().in[0] = static_cast<uint32_t>(parity);
+  meet(Meeting::kPhase);
+}
+
+void copy_box(void* shared, const TensorMap& map, const int (&corner)[4], void* barrier) {
+  Box box{static_cast<char*>(shared), {}, {corner[0], corner[1], corner[2], corner[3]}, &barrier_at(barrier)};
+  std::memcpy(&box.tensor, &map, sizeof(box.tensor));
+  const int64_t bytes = static_cast<int64_t>(box.tensor.box_rows) * kTileRowBytes;
+  if (box.to < state.shared_begin || box.to + bytes > state.shared_begin + state.shared_bytes)
+    fail("copy_box: outside of shared memory");
+  if (reinterpret_cast<uintptr_t>(box.to) % 1024) fail("copy_box: a tile must begin at a multiple of 1024 bytes");
+  std::memset(box.to, 0xff, bytes);
+  state.boxes.push_back(box);
+}
+
+void start_product(int type, float (*sums)[4], const char* a, const char* b, bool adds) {
+  auto& products = state.fibers[state.running].products;
+  Product product{type, sums, a, b, adds, false, {}};
+  for (const Product& before : products) product.follows |= before.sums == sums;
+  if (adds) std::memcpy(product.start, sums, sizeof(product.start));
+  std::memset(sums, 0xff, sizeof(product.start));
+  products.push_back(product);
+}
+void commit_products() { state.fibers[state.running].committed = state.fibers[state.running].products.size(); }
+
+// Each of the four warps of a group makes 16 rows of its products, and each lane its part of them.
+void finish_products() {
+  Fiber& fiber = state.fibers[state.running];
+  const int lane = state.running % kWarp, first_row = state.running / kWarp % 4 * 16;
+  const auto number = [](const Product& of, const char* base, int row, int k) {
+    const char* begin = base + row / 8 * (8 * kTileRowBytes) + row % 8 * kTileRowBytes;
+    const char* place = swizzled(begin + k / 8 * 16) + k % 8 * 2;
+    check_shared(place, 2);
+    uint16_t bits;
+    std::memcpy(&bits, place, 2);
+    return element(of.type, bits, 0);
+  };
+  for (size_t p = 0; p < fiber.committed; ++p) {
+    Product& of = fiber.products[p];
+    float a[2][16];
+    for (int half = 0; half < 2; ++half)
+      for (int k = 0; k < 16; ++k) a[half][k] = number(of, of.a, first_row + lane / 4 + 8 * half, k);
+    for (int n = 0; n < 8; ++n)
+      for (int odd = 0; odd < 2; ++odd) {
+        double total[2];
+        for (int half = 0; half < 2; ++half)
+          total[half] = of.adds ? of.follows ? of.sums[n][2 * half + odd] : of.start[n][2 * half + odd] : 0;
+        for (int k = 0; k < 16; ++k) {
+          const double b = number(of, of.b, 8 * n + lane % 4 * 2 + odd, k);
+          for (int half = 0; half < 2; ++half) total[half] += a[half][k] * b;
+        }
+        for (int half = 0; half < 2; ++half) of.sums[n][2 * half + odd] = round_to_zero(total[half]);
+      }
+  }
+  fiber.products.erase(fiber.products.begin(), fiber.products.begin() + static_cast<int64_t>(fiber.committed));
+  fiber.committed = 0;
+}
+bool is_hopper() { return state.hopper; }
+void set_hopper(bool is_hopper) { state.hopper = is_hopper; }
 
 float round_to_zero(double value) {
   const float nearest = static_cast<float>(value);

@@ -10,6 +10,7 @@ void allow(const void* data, int64_t bytes);  // memory that kernels may touch f
 void spoil(void* data, int64_t bytes);        // fills memory that kernels must write with NaN
 void forbid_all();
 void set_shared_limit(int64_t bytes);  // of a block
+void set_hopper(bool is_hopper);       // whether the device is one of sm_90
 void set_seed(uint64_t seed);          // of the order in which threads and blocks run
 
 // Runs a kernel in place of the fibers: its mangled name, grid, shared memory and arguments. Null, or what went wrong.

@@ -26,7 +26,7 @@ namespace ear_ops::cuda {
 namespace host {
 
 // What the threads of a warp, or of a block, give each other at one point of the program.
-enum class Meeting { kBlock, kWarp, kShuffle, kBallot, kLoadMatrices, kLoadMatricesTransposed, kMultiplyAdd };
+enum class Meeting { kBlock, kWarp, kShuffle, kBallot, kLoadMatrices, kLoadMatricesTransposed, kMultiplyAdd, kPhase };
 
 struct Exchange {  // of one lane
   const void* address = nullptr;
@@ -135,7 +135,7 @@ inline void load_matrices(uint32_t (&to)[4], const void* shared_row) {
 template <typename T>
 inline void multiply_add(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   auto& own = host::own();
-  own.type = std::is_same_v<T, bfloat16> ? 0 : std::is_same_v<T, float16> ? 1 : 2;
+  own.type = std::is_same_v<T, bfloat16> ? 0 : 1;
   std::memcpy(own.in, a, sizeof(a));
   own.in[4] = b0, own.in[5] = b1;
   std::memcpy(own.out, c, sizeof(c));
@@ -143,10 +143,6 @@ inline void multiply_add(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, 
   std::memcpy(c, own.out, sizeof(c));
 }
 
-inline uint32_t round_to_tf32(float value) {  // to nearest, ties away from zero
-  const uint32_t bits = float_as_bits(value);
-  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
-}
 inline float product(float a, float b) { return a * b; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }

@@ -116,6 +116,31 @@ def test_padding_of_short_rows(length: int, lengths: tuple[list[int], list[int]]
     check(qk_case(length, None, 16, lengths=lengths, reduction="padded_mean"), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys", "dim", "lengths"),
+    [(70, 129, 64, None), (200, 450, 40, None), (140, 130, 128, None), (150, 150, 64, ([150, 9], [70, 131]))],
+    ids=str,
+)
+def test_long_rows_on_hopper(
+    queries: int,
+    keys: int,
+    dim: int,
+    lengths: tuple[list[int], list[int]] | None,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("EAR_OPS_CUDA_HOPPER", "1")
+    case = qk_case(queries, keys, dim, heads=2, key_heads=1, lengths=lengths, reduction="none")
+    check(case, dtype)
+    rounded, sizes = case.to(dtype), []
+    for asked in ("1", "0"):
+        monkeypatch.setenv("EAR_OPS_CUDA_HOPPER", asked)
+        ear_ops.qk_attention_mse(*rounded.x, *rounded.x_aug, backend="cpu")
+        sizes.append(torch.ops.ear_ops_cuda_on_host.memory()[1::3])  # a sum for each block
+    assert sizes[0] != sizes[1], "the same kernel ran"
+
+
 def test_a_negative_or_no_scale(dtype: torch.dtype) -> None:
     for scale in (-0.3, 0.0):
         check(qk_case(18, 21, 16, pairs=1, heads=1, options={"scale": scale}, reduction="sum"), dtype)
@@ -128,6 +153,28 @@ def test_a_bias_of_the_smallest_float_masks(keys: int, dtype: torch.dtype) -> No
     bias[..., 3:] = torch.finfo(torch.float32).min
     bias[:, :, 4] = torch.finfo(torch.float32).min
     check(qk_case(9, keys, 16, pairs=1, biases={"attn_bias": bias}, reduction="sum"), dtype)
+
+
+@pytest.mark.parametrize("exponent", [-80, -30, 20, 80])
+@pytest.mark.parametrize("keys", [30, 150])
+def test_powers_of_two_in_floats_change_no_digit(keys: int, exponent: int) -> None:
+    """Floats are multiplied as pairs of float16, which have few exponents: each vector is brought into their range."""
+    case = qk_case(20, keys, 48, reduction="sum").to(torch.float32)
+    powers = 2.0**exponent, 2.0**-exponent
+    scaled = replace(case, **{side: tuple(map(torch.mul, getattr(case, side), powers)) for side in ("x", "x_aug")})
+    value, gradients = case.run("cpu")
+    value_of_scaled, gradients_of_scaled = scaled.run("cpu")
+    assert value == value_of_scaled
+    for power, gradient, of_scaled in zip(powers * 2, gradients, gradients_of_scaled, strict=True):
+        assert torch.equal(gradient / power, of_scaled)
+
+
+@pytest.mark.parametrize("keys", [30, 150])
+def test_floats_whose_features_differ_in_size(keys: int) -> None:
+    case = qk_case(20, keys, 48, reduction="sum")
+    powers = torch.exp2(torch.arange(48) % 13 - 6.0).double()  # sizes from 1 to 4096
+    spread = {side: (getattr(case, side)[0] * powers, getattr(case, side)[1] / powers) for side in ("x", "x_aug")}
+    check(replace(case, **spread), torch.float32)
 
 
 @pytest.mark.parametrize("keys", [5, 100, 140])

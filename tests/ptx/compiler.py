@@ -10,6 +10,7 @@ from pathlib import Path
 from ptx.parser import Kernel, parse
 from ptx.program import Program
 
+HOPPER = "qk_hopper.cu"  # a file for sm_90a alone
 SOURCES = Path(__file__).parents[2] / "csrc"
 
 
@@ -47,13 +48,14 @@ class Compiler:
 
     def kernels(self, source: Path) -> dict[str, Kernel]:
         if source not in self._kernels:
-            target = self._folder / f"{source.stem}.{self.architecture}.ptx"
+            architecture = "sm_90a" if source.name == HOPPER else self.architecture
+            target = self._folder / f"{source.stem}.{architecture}.ptx"
             if not target.exists():
-                command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", f"-arch={self.architecture}", "-ptx"]
+                command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", f"-arch={architecture}", "-ptx"]
                 command += [f"-I{self._sources / 'cuda'}", str(source), "-o", str(target)]
                 result = subprocess.run(command, capture_output=True, text=True)
                 if result.returncode:
-                    raise CompileError(f"{source.name}, {self.architecture}: nvcc failed\n{result.stderr}")
+                    raise CompileError(f"{source.name}, {architecture}: nvcc failed\n{result.stderr}")
             self._kernels[source] = parse(target.read_text())
         return self._kernels[source]
 
@@ -65,6 +67,8 @@ def demangled(name: str) -> str:
 
 def source_of(name: str) -> str:
     """The file below ``csrc/cuda`` that instantiates a kernel, from its argument and template arguments."""
+    if "(ear_ops::cuda::HopperArgs)" in demangled(name):
+        return HOPPER
     match = re.search(r"<(?:ear_ops::cuda::)?(\w+), (?:\(\w+\))?(\w+)[^<>]*>\(ear_ops::cuda::(\w+)\)", demangled(name))
     if match is None:
         raise CompileError(f"expected a kernel with an element type and a number or bool, got {demangled(name)}")

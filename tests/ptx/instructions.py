@@ -184,6 +184,17 @@ def _shift(kernel: Kernel, of: Instruction) -> Step:
     return step
 
 
+@instruction("bfi")
+def _insert(kernel: Kernel, of: Instruction) -> Step:
+    """The lowest bits of the first number take the place of some bits of the second."""
+    (kind,) = modifiers(of, "bfi", "b32 b64")
+    dtype = dtype_of(kind)
+    first, count = (int(operand) for operand in of.operands[3:])
+    mask = dtype.type(((1 << count) - 1) << first & (1 << 8 * dtype.itemsize) - 1)
+    narrow = Instruction(of.opcode, of.operands[:3], of.predicate, of.place, of.text)
+    return elementwise(kernel, narrow, kind, lambda a, b: a << dtype.type(first) & mask | b & ~mask)
+
+
 # --- comparisons ----------------------------------------------------------------------------------------------------
 
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {

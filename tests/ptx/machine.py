@@ -9,11 +9,13 @@ from __future__ import annotations
 from enum import IntEnum
 
 import numpy as np
+from ptx.asynchronous import Asynchronous
 from ptx.copies import Copies
 from ptx.faults import Fault, UnknownInstruction
 from ptx.memory import Clock, GlobalMemory, SharedMemory
 from ptx.operands import DTYPES, Array, Lanes
 from ptx.program import Kind, Operation, Program
+from ptx.warp_groups import Products
 
 LANES_AT_ONCE = 2048  # more need more memory than caches hold
 _EVERYONE = slice(None)
@@ -23,7 +25,8 @@ class State(IntEnum):
     RUNS = 0
     WAITS_FOR_WARP = 1
     WAITS_FOR_BLOCK = 2
-    FINISHED = 3
+    WAITS_FOR_PHASE = 3
+    FINISHED = 4
 
 
 def run(
@@ -75,10 +78,13 @@ class Machine:
         self.clock = Clock(self.threads)
         self.shared = SharedMemory(len(blocks), kernel.static_shared_bytes + shared_bytes, self.clock)
         self.copies = Copies(count, self._block_of, self.shared)
+        self.tiles = Asynchronous(len(blocks), threads_per_block // 32, self.shared, memory)
         self.registers = _Registers(kernel.registers, count)
+        self.products = Products(self, self.tiles)
         self._parameters = np.frombuffer(parameters, np.uint8)
         self._at = np.zeros(count, np.intp)  # the operation that a lane does next
         self._state = np.full(count, State.RUNS, np.int8)
+        self._gave_up = np.zeros(count, np.bool_)  # waiting for the end of a phase
 
     # --- for instructions ---
 
@@ -109,9 +115,12 @@ class Machine:
         with np.errstate(all="ignore"):
             while (self._state != State.FINISHED).any():
                 runs = self._state == State.RUNS
-                if not runs.any():
+                if runs.any():
+                    self._run_lowest(runs)
+                elif not self._end_phases():
                     self._report_missing()
-                self._run_lowest(runs)
+            self.tiles.check_complete()
+            self.products.check_complete()
 
     def _run_lowest(self, runs: Array) -> None:
         """Those who are least far, up to where others wait for them, or until they part, meet or finish."""
@@ -134,7 +143,7 @@ class Machine:
                     position += 1
                 elif operation.kind is Kind.BRANCH and acting is lanes:
                     position = operation.target
-                elif operation.kind is Kind.WARP and acting is lanes and self._step_of_warps(operation, lanes):
+                elif acting is lanes and self._step_together(operation, lanes):
                     position += 1
                 else:
                     self._at[lanes] = position + 1
@@ -154,6 +163,12 @@ class Machine:
         assert operation.step is not None
         if self.numbers(acting).size:
             operation.step(self, acting)
+
+    def _step_together(self, operation: Operation, lanes: Lanes) -> bool:
+        """Does it if nobody has to wait for others, and returns whether it is done."""
+        if operation.kind is Kind.PHASE:
+            return self._try_wait(operation, lanes)
+        return operation.kind is Kind.WARP and self._step_of_warps(operation, lanes)
 
     def _step_of_warps(self, operation: Operation, lanes: Lanes) -> bool:
         """Does it if these lanes are whole warps, and returns whether they are."""
@@ -175,6 +190,8 @@ class Machine:
             self._state[lanes] = State.FINISHED
         elif operation.kind is Kind.WARP:
             self._meet_in_warps(operation, position, lanes)
+        elif operation.kind is Kind.PHASE:
+            self._wait_for_phase(operation, position, lanes)
         else:
             self._meet_in_blocks(position, lanes)
 
@@ -196,12 +213,59 @@ class Machine:
         if complete.any():
             block_lanes = self._lanes.reshape(-1, self.threads_per_block)[complete].ravel()
             self.clock.pass_block_barrier(block_lanes)
+            self.tiles.pass_block_barrier(np.flatnonzero(complete))
             self._at[block_lanes], self._state[block_lanes] = position + 1, State.RUNS
+
+    def _try_wait(self, operation: Operation, lanes: Lanes) -> bool:
+        """Returns whether no thread has to wait: the phase has ended, or the thread gives up for once."""
+        assert operation.wait is not None
+        ended = operation.wait.ended(self, lanes)
+        numbers = self.numbers(lanes)
+        if not (ended | ~self._gave_up[numbers]).all():
+            return False
+        self._pass_phase(operation, numbers, ended)
+        return True
+
+    def _pass_phase(self, operation: Operation, numbers: Array, ended: Array) -> None:
+        assert operation.wait is not None
+        self._gave_up[numbers] = ~ended
+        operation.wait.write(self, numbers, ended)
+        if ended.any():
+            operation.wait.acquire(self, numbers[ended])
+
+    def _wait_for_phase(self, operation: Operation, position: int, lanes: Array) -> None:
+        """Those whose phase has ended, and those who give up for once, go on; the others wait."""
+        assert operation.wait is not None
+        ended = operation.wait.ended(self, lanes)
+        goes_on = ended | ~self._gave_up[lanes]
+        self._pass_phase(operation, lanes[goes_on], ended[goes_on])
+        waits = lanes[~goes_on]
+        self._at[waits], self._state[waits] = position, State.WAITS_FOR_PHASE
+
+    def _end_phases(self) -> bool:
+        """Nobody can go on: lets copies arrive until somebody can, and returns whether he can."""
+        waits = np.flatnonzero(self._state == State.WAITS_FOR_PHASE)
+        if not waits.size:
+            return False
+        places = self._at[waits]
+        while True:
+            for position in np.unique(places):
+                operation, lanes = self.program.operation(int(position)), waits[places == position]
+                assert operation.wait is not None
+                self._state[lanes[operation.wait.ended(self, lanes)]] = State.RUNS
+            if (self._state[waits] == State.RUNS).any():
+                return True
+            if not self.tiles.deliver():
+                return False
 
     # --- what goes wrong ---
 
     def _report_missing(self) -> None:
         """Nobody can go on: somebody waits for threads that wait elsewhere or have finished."""
+        phases = np.flatnonzero(self._state == State.WAITS_FOR_PHASE)
+        if len(phases):
+            operation = self.program.operation(int(self._at[phases[0]]))
+            raise self._located(Fault("the end of a phase that never comes", int(phases[0])), operation)
         waits = np.flatnonzero((self._state == State.WAITS_FOR_WARP) | (self._state == State.WAITS_FOR_BLOCK))
         warps = waits[self._state[waits] == State.WAITS_FOR_WARP]
         lane = int((warps if len(warps) else waits)[0])

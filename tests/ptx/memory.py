@@ -138,7 +138,7 @@ def _process_memory(address: int, size: int) -> Array:
 # --- shared memory --------------------------------------------------------------------------------------------------
 
 _CELL = 2  # bytes
-_NEVER_WRITTEN, _WRITTEN, _ON_ITS_WAY = 0, 1, 2
+_NEVER_WRITTEN, _WRITTEN, _ON_ITS_WAY, _SET_ASIDE = 0, 1, 2, 3
 
 # Who did something to a cell, and when, in 31 bits: epoch of the block (barriers so far), epoch of the warp within it,
 # warp, lane. The highest lane and warp stand for several of them.
@@ -203,6 +203,7 @@ class SharedMemory:
         if (state != _WRITTEN).any():
             self._report(state == _ON_ITS_WAY, "a read of what a copy is still bringing", lanes)
             self._report(state == _NEVER_WRITTEN, "a read of what nobody wrote", lanes)
+            self._report(state == _SET_ASIDE, "a read of a barrier or tile", lanes)
         mine = self._clock.stamps[lanes][:, None]
         self._report(_unordered(self._writer.reshape(-1, cells)[rows], mine), "a race of this read with a write", lanes)
         self._note_readers(rows, cells, mine)
@@ -223,6 +224,27 @@ class SharedMemory:
     def finish_copy(self, rows: Array, values: Array, lanes: Array) -> None:
         self._arrive(rows, values, lanes)
 
+    # --- tiles and barriers, which asynchronous.py watches ---
+
+    def set_aside(self, block: int, offsets: Array, size: int) -> None:
+        """Leaves memory to instructions that are no ordinary accesses."""
+        if (offsets < 0).any() or (offsets + size > self.size).any() or (offsets % size).any():
+            raise Fault(f"shared memory: {size} bytes that are outside of it or not aligned, for a barrier or tile")
+        cells = (block * self._stride + offsets)[:, None] // _CELL + np.arange(size // _CELL)
+        if not np.isin(self._state[cells], (_NEVER_WRITTEN, _SET_ASIDE)).all():
+            raise Fault("shared memory: a barrier or tile where ordinary accesses are")
+        self._state[cells] = _SET_ASIDE
+
+    def put(self, block: int, offsets: Array, values: Array) -> None:
+        """Bytes ``[offsets, size]`` of tiles."""
+        self._data[(block * self._stride + offsets)[:, None] + np.arange(values.shape[1])] = values
+
+    def take(self, blocks: Array, offsets: Array, size: int) -> Array:
+        """Bytes ``[blocks, offsets, size]`` of tiles."""
+        return self._data[(blocks[:, None] * self._stride + offsets)[:, :, None] + np.arange(size)]
+
+    # --- ---
+
     def _arrive(self, rows: Array, values: Array, lanes: Array) -> None:
         size = values.shape[1]
         self._data.reshape(-1, size)[rows] = values
@@ -234,6 +256,7 @@ class SharedMemory:
         rows, cells = self._rows(addresses, size, blocks, lanes)
         state = self._state.reshape(-1, cells)[rows]
         self._report(state == _ON_ITS_WAY, "a write over what a copy is still bringing", lanes)
+        self._report(state == _SET_ASIDE, "a write to a barrier or tile", lanes)
         mine = self._clock.stamps[lanes][:, None]
         writer = self._writer.reshape(-1, cells)
         self._report(_unordered(self._reader.reshape(-1, cells)[rows], mine), "a race of this write with a read", lanes)

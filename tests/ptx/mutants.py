@@ -60,7 +60,20 @@ OTHERS = (
     "pooled bfloat16 130 tokens, 100 features",
     "pooled float32 300 tokens, 64 features",
 )
-CHECKS = {"primitives.cuh": (*ATTENTION, *OTHERS), "qk": ATTENTION, "": OTHERS}  # by how the name of the file begins
+HOPPER = (
+    "hopper bfloat16 forward",
+    "hopper float16 forward",
+    "hopper bfloat16 forward, masks",
+    "hopper bfloat16 forward, dim 128",
+)
+CHECKS = {
+    "hopper": HOPPER,
+    "qk_hopper": HOPPER,
+    "primitives.cuh": (*ATTENTION, *OTHERS),
+    "qk": ATTENTION,
+    "split": ATTENTION,
+    "": OTHERS,
+}  # by how the name of the file begins
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,7 @@ def instruction_mutants() -> Iterator[Mutant]:
             yield mutant(f"ldmatrix, {name}: results {i} and {i + 1} change places", old, new, start)
     yield mutant("ldmatrix without .trans", "x4.trans.shared", "x4.shared")
     yield mutant("ldmatrix with .trans", "x4.shared.b16", "x4.trans.shared.b16")
-    for element, type_name in (("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float")):
+    for element, type_name in (("bfloat16", "bfloat16"), ("float16", "float16")):
         start = f"void multiply_add({type_name}, float"
         for i in range(3):
             old, new = f'"r"(a[{i}]), "r"(a[{i + 1}])', f'"r"(a[{i + 1}]), "r"(a[{i}])'
@@ -129,8 +142,6 @@ def instruction_mutants() -> Iterator[Mutant]:
         yield mutant(f"mma of {element}: the sum goes astray", "{%0,%1,%2,%3};", "{%1,%0,%2,%3};", start)
     yield mutant("mma of bfloat16 with float16", "f32.bf16.bf16.f32", "f32.f16.f16.f32")
     yield mutant("mma of float16 with bfloat16", "f32.f16.f16.f32", "f32.bf16.bf16.f32")
-    yield mutant("tf32 rounded towards zero", "cvt.rn.tf32", "cvt.rz.tf32")
-    yield mutant("tf32 rounded away from zero", "cvt.rn.tf32", "cvt.rna.tf32")
     yield mutant("ex2 of -x", '"=f"(y) : "f"(x)', '"=f"(y) : "f"(-x)')
     for element, kind in (("bfloat16", "bf16x2"), ("float16", "f16x2")):
         old, new = '"f"(second), "f"(first)', '"f"(first), "f"(second)'
@@ -140,28 +151,89 @@ def instruction_mutants() -> Iterator[Mutant]:
     yield mutant("float16 rounded towards zero", "__float2half_rn", "__float2half_rz")
 
 
+def hopper_mutants() -> Iterator[Mutant]:
+    """Of the instructions for Hopper, and of how their kernel takes turns."""
+    for file, changes in HOPPER_CHANGES.items():
+        text = (SOURCES / "cuda" / file).read_text()
+        for name, (old, new) in changes.items():
+            yield Mutant(name, file, old, new, text.index(old), "float16" if "float16" in name else "bfloat16")
+
+
+_SUMS_0_AND_1 = '"+f"(c[0][0]), "+f"(c[0][1])', '"+f"(c[0][1]), "+f"(c[0][0])'
+HOPPER_CHANGES: dict[str, dict[str, tuple[str, str]]] = {
+    "hopper.cuh": {
+        "uniform: another lane's number": ("number, 0);", "number, 0) + 1;"),
+        "align_tiles: to 128 bytes": ("& 1023u", "& 127u"),
+        "mbarrier.init for one arrival more": ('"r"(arrivals)', '"r"(arrivals + 1)'),
+        "mbarrier.init left out": ("mbarrier.init.shared::cta.b64 [%0], %1;", ""),
+        "fence.mbarrier_init left out": ("fence.mbarrier_init.release.cluster;", ""),
+        "mbarrier.arrive left out": ("mbarrier.arrive.shared::cta.b64 _, [%0];", ""),
+        "mbarrier.arrive.expect_tx left out": ("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;", ""),
+        "mbarrier.arrive.expect_tx expects nothing": ('"r"(bytes)', '"r"(0)'),
+        "mbarrier.try_wait of the other parity": ('"r"(parity)', '"r"(parity ^ 1)'),
+        "mbarrier.try_wait is not repeated": ("while (!ended)", "while (false)"),
+        "cp.async.bulk.tensor left out": ('"cp.async.bulk', '"// cp.async.bulk'),
+        "cp.async.bulk.tensor: feature and row change places": ("{%2, %3, %4, %5}", "{%3, %2, %4, %5}"),
+        "cp.async.bulk.tensor: head and batch change places": ("{%2, %3, %4, %5}", "{%2, %3, %5, %4}"),
+        "cp.async.bulk.tensor counts at its tile": ("[%6];", "[%0];"),
+        "descriptor: groups of rows overlap": ("kGroupBytes = 8 *", "kGroupBytes = 4 *"),
+        "descriptor: another leading offset": ("uint64_t(1) << 16", "uint64_t(2) << 16"),
+        "further: half as far": ("bytes >> 4)", "bytes >> 5)"),
+        "wgmma.fence left out": ("wgmma.fence.sync.aligned;", ""),
+        "wgmma.commit_group left out": ("wgmma.commit_group.sync.aligned;", ""),
+        "wgmma.wait_group left out": ("wgmma.wait_group.sync.aligned 0;", ""),
+        "wgmma.wait_group leaves a group": ("wait_group.sync.aligned 0", "wait_group.sync.aligned 1"),
+        "wait_products does not hold reads back": ('asm volatile("" : "+f"(sums[v][n][e])::"memory");', ""),
+        "wgmma always adds": ("setp.ne.b32 adds, %34, 0", "setp.ne.b32 adds, 1, 0"),
+        "wgmma never adds": ("setp.ne.b32 adds, %34, 0", "setp.ne.b32 adds, 0, 0"),
+        "wgmma: factors change places": ('"l"(a), "l"(b)', '"l"(b), "l"(a)'),
+        "wgmma: sums 0 and 1 change places": _SUMS_0_AND_1,
+        "wgmma: sums 1 and 2 change places": ('"+f"(c[0][1]), "+f"(c[0][2])', '"+f"(c[0][2]), "+f"(c[0][1])'),
+        "wgmma of bfloat16 with float16": ('EAR_OPS_PRODUCT("bf16")', 'EAR_OPS_PRODUCT("f16")'),
+        "wgmma of float16 with bfloat16": ('EAR_OPS_PRODUCT("f16")', 'EAR_OPS_PRODUCT("bf16")'),
+    },
+    "qk_hopper.cuh": {
+        "empty: one arrival is enough": ("init_barrier(empty(stage), kConsumers)", "init_barrier(empty(stage), 1)"),
+        "full: its bytes are those of one view": (
+            "R::full(turn.stage), R::kStageBytes",
+            "R::full(turn.stage), R::kStageBytes / 2",
+        ),
+        "a turn never changes the parity": ("parity ^= 1;", ""),
+        "the copies wait for the other parity": ("turn.parity ^ 1", "turn.parity"),
+        "a stage is given back before its products are done": (
+            "    wait_products(scores);\n    if (thread_index() % kWarp == 0) arrive(R::empty(turn.stage));\n",
+            "    if (thread_index() % kWarp == 0) arrive(R::empty(turn.stage));\n    wait_products(scores);\n",
+        ),
+        "a stage is given back by nobody": ("if (thread_index() % kWarp == 0) arrive(R::empty(turn.stage));", ""),
+        "a stage is given back by every lane": ("if (thread_index() % kWarp == 0) arrive(R::empty", "arrive(R::empty"),
+        "products do not wait for a stage": ("wait_phase(R::full(turn.stage), turn.parity);", ""),
+        "products do not wait for the queries": ("wait_phase(R::queries_full(), 0);", ""),
+        "copies do not wait for a stage": ("wait_phase(R::empty(turn.stage), turn.parity ^ 1);", ""),
+    },
+}
+
+
 def order_mutants() -> Iterator[Mutant]:
     """Every barrier, wait and commit, left out where it is called; every wait for one group less."""
     for path in sorted((SOURCES / "cuda").glob("*.cuh")):
-        if path.name == "primitives.cuh":
+        if path.name in ("primitives.cuh", "hopper.cuh"):
             continue
         count: Counter[str] = Counter()
-        calls = re.finditer(r"\b(sync_block|sync_warp|commit_copies|wait_copies<(\d)>)\(\);", path.read_text())
+        element = "float32" if path.name.startswith("split") else ""
+        calls = re.finditer(
+            r"\b(sync_block|sync_warp|commit_copies|wait_copies<(\d)>|publish_barriers|begin_products|commit_products)\(\);",
+            path.read_text(),
+        )
         for call in calls:
             count[call[1]] += 1
             name = f"{path.stem}, {call[1]} number {count[call[1]]}"
-            yield Mutant(f"{name}: left out", path.name, call[0], "", call.start())
+            yield Mutant(f"{name}: left out", path.name, call[0], "", call.start(), element)
             if call[2]:
                 later = f"wait_copies<{int(call[2]) + 1}>();"
-                yield Mutant(f"{name}: one group more is left", path.name, call[0], later, call.start())
+                yield Mutant(f"{name}: one group more is left", path.name, call[0], later, call.start(), element)
 
 
-_NOTHING_AHEAD = (
-    "At the last tile nothing is ahead: the last group is empty, and the wait in the loop saw the others through."
-)
 SURVIVORS = {
-    "qk_steps, wait_copies<0> number 2: left out": _NOTHING_AHEAD,
-    "qk_steps, wait_copies<0> number 2: one group more is left": _NOTHING_AHEAD,
     "qk_backward, sync_warp number 1: left out": (
         "The barrier of the block at the end of the last tile already separates the scratch from what lay there."
     ),
@@ -217,7 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="text in the name or place of the mutants to try")
     options = parser.parse_args()
-    mutants = [*instruction_mutants(), *order_mutants()]
+    mutants = [*instruction_mutants(), *hopper_mutants(), *order_mutants()]
     wanted = [mutant for mutant in mutants if options.only in f"{mutant.name} {mutant.place}"]
     rows, bad = [], 0
     workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))

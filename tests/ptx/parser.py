@@ -63,7 +63,7 @@ def _declare_parameters(kernel: Kernel, text: str) -> None:
     for align, symbol, count in re.findall(r"\.param (?:\.align (\d+) )?\.\w+ (\w+)(?:\[(\d+)\])?", text):
         if not count or kernel.symbols:
             raise UnknownInstruction(f"a kernel with other parameters than one struct: {text.strip()}")
-        assert int(align) <= 16
+        assert int(align) <= 128
         kernel.symbols[symbol] = 0
         kernel.parameter_bytes = int(count)
 

@@ -5,7 +5,7 @@ namespace ear_ops::cuda {
 
 struct Numbers {
   const float* from;  // [threads, 4]
-  uint32_t* to;       // [threads, 6]
+  uint32_t* to;       // [threads, 5]
 };
 
 __global__ void convert(EAR_OPS_ARGUMENT const Numbers numbers) {
@@ -15,13 +15,9 @@ __global__ void convert(EAR_OPS_ARGUMENT const Numbers numbers) {
   float16 half;
   round_to(first, &brain);
   round_to(first, &half);
-  const uint32_t converted[6] = {round_to_tf32(first),
-                                 __float_as_uint(exp2_fast(first)),
-                                 pack_two(bfloat16{}, first, second),
-                                 pack_two(float16{}, first, second),
-                                 brain.bits,
-                                 half.bits};
-  for (int i = 0; i < 6; ++i) numbers.to[6 * thread + i] = converted[i];
+  const uint32_t converted[5] = {float_as_bits(exp2_fast(first)), pack_two(bfloat16{}, first, second),
+                                 pack_two(float16{}, first, second), brain.bits, half.bits};
+  for (int i = 0; i < 5; ++i) numbers.to[5 * thread + i] = converted[i];
 }
 
 // Copies the four numbers of a thread at once and its first number alone; those of odd threads are not real.
@@ -37,8 +33,7 @@ __global__ void copy(EAR_OPS_ARGUMENT const Numbers numbers) {
   copy_async<4>(first, from, real);
   commit_copies();
   wait_copies<0>();
-  for (int i = 0; i < 5; ++i) numbers.to[6 * thread + i] = load_shared<uint32_t>(four + 4 * i);
-  numbers.to[6 * thread + 5] = 0;
+  for (int i = 0; i < 5; ++i) numbers.to[5 * thread + i] = load_shared<uint32_t>(four + 4 * i);
 }
 
 }  // namespace ear_ops::cuda

@@ -7,6 +7,7 @@ from enum import Enum, auto
 from functools import cache
 
 from ptx.faults import UnknownInstruction
+from ptx.hopper_instructions import Wait, wait_of
 from ptx.instructions import TABLE, Step, find
 from ptx.operands import Reader, reader
 from ptx.parser import Instruction, Kernel
@@ -17,11 +18,13 @@ class Kind(Enum):
     THREAD = auto()  # each thread does it alone
     WARP = auto()  # the threads of a warp do it together
     BLOCK = auto()  # a barrier of the block
+    PHASE = auto()  # a barrier in shared memory, for which each thread waits alone
     BRANCH = auto()
     EXIT = auto()
 
 
 _CONTROL = {"bra": Kind.BRANCH, "bra.uni": Kind.BRANCH, "ret": Kind.EXIT, "exit": Kind.EXIT, "bar.sync": Kind.BLOCK}
+_CONTROL["mbarrier.try_wait.parity.shared::cta.b64"] = Kind.PHASE
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Operation:
     predicate: Reader | None
     step: Step | None = None
     warp_step: WarpStep | None = None
+    wait: Wait | None = None
     target: int = -1  # of a branch
 
 
@@ -75,6 +79,8 @@ def _operation(kernel: Kernel, of: Instruction) -> Operation:
         return Operation(of, kind, predicate, warp_step=warp_builder(kernel, of))
     if kind is Kind.THREAD and (builder := find(TABLE, of.opcode)):
         return Operation(of, kind, predicate, step=builder(kernel, of))
+    if kind is Kind.PHASE:
+        return Operation(of, kind, predicate, wait=wait_of(kernel, of))
     if kind is Kind.BLOCK and of.operands != ("0",):
         raise UnknownInstruction(f"a barrier of a part of the block, {of}")
     return Operation(of, kind, predicate)

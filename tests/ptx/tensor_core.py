@@ -69,6 +69,24 @@ def _numbers(kind: str, registers: Array) -> Array:
     return bfloat16_to_float(halves) if kind == "bf16" else halves.view(np.float16)
 
 
+def numbers_of(kind: str, rows: Array) -> Array:
+    """The numbers in bytes ``[..., bytes]``, of a type with 16 bits."""
+    return _numbers(kind, np.ascontiguousarray(rows).view(np.uint32))
+
+
+def multiply_add_rows(a: Array, b: Array, c: Array) -> Array:
+    """``d = a b^T + c`` for the 16 rows that a warp holds of a product of four warps, as its registers.
+
+    Args:
+        a, b: numbers ``[warps, 16, k]`` and ``[warps, n, k]``.
+        c: float32 ``[warps, 32, n / 2]``; four registers of every eight columns, as those of an ``mma``.
+    """
+    product = np.matmul(a.astype(np.float64), b.astype(np.float64).swapaxes(1, 2))
+    rows, columns = _C
+    eights = np.stack([product[:, rows, 8 * n + columns] for n in range(product.shape[2] // 8)], axis=2)
+    return to_float32_towards_zero(eights.reshape(c.shape) + c)
+
+
 def load_matrices(rows: Array, transpose: bool) -> Array:
     """``ldmatrix.m8n8.x4.b16``: registers, uint32 ``[warps, 32, 4]``.
 

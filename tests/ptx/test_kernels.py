@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from ptx.checks import ARCHITECTURES, Check, checks, primitives
-from ptx.compiler import SOURCES, Compiler, demangled
+from ptx.compiler import HOPPER, SOURCES, Compiler, demangled
 from ptx.device import in_place_of_cpu_kernels
 from support import cuda_on_host
 
@@ -35,8 +35,9 @@ def launched() -> dict[str, set[str]]:
 def parameters() -> Iterator[object]:
     """Every check on every architecture; of the core, every other one on each."""
     for number, check in enumerate(checks()):
-        for turn, architecture in enumerate(ARCHITECTURES):
-            mark = pytest.mark.ptx if check.core and number % 2 == turn else pytest.mark.ptx_full
+        for turn, architecture in enumerate(check.architectures):
+            in_turn = number % 2 == turn or len(check.architectures) == 1
+            mark = pytest.mark.ptx if check.core and in_turn else pytest.mark.ptx_full
             yield pytest.param(check, architecture, id=f"{check.name}-{architecture}", marks=mark)
 
 
@@ -46,6 +47,8 @@ def test_kernels(
 ) -> None:
     with in_place_of_cpu_kernels(compilers[architecture]) as device:
         check.run()
+    if check.name.startswith("hopper"):
+        assert any("forward_hopper" in name for name in device.launched), "another kernel ran"
     launched[architecture].update(device.launched)
 
 
@@ -62,6 +65,7 @@ def test_no_kernel_was_left_out(
 ) -> None:
     folder = SOURCES / "cuda"
     sources = [*folder.glob("instances/*.cu"), folder / "attention_mse.cu", folder / "pooled_distance.cu"]
+    sources += [folder / HOPPER] if architecture == "sm_90" else []
     names = {name for source in sources for name in compilers[architecture].kernels(source)}
     left_out = {demangled(name) for name in names - launched[architecture]}
     if architecture == "sm_80":  # whose shared memory does not hold 128 features of float32: chunks of 64 take them

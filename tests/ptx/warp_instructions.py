@@ -50,7 +50,9 @@ def _sync(kernel: Kernel, of: Instruction) -> WarpStep:
 
 
 @warp_instruction("shfl.sync.bfly.b32")
+@warp_instruction("shfl.sync.idx.b32")
 def _shuffle(kernel: Kernel, of: Instruction) -> WarpStep:
+    by_index = ".idx." in of.opcode
     result, value, distance, clamp, mask = of.operands
     operands = (value, distance, clamp, mask)
     value_of, distance_of, clamp_of, mask_of = (reader(kernel, operand, "u32") for operand in operands)
@@ -65,7 +67,7 @@ def _shuffle(kernel: Kernel, of: Instruction) -> WarpStep:
             raise Fault("an exchange within a part of a warp, which is not modelled", int(flat[0]))
         values = np.broadcast_to(value_of(machine, flat), flat.shape).reshape(lanes.shape)
         distances = np.broadcast_to(distance_of(machine, flat), flat.shape).reshape(lanes.shape)
-        sources = (np.arange(32) ^ distances).astype(np.intp)
+        sources = (distances & 31 if by_index else np.arange(32) ^ distances).astype(np.intp)
         write(machine, flat, np.take_along_axis(values, sources, axis=1).ravel())
         write_predicate(machine, flat, np.ones(flat.shape, np.bool_))
 

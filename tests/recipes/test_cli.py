@@ -196,14 +196,15 @@ def test_bench_offers_the_scripts_of_the_checkout(monkeypatch: pytest.MonkeyPatc
     if not folder.is_dir():
         pytest.skip("the package is not in a checkout")
     expected = {path.stem.removeprefix("bench_"): path for path in folder.glob("bench_*.py")}
-    expected["report"] = folder / "report.py"
+    expected |= {"report": folder / "report.py", "compare": folder / "compare_results.py"}
     started: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "call", lambda command: started.append(command) or 0)
+    monkeypatch.setattr(subprocess, "call", lambda command, env: started.append(command) or 0)
     for name in expected:
         CliRunner().invoke(cli.app, ["bench", name, "--repeats", "2"])
     assert started == [[sys.executable, str(path), "--repeats", "2"] for path in expected.values()]
     assert set(cli._BENCHMARKS) == expected.keys()
-    with pytest.raises(ConfigError, match="bench: expected one of losses, step, epoch, capture, report, got 'speed'"):
+    names = "all, losses, step, distil, epoch, capture, report, compare"
+    with pytest.raises(ConfigError, match=f"bench: expected one of {names}, got 'speed'"):
         CliRunner().invoke(cli.app, ["bench", "speed"], catch_exceptions=False)
 
 

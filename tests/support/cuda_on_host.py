@@ -26,7 +26,7 @@ def load() -> None:
 
 def configure(seed: int = 0, architecture: str = "sm_90") -> None:
     """The order in which threads and blocks run, and the device whose shared memory the kernels must do with."""
-    torch.ops.ear_ops_cuda_on_host.configure(seed, SHARED_MEMORY[architecture])
+    torch.ops.ear_ops_cuda_on_host.configure(seed, SHARED_MEMORY[architecture], architecture == "sm_90")
 
 
 @contextlib.contextmanager

@@ -53,8 +53,11 @@ CASES = [
     Case("forward", 32, 12, 192, "padded"),
 ]
 
+# Of the kernels for Hopper, in bfloat16 with 64 features.
+HOPPER_CASES = [Case("forward", 1, 12, 4096, "plain"), Case("forward", 2, 12, 2048, "padded")]
+
 OPCODES = {
-    "products": "HMMA",
+    "products": "HMMA HGMMA",
     "LDSM": "LDSM",
     "LDS": "LDS",
     "STS": "STS",
@@ -64,17 +67,18 @@ OPCODES = {
     " ULOP3 USHF UMOV UPRMT",
     "compare": "ISETP FSETP PLOP3 SEL FSEL FMNMX IMNMX VIMNMX P2R R2P VOTE VOTEU UISETP USEL UPLOP3",
     "branch": "BRA BSSY BSYNC BREAK CALL RET EXIT JMP WARPSYNC",
-    "memory": "LDG STG LDGSTS LDL STL LDC ULDC ATOMG RED LDGDEPBAR DEPBAR",
-    "barrier": "BAR",
+    "memory": "LDG STG LDGSTS LDL STL LDC ULDC ATOMG RED LDGDEPBAR DEPBAR UTMALDG",
+    "barrier": "BAR SYNCS WARPGROUP FENCE",
 }
 OTHER = "other"
 KINDS = {opcode: kind for kind, opcodes in OPCODES.items() for opcode in opcodes.split()}
 
 
-def build_launcher(element: str, features: int, objects: Path, folder: Path) -> Path:
-    """Build the program that prints the launches of one instance, from its object file."""
+def build_launcher(element: str, features: int, objects: Path, folder: Path, hopper: bool = False) -> Path:
+    """Build the program that prints the launches of one instance, or of those for Hopper, from its object file."""
     program = folder / "launches"
     defines = [f"-DELEMENT={element}", f"-DELEMENT_BYTES={ELEMENT_BYTES[element]}", f"-DFEATURES={features}"]
+    defines += ["-DHOPPER"] if hopper else []
     command = ["c++", "-std=c++17", *defines, str(HERE / "launches.cpp"), str(objects), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -44,6 +44,8 @@ def nothing(warp: Warp, mask: int) -> None:
 
 # Instructions that change nothing that is kept here.
 SILENT = ("NOP", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "ENDCOLLECTIVE", "MEMBAR", "ERRBAR", "CCTL", "YIELD", "NANOSLEEP")
+# Copies of tiles bring nothing, and barriers in shared memory never make a warp wait.
+SILENT += ("FENCE", "UTMALDG", "WARPGROUP")
 
 
 def step_of(instruction: Instruction) -> Step:
@@ -532,6 +534,33 @@ def _halves(instruction: Instruction) -> Step:
         halves = [m.half_bits(m.as_float(m.immediate(text))) for text in rest[2:4]]
         word = halves[0] << 16 | halves[1]
     return _apply(place(to), lambda: word, [])
+
+
+@meaning("HGMMA")
+def _product_of_a_group(instruction: Instruction) -> Step:
+    """The part of one warp: 16 rows of as many columns as the opcode says."""
+    to, columns = place(instruction.operands[0]), int(instruction.opcode.split(".")[1].split("x")[1])
+
+    def step(warp: Warp, mask: int) -> None:
+        for word in range(columns // 2):
+            warp.write(to, PRODUCT, mask, word)
+
+    return step
+
+
+@meaning("SYNCS")
+def _phase(instruction: Instruction) -> Step:
+    """A phase has always ended; an arrival changes nothing."""
+    if "PHASECHK" not in instruction.opcode:
+        return nothing
+    to = place(instruction.operands[0])
+    return lambda warp, mask: warp.write(to, FULL, mask)
+
+
+@meaning("ELECT")
+def _elect(instruction: Instruction) -> Step:
+    to = place(instruction.operands[0])
+    return lambda warp, mask: warp.write(to, mask & -mask, mask)
 
 
 @meaning("HMMA")

@@ -6,7 +6,7 @@ and how often a unit takes an instruction, are tables below, put together from p
 that are least certain have a best and a worst case: see ``Assumptions``.
 
 Not in the model: memory (a load takes 500 cycles, a copy to shared memory none), bank conflicts, the instruction cache,
-and waiting at barriers for warps of other sub-cores.
+and waiting at barriers for warps of other sub-cores or for copies.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .listing import NO_SCOREBOARD, Kernel
+from .listing import NO_SCOREBOARD, Instruction, Kernel
 
 SUB_CORES = 4
 WARP = 32
@@ -23,7 +23,7 @@ WARP = 32
 
 @dataclass(frozen=True)
 class Assumptions:
-    product: int  # cycles for which a matrix product holds its unit
+    product: int  # cycles for which a matrix product of 16 x 8 x 16 holds its unit
     branch: int  # cycles until a warp goes on after a taken branch
 
 
@@ -44,15 +44,28 @@ DEVICES = {
     "80": Device("A100", 108, 1.41e9, 1.555e12, 164 * 1024, 2),
     "90": Device("H100", 132, 1.755e9, 3.35e12, 228 * 1024, 1),
 }
+DEVICES["90a"] = DEVICES["90"]
 REGISTERS = 65536  # of a multiprocessor
 RESERVED_SHARED = 1024  # bytes that a block takes beside what it asks for
 BLOCKS_AT_MOST, WARPS_AT_MOST = 32, 64
 
 # Cycles from the issue to the result, for instructions whose time ptxas leaves to a scoreboard.
 LATENCY = {"LDC": 38, "LDS": 30, "LDSM": 33, "MUFU": 24, "SHFL": 25, "LDG": 500, "ATOMG": 500, "S2R": 25, "S2UR": 25}
-LATENCY |= {"HMMA": 33, "VOTE": 10, "R2UR": 12, "LDGSTS": 20, "I2F": 20, "F2I": 20, "POPC": 20, "BAR": 20, "STS": 20}
+LATENCY |= {
+    "HMMA": 33,
+    "HGMMA": 33,
+    "VOTE": 10,
+    "R2UR": 12,
+    "LDGSTS": 20,
+    "I2F": 20,
+    "F2I": 20,
+    "POPC": 20,
+    "BAR": 20,
+    "STS": 20,
+}
 LATENCY |= {"STG": 20, "CALL": 20, "F2F": 20, "LDL": 30, "STL": 20}
 OTHER_LATENCY = 12
+GROUPS = 6  # the scoreboard that stands for the products of warp groups, for which WARPGROUP.DEPBAR waits
 READ_AT_MOST = 14  # cycles until the operands are read
 
 INTEGER = "IADD3 LOP3 SHF ISETP LEA SEL FSEL FSETP FMNMX PLOP3 MOV VIADD PRMT P2R R2P IABS CS2R IMNMX VIMNMX I2FP F2FP"
@@ -67,6 +80,12 @@ def intervals(device: Device, assumed: Assumptions) -> dict[str, tuple[str, int]
     return table | {"IMAD": ("multiply", 2), "MUFU": ("functions", 8), "HMMA": ("products", assumed.product)}
 
 
+def held_by_group(instruction: Instruction, assumed: Assumptions) -> int:
+    """For how many cycles a product of a warp group holds the unit of each sub-core, 16 of its rows."""
+    rows, columns, depth = map(int, instruction.opcode.split(".")[1].split("x"))
+    return assumed.product * (rows * columns * depth) // (4 * 16 * 8 * 16)
+
+
 def cycles(kernel: Kernel, traces: Sequence[Sequence[int]], device: Device, assumed: Assumptions) -> int:
     """Return after how many cycles a sub-core has issued the traces of the warps that live on it."""
     units = intervals(device, assumed)
@@ -79,14 +98,20 @@ def cycles(kernel: Kernel, traces: Sequence[Sequence[int]], device: Device, assu
         if entry < 0:  # no lane does it
             unit, held, latency = "", 0, min(latency, OTHER_LATENCY)
         waits = [board for board in range(6) if instruction.waits_for >> board & 1]
+        on_write = instruction.sets_on_write
+        if instruction.name == "HGMMA":
+            unit, held, on_write = "products", held_by_group(instruction, assumed), GROUPS
+            latency += held
+        elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
+            waits.append(GROUPS)
         branch = assumed.branch if instruction.name in ("BRA", "CALL", "RET") else 0
         facts[entry] = (
-            unit, held, max(1, instruction.stall), instruction.sets_on_write, instruction.sets_on_read, waits,
+            unit, held, max(1, instruction.stall), on_write, instruction.sets_on_read, waits,
             latency, branch,
         )  # fmt: skip
     count = len(traces)
     at, ready = [0] * count, [0] * count
-    boards = [[0] * 6 for _ in traces]
+    boards = [[0] * 7 for _ in traces]
     free: dict[str, int] = {"": 0}
     now = 0
     order = [warp for warp in range(count) if traces[warp]]

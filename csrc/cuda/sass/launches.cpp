@@ -3,12 +3,14 @@
 //
 //     launches forward|backward PAIRS HEADS LENGTH DIM plain|padded|causal SHARED_MEMORY_OF_A_BLOCK
 //
-// Built with -DELEMENT=bfloat16 -DFEATURES=64 and the object file of that instance.
+// Built with -DELEMENT=bfloat16 -DFEATURES=64 and the object file of that instance, or with -DHOPPER and that of the
+// kernels for Hopper.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 
+#include "../qk_hopper.h"
 #include "../qk_kernels.h"
 
 namespace ear_ops::cuda {
@@ -21,6 +23,15 @@ namespace {
 const void* registered[64];
 const char* names[64];
 int registrations = 0, launches = 0, shared_limit = 0;
+
+#if defined(HOPPER)
+constexpr size_t kTensorMap = 128;  // bytes and alignment; four follow the arguments of the other kernels
+constexpr size_t kArgumentBytes =
+    (sizeof(ear_ops::cuda::QKArgs) + kTensorMap - 1) / kTensorMap * kTensorMap + 4 * kTensorMap;
+int make_no_map() { return 0; }
+#else
+constexpr size_t kArgumentBytes = sizeof(ear_ops::cuda::QKArgs);
+#endif
 
 struct Dim3 {
   unsigned x, y, z;
@@ -42,7 +53,15 @@ int __cudaLaunchKernel(const void*, Dim3, Dim3, void**, size_t, void*) { std::ab
 int __cudaGetKernel(const void**, const void*) { std::abort(); }
 const char* cudaGetErrorString(int) { return "no error"; }
 int cudaGetDevice(int* device) { return *device = 0; }
-int cudaDeviceGetAttribute(int* value, int, int) { return *value = shared_limit, 0; }
+int cudaDeviceGetAttribute(int* value, int which, int) {
+  return *value = which == 75 ? 9 : which == 76 ? 0 : shared_limit, 0;  // compute capability 9.0
+}
+#if defined(HOPPER)
+int cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long, int* found) {
+  *function = reinterpret_cast<void*>(&make_no_map);
+  return *found = 0;
+}
+#endif
 int cudaFuncSetAttribute(const void*, int, int) { return 0; }
 
 int cudaLaunchKernel(const void* host, Dim3 grid, Dim3 block, void** arguments, size_t shared, void*) {
@@ -51,7 +70,7 @@ int cudaLaunchKernel(const void* host, Dim3 grid, Dim3 block, void** arguments, 
   std::printf("%s  {\"kernel\": \"%s\", \"blocks\": %u, \"threads\": %u, \"shared_bytes\": %zu, \"arguments\": \"",
               launches++ ? ",\n" : "", names[kernel], grid.x, block.x, shared);
   const auto* bytes = static_cast<const unsigned char*>(arguments[0]);
-  for (size_t i = 0; i < sizeof(ear_ops::cuda::QKArgs); ++i) std::printf("%02x", bytes[i]);
+  for (size_t i = 0; i < kArgumentBytes; ++i) std::printf("%02x", bytes[i]);
   std::printf("\"}");
   return 0;
 }
@@ -79,7 +98,6 @@ T* memory(const char* name, int64_t bytes, const char* content = "data") {
 }  // namespace
 
 int main(int, char** words) {
-  using Kernels = QKKernels<ELEMENT, FEATURES>;
   const bool backward = !std::strcmp(words[1], "backward");
   const std::string kind = words[6];
   QKArgs a{};
@@ -102,12 +120,21 @@ int main(int, char** words) {
   a.row_stats = memory<float>("row_stats", kRowStats * rows * 4);
   if (backward) a.grad_sums = memory<float>("grad_sums", a.pairs * a.heads * 4);
   if (!backward) {
-    const int rows_of_a_block = Kernels::rows_of_a_block(a);
+#if defined(HOPPER)
+    const int rows_of_a_block = hopper_rows(a.dim);
+#else
+    const int rows_of_a_block = QKKernels<ELEMENT, FEATURES>::rows_of_a_block(a);
+#endif
     const int64_t blocks = (a.queries + rows_of_a_block - 1) / rows_of_a_block;
     a.block_sums = memory<float>("block_sums", a.pairs * a.heads * blocks * 4);
   }
   std::printf("{\"launches\": [\n");
+#if defined(HOPPER)
+  const char* error = launch_hopper_forward(Element::kBFloat16, a, nullptr);
+#else
+  using Kernels = QKKernels<ELEMENT, FEATURES>;
   const char* error = backward ? Kernels::backward(a, nullptr) : Kernels::forward(a, nullptr);
+#endif
   std::printf("\n], \"regions\": [\n%s\n]}\n", regions.c_str());
   if (error) std::fprintf(stderr, "%s\n", error);
   return error != nullptr;

@@ -31,8 +31,8 @@ from .operands import (
 )
 
 STACK = 1 << 24  # where a thread's own memory ends
-RESERVED_SHARED = {"80": 0, "90": 1024}  # bytes before those of the kernel
-FIRST_ARGUMENT = {"80": 0x160, "90": 0x210}  # in constant bank 0
+RESERVED_SHARED = {"80": 0, "90": 1024, "90a": 1024}  # bytes before those of the kernel
+FIRST_ARGUMENT = {"80": 0x160, "90": 0x210, "90a": 0x210}  # in constant bank 0
 MOST_INSTRUCTIONS = 5_000_000  # of a warp
 
 
@@ -199,9 +199,10 @@ class Block:
 
     def __init__(self, program: Program, launch: Launch, index: int) -> None:
         self.program, self.index = program, index
-        start = FIRST_ARGUMENT[program.architecture]
-        expected = program.kernel.constant_bytes - start
-        if len(launch.arguments) != expected:
+        first_argument = FIRST_ARGUMENT[program.architecture]
+        start = program.kernel.constant_bytes - len(launch.arguments)
+        if start not in (first_argument, -(-first_argument // 128) * 128):  # as tensor maps are aligned
+            expected = program.kernel.constant_bytes - first_argument
             raise NotUnderstood(f"{launch.kernel} takes {expected} bytes of arguments, not {len(launch.arguments)}")
         bank = bytearray(start) + launch.arguments
         bank[0:4], bank[12:16] = launch.threads.to_bytes(4, "little"), launch.blocks.to_bytes(4, "little")

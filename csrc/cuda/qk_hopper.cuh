@@ -1,0 +1,171 @@
+// The forward of qk_forward.cuh for Hopper: rows of any length, without bias, window and causal mask, in 16 bits.
+//
+//   global memory   Q [192, D], or [128, D] where D > 64, and K [S, D] of both views
+//                     | TMA, asked for by one warp, as far ahead as there are stages
+//   shared memory   Q, and a ring of tiles of 64 keys
+//                     | wgmma
+//   registers       scores of 64 x 64 a group of four warps, both views --> running sums, as in qk_forward.cuh
+//
+// A stage of the ring has two barriers. `full` ends a phase when the copies have arrived, and `empty` when all warps
+// have done their products. The two groups of warps wait for nothing else, so the exponentials of one meet the products
+// of the other, or those of a second block on the multiprocessor.
+#pragma once
+
+#include "block.cuh"
+#include "hopper.cuh"
+#include "qk_forward.cuh"
+#include "qk_hopper.h"
+
+namespace ear_ops::cuda {
+
+struct HopperArgs {
+  QKArgs args;
+  TensorMap query[2], key[2];  // of each view
+};
+
+constexpr int kTileFeatures = kTileRowBytes / 2;  // of a row of a tile; wider vectors take several tiles
+
+// Where a block keeps what in shared memory: first sums and barriers, then tiles [view, features / 64, rows].
+template <int kD>
+struct Ring {
+  static constexpr int kRows = hopper_rows(kD), kStages = 4, kTiles = kD / kTileFeatures;
+  static constexpr int kConsumers = kRows / 16;              // warps that own 16 queries each
+  static constexpr int kThreads = (kConsumers + 1) * kWarp;  // the last warp asks for copies
+  static constexpr int kGroupBytes = 64 * kTileRowBytes;     // of the queries of four warps in a tile
+  static constexpr int kOwnedBytes = kRows * kTileRowBytes, kVisitedBytes = kVisited * kTileRowBytes;
+  static constexpr int kQueryBytes = 2 * kTiles * kOwnedBytes, kStageBytes = 2 * kTiles * kVisitedBytes;
+  static constexpr int kControl = 256;
+  static constexpr int kBytes = kControl + 1024 + kQueryBytes + kStages * kStageBytes;
+
+  static EAR_OPS_DEVICE char* barrier(int index) { return shared_memory() + 128 + 8 * index; }
+  static EAR_OPS_DEVICE char* queries_full() { return barrier(0); }
+  static EAR_OPS_DEVICE char* full(int stage) { return barrier(1 + stage); }
+  static EAR_OPS_DEVICE char* empty(int stage) { return barrier(1 + kStages + stage); }
+  static EAR_OPS_DEVICE char* queries() { return align_tiles(shared_memory() + kControl); }
+  static EAR_OPS_DEVICE char* keys(int stage) { return queries() + kQueryBytes + stage * kStageBytes; }
+
+  static EAR_OPS_DEVICE void init() {
+    init_barrier(queries_full(), 1);
+    for (int stage = 0; stage < kStages; ++stage) {
+      init_barrier(full(stage), 1);
+      init_barrier(empty(stage), kConsumers);
+    }
+    publish_barriers();
+  }
+
+  // Which stage is next, and how often the ring has gone round.
+  struct Turn {
+    int stage = 0, parity = 0;
+    EAR_OPS_DEVICE void advance() {
+      if (++stage < kStages) return;
+      stage = 0;
+      parity ^= 1;
+    }
+  };
+};
+
+// The tiles of keys in which something is compared, one after the other. Every warp finds them for itself.
+struct KeyTiles {
+  const Vectors<Role::kKeys>& keys;
+  int first = 0;
+  Real<kVisited> real;
+
+  EAR_OPS_DEVICE explicit KeyTiles(const Vectors<Role::kKeys>& keys) : keys(keys) { find(); }
+  EAR_OPS_DEVICE bool done() const { return first >= keys.count(); }
+  EAR_OPS_DEVICE void advance() {
+    first += kVisited;
+    find();
+  }
+
+ private:
+  EAR_OPS_DEVICE void find() {
+    for (; !done(); first += kVisited) {
+      real = Real<kVisited>(keys, first);
+      if (real.any()) return;
+    }
+  }
+};
+
+// Work of the last warp: asks for the queries, and for a tile as soon as its stage is empty.
+template <int kD>
+EAR_OPS_DEVICE void copy_tiles(const HopperArgs& h, const Vectors<Role::kQueries>& queries, int first_query,
+                               const Vectors<Role::kKeys>& keys) {
+  using R = Ring<kD>;
+  const bool asks = thread_index() % kWarp == 0;
+  const int pair = static_cast<int>(queries.pair);
+  if (asks) {
+    arrive_expecting(R::queries_full(), R::kQueryBytes);
+    for (int v = 0; v < 2; ++v)
+      for (int t = 0; t < R::kTiles; ++t)
+        copy_box(R::queries() + (v * R::kTiles + t) * R::kOwnedBytes, &h.query[v], t * kTileFeatures, first_query,
+                 queries.head, pair, R::queries_full());
+  }
+  typename R::Turn turn;
+  for (KeyTiles tile(keys); !tile.done(); tile.advance(), turn.advance()) {
+    wait_phase(R::empty(turn.stage), turn.parity ^ 1);
+    if (!asks) continue;
+    arrive_expecting(R::full(turn.stage), R::kStageBytes);
+    for (int v = 0; v < 2; ++v)
+      for (int t = 0; t < R::kTiles; ++t)
+        copy_box(R::keys(turn.stage) + (v * R::kTiles + t) * R::kVisitedBytes, &h.key[v], t * kTileFeatures, tile.first,
+                 keys.head, pair, R::full(turn.stage));
+  }
+}
+
+// Work of the other warps: the scores of 16 queries each.
+template <typename T, int kD>
+EAR_OPS_DEVICE void add_tiles(const Vectors<Role::kQueries>& queries, const Vectors<Role::kKeys>& keys,
+                              RunningRows* rows) {
+  using R = Ring<kD>;
+  const QKArgs& a = queries.args;
+  const Matrix owned = matrix_at(R::queries() + uniform(warp_index() / 4) * R::kGroupBytes);
+  typename R::Turn turn;
+  wait_phase(R::queries_full(), 0);
+  for (KeyTiles tile(keys); !tile.done(); tile.advance(), turn.advance()) {
+    float scores[2][kVisited / 8][4];
+    wait_phase(R::full(turn.stage), turn.parity);
+    const Matrix visited = matrix_at(R::keys(turn.stage));
+    begin_products();
+#pragma unroll
+    for (int v = 0; v < 2; ++v)
+#pragma unroll
+      for (int t = 0; t < R::kTiles; ++t)
+#pragma unroll
+        for (int k = 0; k < kTileRowBytes; k += 32)  // 16 features
+          multiply_async(T{}, scores[v], further(owned, (v * R::kTiles + t) * R::kOwnedBytes + k),
+                         further(visited, (v * R::kTiles + t) * R::kVisitedBytes + k), t + k > 0);
+    commit_products();
+    wait_products(scores);
+    if (thread_index() % kWarp == 0) arrive(R::empty(turn.stage));
+    finish_scores<kVisited, Role::kQueries, false>(a, queries.pair, queries.head, 0, 0, {}, tile.real, scores,
+                                                   &rows->alive);
+    rows->template add<kVisited>(scores);
+  }
+}
+
+template <typename T, int kD>
+EAR_OPS_KERNEL(Ring<kD>::kThreads, 1)
+forward_hopper(EAR_OPS_ARGUMENT const HopperArgs h) {
+  using R = Ring<kD>;
+  const QKArgs& a = h.args;
+  const QueryBlock<R::kRows> at(a);
+  const int first_query = at.block * R::kRows;
+  const Vectors<Role::kQueries> queries{a, at.pair, at.head};
+  const Vectors<Role::kKeys> keys{a, at.pair, at.key_head(a)};
+  if (thread_index() == 0) R::init();
+  sync_block();
+  const bool counted = Real<R::kRows>(queries, first_query).any();
+  float total = 0;
+  if (warp_index() < R::kConsumers) {
+    RunningRows rows;
+    if (counted) add_tiles<T, kD>(queries, keys, &rows);
+    total = write_rows<R::kRows>(queries, at.block, rows);
+  } else if (counted) {
+    copy_tiles<kD>(h, queries, first_query, keys);
+  }
+  total = block_sum<R::kThreads>(total);
+  const int blocks = (a.queries + R::kRows - 1) / R::kRows;
+  if (thread_index() == 0) store_global(a.block_sums + (at.pair * a.heads + at.head) * blocks + at.block, total);
+}
+
+}  // namespace ear_ops::cuda
