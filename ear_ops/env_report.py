@@ -24,11 +24,16 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu_isa() -> str:
+def _cpu_lines() -> list[str]:
+    """The path that the CPU kernels take, and what they compute the products of each dtype in."""
+    setting = f"(EAR_OPS_CPU_ISA={os.environ.get('EAR_OPS_CPU_ISA') or 'unset'})"
     try:
-        return torch.ops.ear_ops.cpu_isa()
+        isa = torch.ops.ear_ops.cpu_isa()
     except ValueError as error:  # EAR_OPS_CPU_ISA names something this processor lacks
-        return str(error).splitlines()[0]
+        return [f"cpu isa       {str(error).splitlines()[0]} {setting}"]
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    products = ", ".join(f"{str(dtype)[6:]} in {torch.ops.ear_ops.cpu_products(dtype)}" for dtype in dtypes)
+    return [f"cpu isa       {isa} {setting}", f"cpu products  {products}"]
 
 
 def lines() -> list[str]:
@@ -53,7 +58,7 @@ def lines() -> list[str]:
         why = f"; they cannot run: {backend.why_no_gpu()}" if idle else ""
         report.append(f"{binary.name + ' kernels':<13} {state}{binary.reason}{why}")
     if extension.CPU.loaded:
-        report.append(f"cpu isa       {_cpu_isa()} (EAR_OPS_CPU_ISA={os.environ.get('EAR_OPS_CPU_ISA') or 'unset'})")
+        report += _cpu_lines()
     if torch.cuda.is_available():
         name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
         report.append(f"cuda device   {name}, sm_{capability[0]}{capability[1]}, CUDA {torch.version.cuda}")

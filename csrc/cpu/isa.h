@@ -6,15 +6,16 @@
 namespace ear_ops::cpu {
 
 enum class Bf16Products {
-  kNone,      // bfloat16 inputs are multiplied as float32: products are exact, and no matrix unit is used
-  kMatrix,    // brgemm on a matrix unit (AMX)
-  kEmulated,  // plain loops with the same packing and rounding, so that every machine can test that path
+  kNone,    // bfloat16 inputs are multiplied as float32: products are exact
+  kDot,     // in twos in vector registers, by brgemm (avx512_bf16)
+  kMatrix,  // on a matrix unit, by brgemm (AMX); queries and keys are padded to the rows that it holds
 };
 
 struct Selection {
-  const char* name;  // portable, avx2, avx512, amx or amx-emulated
+  const char* name;  // portable, avx2, avx512, avx512_bf16, amx, or one of the last two with -emulated
   const Isa* isa;
   Bf16Products bf16;
+  bool emulated;  // plain loops in the place of brgemm, so that every machine can test the rest of that path
 };
 
 // Decided at the first call; raises where EAR_OPS_CPU_ISA names an instruction set that is unknown or missing here.

@@ -23,11 +23,28 @@ struct LaneGroup {
   const A* last;           //   window), counted from the tile's first key; null: to all
 };
 
+// What kLanes queries have of the keys that they have seen. With P^ = exp(score - max) of the first view, T^ of the
+// second, r = sum P^ / sum T^ and D^ = P^ - r T^, these are sum P^, sum T^, sum D^ D^, sum D^ P^, sum D^ T^ and
+// sum T^ T^. Where the softmax of the whole row is P = a P^ and T = b T^, all else follows:
+//
+//   P - T           = a D^ + c T^ with c = a r - b, which is near 0 where the row's own ratio is near r
+//   sum (P - T)^2   = a^2 sum D^ D^ + 2 a c sum D^ T^ + c^2 sum T^ T^
+//   sum T (P - T)   = b (a sum D^ T^ + c sum T^ T^)
+//   sum P (P - T)   = a (a sum D^ P^ + c sum P^ T^), where sum P^ T^ = sum D^ T^ + r sum T^ T^
+//
+// (P - T)^2 is never expanded into its three products, whose difference would lose the digits of close views.
+// sum D^ P^ could be had of the others, but would lose those of a row in which one key has all of P.
+template <typename A>
+struct RunningRows {
+  A max[2][kLanes], sum[2][kLanes];  // of each view
+  A ratio[kLanes], squares[kLanes], with_first[kLanes], with_second[kLanes], targets[kLanes];
+};
+
 // The statistics of kLanes queries. P = exp(score - max) * inverse; the inverse of a query without keys is 0. They are
 // not one log sum exp, because the rounding of a large one alone is more than the gradient may lose.
 template <typename A>
 struct LaneStats {
-  A max[2][kLanes], inverse[2][kLanes];  // of each view; while tiles are read, `inverse` holds the sum
+  A max[2][kLanes], inverse[2][kLanes];  // of each view
   A d[2][kLanes];                        // sum P (P - T), sum T (T - P)
 };
 
@@ -55,13 +72,13 @@ struct Kernels {
   // C [m, n] (+)= A [m, k] B [k, n]; n padded.
   void (*product)(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc,
                   bool accumulate);
-  // Adds one more tile to max, which starts at -inf, and to the sum, which starts at 0. The scores become
-  // exp(score - max), where max is the greatest score so far.
-  void (*softmax_tile)(const LaneGroup<A>& group, LaneStats<A>* stats);
-  // After the last tile: the sums become their inverses, 0 where `alive` [2][kLanes] is 0 (null: all alive).
-  void (*finish_softmax)(const A* alive, LaneStats<A>* stats);
-  // Adds a tile's share to d and returns its sum (P - T)^2. The scores are raw, or exponentials of the final max.
-  A (*difference_tile)(const LaneGroup<A>& group, bool exponentials, LaneStats<A>* stats);
+  // Rows that have seen no key yet.
+  void (*start_rows)(RunningRows<A>* rows);
+  // Adds one more tile of raw scores, which are lost.
+  void (*add_tile)(const LaneGroup<A>& group, RunningRows<A>* rows);
+  // After the last tile: the statistics, with an inverse of 0 where `alive` [2][kLanes] is 0 (null: all alive). Returns
+  // the sum of (P - T)^2 over the rows.
+  A (*finish_rows)(const A* alive, const RunningRows<A>& rows, LaneStats<A>* stats);
   // Raw scores become gradient * P ((P - T) - d), those of x^a gradient * T ((T - P) - d_a).
   void (*gradient_tile)(const LaneGroup<A>& group, const LaneStats<A>& stats, A gradient);
 
@@ -84,10 +101,21 @@ struct Isa {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
-  // Conversions for products in bfloat16. to_bf16 makes dst [rows, ld_dst] from src [rows, cols]. to_vnni takes rows in
-  // twos to dst [rows / 2, cols, 2], the layout that matrix units read.
-  void (*to_bf16)(const float* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst, int64_t ld_dst);
-  void (*to_vnni)(const float* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst);
+  // Operands of products in bfloat16, as bits. Their right operands have rows in twos, [rows / 2, cols, 2]: a product
+  // takes two elements of a sum at once. Here rows are a multiple of kLanes and cols one of 2 kLanes.
+  // gather_bits is gather_rows without arithmetic.
+  void (*gather_bits)(const uint16_t* src, int64_t stride, const int32_t* index, const uint8_t* real, int64_t n,
+                      int64_t padded_rows, int64_t dim, int64_t ld, uint16_t* dst);
+  // dst [cols, ld_dst] = src [rows, ld_src]^T.
+  void (*transpose_bits)(const uint16_t* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst,
+                         int64_t ld_dst);
+  // dst [cols / 2, rows, 2] = the right operand of src [rows, ld_src]^T.
+  void (*transpose_pairs)(const uint16_t* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst);
+  // dst [rows / 2, cols, 2] = the right operand of src [rows, ld_src].
+  void (*pair_rows)(const uint16_t* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* dst);
+  // Rounds src [rows, ld_src] to the left operand [rows, cols], to the right one [rows / 2, cols, 2], or to both: null
+  // is not asked for. cols: a multiple of kLanes.
+  void (*round_to_bf16)(const float* src, int64_t ld_src, int64_t rows, int64_t cols, uint16_t* left, uint16_t* right);
   // Rows of dst, `stride` bytes apart, = row [bytes], or zeros where `real` is 0 (null: all real).
   void (*fill_rows)(const char* row, const uint8_t* real, int64_t rows, int64_t bytes, int64_t stride, char* dst);
 };

@@ -2,6 +2,9 @@
 #if defined(__x86_64__)
 #include "target.h"
 EAR_OPS_TARGET("avx2,fma,f16c,bmi,bmi2")
+// Set by hand: __F16C__ does not follow a target that _Pragma sets.
+#define EAR_OPS_VECTOR_BYTES 32
+#define EAR_OPS_F16C
 #define EAR_OPS_ISA kAvx2
 #define EAR_OPS_ISA_NAME "avx2"
 #include "kernels_impl.h"

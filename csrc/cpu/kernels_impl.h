@@ -26,6 +26,7 @@ void scale_row(const A* src, A factor, int64_t n, Kind kind, void* dst) {
     for (int64_t j = 0; j < n; ++j) from_float(factor * src[j], y[j]);
   });
 }
+
 template <typename A>
 constexpr Kernels<A> table() {
   return {
@@ -33,9 +34,9 @@ constexpr Kernels<A> table() {
       .scatter_rows = scatter_rows<A>,
       .transpose = transpose<A>,
       .product = product<A>,
-      .softmax_tile = softmax_tile<A>,
-      .finish_softmax = finish_softmax<A>,
-      .difference_tile = difference_tile<A>,
+      .start_rows = start_rows<A>,
+      .add_tile = add_tile<A>,
+      .finish_rows = finish_rows<A>,
       .gradient_tile = gradient_tile<A>,
       .squared_difference = squared_difference<A>,
       .difference_gradient = difference_gradient<A>,
@@ -53,8 +54,11 @@ const Isa EAR_OPS_ISA = {
     .name = EAR_OPS_ISA_NAME,
     .f32 = table<float>(),
     .f64 = table<double>(),
-    .to_bf16 = to_bf16,
-    .to_vnni = to_vnni,
+    .gather_bits = gather_bits,
+    .transpose_bits = transpose_bits,
+    .transpose_pairs = transpose_pairs,
+    .pair_rows = pair_rows,
+    .round_to_bf16 = round_to_bf16,
     .fill_rows = fill_rows,
 };
 }  // namespace ear_ops::cpu

@@ -71,8 +71,16 @@ std::vector<double> cpu_rates(int64_t m, int64_t n, int64_t k, at::ScalarType dt
   return with_products(kind_of(dtype), [&]<typename P>() { return rates<P>(m, n, k); });
 }
 
+// What products of inputs of this dtype are computed in, and by what.
+std::string cpu_products(at::ScalarType dtype) {
+  return with_products(kind_of(dtype), []<typename P>() { return std::string(P(selection()).name()); });
+}
+
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(ear_ops, m) { m.def("cpu_rates(int m, int n, int k, ScalarType dtype) -> float[]", &cpu_rates); }
+TORCH_LIBRARY_FRAGMENT(ear_ops, m) {
+  m.def("cpu_rates(int m, int n, int k, ScalarType dtype) -> float[]", &cpu_rates);
+  m.def("cpu_products(ScalarType dtype) -> str", &cpu_products);
+}
 
 }  // namespace ear_ops::cpu

@@ -274,7 +274,7 @@ void fill_rows(const char* row, const uint8_t* real, int64_t rows, int64_t bytes
       if (zero) {
         memset(at + j, 0, n);
       } else if (n == 64) {
-        vstore<float>(reinterpret_cast<float*>(at + j), vload<float>(reinterpret_cast<const float*>(row + j)));
+        memcpy(at + j, row + j, 64);  // of a size that the compiler knows: moves of vectors
       } else {
         memcpy(at + j, row + j, n);
       }

@@ -1,7 +1,7 @@
-// 64-byte vectors in GCC's and Clang's portable vector extension: one source for AVX-512 (one register), AVX2 (two) and
-// any other machine. Files that use this header are compiled several times for different instruction sets, where a
-// shared inline function could end up as the AVX-512 copy for everyone. So everything has internal linkage, and nothing
-// from torch or the C++ library is included.
+// Vectors in GCC's and Clang's portable vector extension: one source for every instruction set. The includer says how
+// many bytes a register holds, because compilers take wider vectors apart through memory. Files that use this header
+// are compiled several times for different instruction sets, where a shared inline function could end up as the AVX-512
+// copy for everyone. So everything has internal linkage, and nothing from torch or the C++ library is included.
 #pragma once
 
 #if !defined(__GNUC__)  // which Clang defines, too
@@ -12,37 +12,48 @@
 #include <stdint.h>
 #include <string.h>
 
+#if !defined(EAR_OPS_VECTOR_BYTES)
+#define EAR_OPS_VECTOR_BYTES 16
+#endif
+
 namespace {
 
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef double f64x8 __attribute__((vector_size(64)));
-typedef int64_t i64x8 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef uint16_t u16x8 __attribute__((vector_size(16)));
-typedef uint32_t u32x8 __attribute__((vector_size(32)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
-typedef uint8_t u8x8 __attribute__((vector_size(8)));
+constexpr int kFloats = EAR_OPS_VECTOR_BYTES / 4, kDoubles = EAR_OPS_VECTOR_BYTES / 8;  // in a register
+
+// A vector of so many bytes.
+#define EAR_OPS_VECTOR(type, bytes) typedef type __attribute__((vector_size(bytes)))
+EAR_OPS_VECTOR(float, 4 * kFloats) f32v;
+EAR_OPS_VECTOR(int32_t, 4 * kFloats) i32v;
+EAR_OPS_VECTOR(uint32_t, 4 * kFloats) u32v;
+EAR_OPS_VECTOR(uint16_t, 2 * kFloats) u16v;
+EAR_OPS_VECTOR(uint8_t, kFloats) u8v;
+EAR_OPS_VECTOR(double, 8 * kDoubles) f64v;
+EAR_OPS_VECTOR(int64_t, 8 * kDoubles) i64v;
+EAR_OPS_VECTOR(float, 4 * kDoubles) f32_of_f64v;  // as many elements as a vector of doubles
+EAR_OPS_VECTOR(uint32_t, 4 * kDoubles) u32_of_f64v;
+EAR_OPS_VECTOR(uint16_t, 2 * kDoubles) u16_of_f64v;
+EAR_OPS_VECTOR(uint8_t, kDoubles) u8_of_f64v;
+EAR_OPS_VECTOR(float, 32) f32x8;
+EAR_OPS_VECTOR(int16_t, 16) i16x8;
+#undef EAR_OPS_VECTOR
 
 template <typename A>
 struct Vec;
 
 template <>
 struct Vec<float> {
-  typedef f32x16 type;
-  typedef i32x16 mask;  // what comparisons give
-  typedef u8x16 bytes;  // as many bytes
-  static constexpr int64_t lanes = 16;
+  typedef f32v type;
+  typedef i32v mask;  // what comparisons give
+  typedef u8v bytes;  // as many bytes
+  static constexpr int64_t lanes = kFloats;
 };
 
 template <>
 struct Vec<double> {
-  typedef f64x8 type;
-  typedef i64x8 mask;
-  typedef u8x8 bytes;
-  static constexpr int64_t lanes = 8;
+  typedef f64v type;
+  typedef i64v mask;
+  typedef u8_of_f64v bytes;
+  static constexpr int64_t lanes = kDoubles;
 };
 
 template <typename A>
@@ -84,25 +95,25 @@ static inline typename Vec<A>::type vmax(typename Vec<A>::type a, typename Vec<A
 
 // exp for arguments up to 88, within 1 ulp: 2^n times a polynomial on [-ln2/2, ln2/2], whose relative error of 3e-9 is
 // the least of its degree. NaN stays NaN, and what would be below the smallest normal number is 0.
-static inline f32x16 vexp(f32x16 x) {
+static inline f32v vexp(f32v x) {
   const float magic = 12582912.0f + 127;  // 1.5 * 2^23 rounds to an integer in the low bits; 127 makes it an exponent
-  f32x16 shifted = x * 1.44269504088896341f + magic;
-  f32x16 n = shifted - magic;
-  f32x16 r = x - n * 0.693359375f;
+  f32v shifted = x * 1.44269504088896341f + magic;
+  f32v n = shifted - magic;
+  f32v r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  f32x16 p = r * 1.3814540078e-3f + 8.3687452128e-3f;
+  f32v p = r * 1.3814540078e-3f + 8.3687452128e-3f;
   p = p * r + 4.1668390793e-2f;
   p = p * r + 1.6666520398e-1f;
   p = p * r + 4.9999993432e-1f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  f32x16 result = p * (f32x16)((i32x16)shifted << 23);  // a cast between vectors keeps the bits
-  return x < -87.33654f ? f32x16{} : result;
+  f32v result = p * (f32v)((i32v)shifted << 23);  // a cast between vectors keeps the bits
+  return x < -87.33654f ? f32v{} : result;
 }
 
-static inline f64x8 vexp(f64x8 x) {
-  f64x8 result;
-  for (int i = 0; i < 8; ++i) result[i] = exp(x[i]);
+static inline f64v vexp(f64v x) {
+  f64v result;
+  for (int i = 0; i < kDoubles; ++i) result[i] = exp(x[i]);
   return result;
 }
 
@@ -164,56 +175,86 @@ static inline typename Vec<A>::type vload_as(const A* from) {
 }
 
 template <typename A>
-static inline f32x16 vload_as(const Bf16* from) {
-  u16x16 bits;
+static inline f32v vload_as(const Bf16* from) {
+  u16v bits;
   memcpy(&bits, from, sizeof(bits));
-  return (f32x16)(__builtin_convertvector(bits, u32x16) << 16);
+  return (f32v)(__builtin_convertvector(bits, u32v) << 16);
 }
 
+#if defined(EAR_OPS_F16C)
 template <typename A>
-static inline f32x16 vload_as(const Half* from) {  // as to_float
-  u16x16 half;
-  memcpy(&half, from, sizeof(half));
-  const u32x16 wide = __builtin_convertvector(half, u32x16);
-  const u32x16 magnitude = (wide & 0x7fffu) << 13;
-  u32x16 bits = (u32x16)((f32x16)magnitude * 0x1p112f);
-  bits = magnitude >= (0x7c00u << 13) ? (bits | 0x7f800000u) : bits;
-  return (f32x16)(bits | ((wide & 0x8000u) << 16));
+static inline f32v vload_as(const Half* from) {
+  f32v result;
+  for (int i = 0; i < kFloats; i += 8) {
+    i16x8 half;
+    memcpy(&half, from + i, sizeof(half));
+    const f32x8 wide = __builtin_ia32_vcvtph2ps256(half);
+    memcpy(reinterpret_cast<float*>(&result) + i, &wide, sizeof(wide));
+  }
+  return result;
 }
+#else
+template <typename A>
+static inline f32v vload_as(const Half* from) {  // as to_float
+  u16v half;
+  memcpy(&half, from, sizeof(half));
+  const u32v wide = __builtin_convertvector(half, u32v);
+  const u32v magnitude = (wide & 0x7fffu) << 13;
+  u32v bits = (u32v)((f32v)magnitude * 0x1p112f);
+  bits = magnitude >= (0x7c00u << 13) ? (bits | 0x7f800000u) : bits;
+  return (f32v)(bits | ((wide & 0x8000u) << 16));
+}
+#endif
 
 template <typename A>
 static inline void vstore_as(A* to, typename Vec<A>::type v) {
   vstore<A>(to, v);
 }
 
-static inline void vstore_bits(void* to, u32x16 bits) {  // the lower half of each
-  const u16x16 narrow = __builtin_convertvector(bits, u16x16);
+static inline void vstore_bits(void* to, u32v bits) {  // the lower half of each
+  const u16v narrow = __builtin_convertvector(bits, u16v);
   memcpy(to, &narrow, sizeof(narrow));
 }
 
-template <typename A>
-static inline void vstore_as(Bf16* to, f32x16 v) {  // as from_float
-  const u32x16 bits = (u32x16)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  vstore_bits(to, v != v ? u32x16{} + 0x7fc0u : rounded);
+// The bits of bfloat16 numbers, as from_float rounds them.
+static inline u32v bf16_bits(f32v v) {
+  const u32v bits = (u32v)v, nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return v != v ? u32v{} + 0x7fc0u : nearest;
 }
 
 template <typename A>
-static inline void vstore_as(Half* to, f32x16 v) {  // as from_float
-  const u32x16 bits = (u32x16)v, magnitude = bits & 0x7fffffffu;
-  const u32x16 normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  const u32x16 denormal = (u32x16)((f32x16)magnitude + 0.5f) - 0x3f000000u;
-  u32x16 half = magnitude < 0x38800000u ? denormal : normal;
-  half = magnitude >= 0x47800000u ? u32x16{} + 0x7c00u : half;
-  half = magnitude > 0x7f800000u ? u32x16{} + 0x7e00u : half;
+static inline void vstore_as(Bf16* to, f32v v) {
+  vstore_bits(to, bf16_bits(v));
+}
+
+#if defined(EAR_OPS_F16C)
+template <typename A>
+static inline void vstore_as(Half* to, f32v v) {
+  for (int i = 0; i < kFloats; i += 8) {
+    f32x8 wide;
+    memcpy(&wide, reinterpret_cast<const float*>(&v) + i, sizeof(wide));
+    const i16x8 half = __builtin_ia32_vcvtps2ph256(wide, 0);  // to nearest even
+    memcpy(to + i, &half, sizeof(half));
+  }
+}
+#else
+template <typename A>
+static inline void vstore_as(Half* to, f32v v) {  // as from_float
+  const u32v bits = (u32v)v, magnitude = bits & 0x7fffffffu;
+  const u32v normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const u32v denormal = (u32v)((f32v)magnitude + 0.5f) - 0x3f000000u;
+  u32v half = magnitude < 0x38800000u ? denormal : normal;
+  half = magnitude >= 0x47800000u ? u32v{} + 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? u32v{} + 0x7e00u : half;
   vstore_bits(to, ((bits >> 16) & 0x8000u) | half);
 }
+#endif
 
 // Makes bytes as wide as the lanes, step by step: in one step the compiler would take the vector apart.
-static inline i32x16 widen(u8x16 bytes) {
-  return __builtin_convertvector(__builtin_convertvector(bytes, u16x16), i32x16);
-}
-static inline i64x8 widen(u8x8 bytes) {
-  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bytes, u16x8), u32x8), i64x8);
+static inline i32v widen(u8v bytes) { return __builtin_convertvector(__builtin_convertvector(bytes, u16v), i32v); }
+static inline i64v widen(u8_of_f64v bytes) {
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bytes, u16_of_f64v), u32_of_f64v),
+                                 i64v);
 }
 
 // The lanes whose byte is not 0.
@@ -225,11 +266,11 @@ static inline typename Vec<A>::mask vmask(const uint8_t* from) {
 }
 
 // total [lanes] += v.
-static inline void add_to(double* total, f64x8 v) { vstore<double>(total, vload<double>(total) + v); }
-static inline void add_to(double* total, f32x16 v) {
-  f32x8 half[2];
+static inline void add_to(double* total, f64v v) { vstore<double>(total, vload<double>(total) + v); }
+static inline void add_to(double* total, f32v v) {
+  f32_of_f64v half[2];
   memcpy(half, &v, sizeof(v));
-  for (int i = 0; i < 2; ++i) add_to(total + 8 * i, __builtin_convertvector(half[i], f64x8));
+  for (int i = 0; i < 2; ++i) add_to(total + kDoubles * i, __builtin_convertvector(half[i], f64v));
 }
 
 }  // namespace

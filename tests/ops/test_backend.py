@@ -163,13 +163,27 @@ def isas() -> list[str]:
 
 @needs_cpu_kernels
 def test_the_best_instruction_set_runs_by_default(isas: list[str]) -> None:
-    assert isas[0] == "portable" and isas[-1] == "amx-emulated"
+    assert isas[0] == "portable" and isas[-2:] == ["avx512_bf16-emulated", "amx-emulated"]
     wanted = os.environ.get("EAR_OPS_CPU_ISA")
-    assert torch.ops.ear_ops.cpu_isa() == (wanted or isas[-2])
+    assert torch.ops.ear_ops.cpu_isa() == (wanted or isas[-3])
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "amx", "amx-emulated"])
+@pytest.mark.parametrize(
+    ("isa", "bfloat16"),
+    [("portable", "float32 (plain loops)"), ("avx512_bf16-emulated", "bfloat16 (emulated)")],
+)
+def test_the_report_names_what_products_are_computed_in(isa: str, bfloat16: str) -> None:
+    result = python("-m", "ear_ops.env_report", EAR_OPS_CPU_ISA=isa)
+    assert f"cpu isa       {isa} (EAR_OPS_CPU_ISA={isa})" in result.stdout, result.stderr
+    assert f"bfloat16 in {bfloat16}, float16 in float32" in result.stdout
+    assert "float64 in float64 (plain loops)" in result.stdout
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize(
+    "isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx", "avx512_bf16-emulated", "amx-emulated"]
+)
 def test_every_instruction_set(isa: str, isas: list[str]) -> None:
     """The error rule in every dtype where this processor has it; where it has not, an error that lists what it has."""
     result = python(str(HERE / "support" / "isa_check.py"), EAR_OPS_CPU_ISA=isa)

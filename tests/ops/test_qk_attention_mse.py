@@ -254,7 +254,7 @@ def test_no_gradient_asked_for(device: str) -> None:
 
 
 MASKS = ("attention_mask", "attention_mask_aug")
-LONG = {  # more keys than the CPU kernel keeps the scores of
+LONG = {  # many tiles of keys
     "plain": qk_case(70, 4500, 16, pairs=1),
     "ragged": qk_case(70, 4500, 16, pairs=1, lengths=([4500], [4200])),
     "gaps": qk_case(

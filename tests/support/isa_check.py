@@ -21,10 +21,12 @@ CASES = [
     qk_case(2, 17, 3, heads=4, key_heads=2),
     qk_case(65, 33, 65, lengths=([33, 9], [20, 31])),
     qk_case(17, 300, 31, options={"is_causal": True, "window": 270}, lengths=([300, 20], [280, 290])),
-    qk_case(20, 4300, 16, pairs=1, lengths=([4300], [4200])),  # two sweeps
+    qk_case(20, 4300, 16, pairs=1, lengths=([4300], [4200])),
     qk_case(70, None, 16, biases={"attn_bias": torch.arange(70.0) / 35 - 1}, lengths=([70, 9], [60, 64]), side="left"),
     attention_case(5, 33, lengths=([33, 9], [20, 31])),
     attention_case(3, 47),
+    qk_case(64, 96, 64),  # rows that are operands where they lie
+    qk_case(64, 96, 64, layout="slices"),  # and rows that begin at any element
     pooled_case(9, 37, lengths=([9, 4, 0], [7, 9, 2])),
     pooled_case(33, 16),
 ]

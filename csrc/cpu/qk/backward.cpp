@@ -28,26 +28,32 @@ struct BackwardTask : QKTask<P> {
 
   A *grad_queries_t[2], *grad_queries, *grad_keys[2];
 
-  BackwardTask(const QKInputs& inputs, const P& products, Arena& arena)
-      : QKTask<P>(inputs, products, arena, kTile, true) {
+  BackwardTask(const QKInputs& inputs, const P& products, Arena& arena) : QKTask<P>(inputs, products, arena, true) {
     const int64_t rows = round_up(std::min(inputs.queries, kBlock), P::kPadding);
-    const int64_t all = round_up(inputs.keys, P::kPadding), tile = std::min(all, kTile), ld = this->ld;
+    const int64_t all = round_up(inputs.keys, P::kPadding), ld = this->ld;
     grad_queries = arena.take<A>(rows * ld);
     for (int v = 0; v < 2; ++v) {
       grad_queries_t[v] = arena.take<A>(rows * ld);
       grad_keys[v] = arena.take<A>(all * ld);
     }
-    if constexpr (P::kConverts) {
+    if constexpr (P::kInPairs) {
+      const int64_t tile = std::min(all, kTile);
       left_ = arena.take<Operand>(tile * rows);
       right_ = arena.take<Operand>(tile * rows);
     }
   }
 
-  // grad_queries_t[v] (+)= K^T dS^T of the tile that `scores` holds.
+  // Makes operands of the dS^T of a tile that `scores` holds.
+  void load_gradient(int v, int64_t n, bool of_queries, bool of_keys) {
+    if constexpr (P::kInPairs)
+      this->products.round(this->scores[v], kScoresLd, n, this->block.padded, of_keys ? left_ : nullptr,
+                           of_queries ? right_ : nullptr);
+  }
+
+  // grad_queries_t[v] (+)= K^T dS^T of the loaded tile.
   void add_grad_queries(int v, int64_t t, int64_t n, bool accumulate) {
     const int64_t rows = this->block.padded;
-    if constexpr (P::kConverts) {
-      this->products.right(this->scores[v], kScoresLd, n, rows, right_);
+    if constexpr (P::kInPairs) {
       this->keys.add_to_grad_queries(v, t, n, right_, rows, rows, grad_queries_t[v], accumulate);
     } else {
       this->keys.add_to_grad_queries(v, t, n, this->scores[v], kScoresLd, rows, grad_queries_t[v], accumulate);
@@ -58,11 +64,11 @@ struct BackwardTask : QKTask<P> {
   void add_grad_keys(int v, int64_t t, int64_t n) {
     const int64_t rows = this->block.padded, ld = this->ld;
     A* to = grad_keys[v] + t * ld;
-    if constexpr (P::kConverts) {
-      this->products.left(this->scores[v], kScoresLd, n, rows, left_, rows);
-      this->products.multiply(n, ld, rows, left_, rows, this->block.as_rows(v), ld, to, ld, true);
+    if constexpr (P::kInPairs) {
+      this->products.multiply(n, ld, rows, left_, rows, this->block.as_rows(v), this->block.rows_ld(v), to, ld, true);
     } else {
-      this->products.multiply(n, ld, rows, this->scores[v], kScoresLd, this->block.as_rows(v), ld, to, ld, true);
+      this->products.multiply(n, ld, rows, this->scores[v], kScoresLd, this->block.as_rows(v), this->block.rows_ld(v),
+                              to, ld, true);
     }
   }
 
@@ -112,6 +118,7 @@ void backward_share(BackwardTask<P>& task, const Share& blocks_of, const typenam
       for (int64_t c = 0; c < task.lane_groups(); ++c)
         task.table.gradient_tile(task.lane_group(c, t, n), task.stats[c], gradient);
       for (int v = 0; v < 2; ++v) {
+        task.load_gradient(v, n, out.query[v].data, out.key[v].data);
         if (out.query[v].data) task.add_grad_queries(v, t, n, !first_tile);
         if (out.key[v].data) task.add_grad_keys(v, t, n);
       }
@@ -120,7 +127,14 @@ void backward_share(BackwardTask<P>& task, const Share& blocks_of, const typenam
     for (int v = 0; v < 2; ++v) {
       if (!out.query[v].data) continue;
       if (first_tile) std::fill_n(task.grad_queries_t[v], ld * task.block.padded, A(0));
-      task.table.transpose(task.grad_queries_t[v], task.block.padded, ld, task.block.padded, task.grad_queries, ld);
+      const bool placed = !P::kInPairs && task.block.placed(task.counted);
+      A* rows = task.grad_queries;
+      if (placed)
+        rows = reinterpret_cast<A*>(out.query[v].head(b, head)) +
+               task.counted.query[task.block.first] * out.query[v].row_stride;
+      task.table.transpose(task.grad_queries_t[v], task.block.padded, ld, task.block.padded, rows,
+                           placed ? out.query[v].row_stride : ld);
+      if (placed) continue;
       task.table.scatter_rows(task.grad_queries, ld, task.block.n, p.dim, p.kind, out.query[v].row_stride,
                               task.counted.query + task.block.first, out.query[v].head(b, head));
     }

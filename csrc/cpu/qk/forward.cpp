@@ -5,14 +5,11 @@
 //                | gather, or where it lies                       | gather, transpose
 //   scratch    keys [n_keys, ld]                                Q^T [ld, 64]
 //                | product
-//   scratch    scores of a tile, [keys, 64], of each view
+//   scratch    scores of a tile, [256 keys, 64 queries], of each view
 //                | 16 queries at a time in vectors of registers, over all keys of the tile
-//   scratch    sweep 1: exp(s - max) in place of the scores --> max and sum of each row, then 1 / sum
-//              sweep 2: P - T, its square and d             --> d of each row, and the sum of squares of the block
+//   scratch    exp(s - max) in place of the scores, under the largest score so far
+//                | RunningRows, over the tiles
 //   memory     row_stats [6, B, H, L]; sums [B, H], added up over the blocks in order
-//
-// Up to kOneSweep keys, all scores of a block stay in scratch, and both sweeps pass over them as one tile. Longer rows
-// have tiles of kTile keys, and each sweep makes their scores anew.
 #include "forward.h"
 
 #include <ATen/ops/zeros.h>
@@ -25,48 +22,26 @@ namespace {
 
 template <typename P>
 struct ForwardTask : QKTask<P> {
+  using A = typename P::Accumulator;
+
+  RunningRows<A>* rows;  // [kBlock / kLanes], of the block's queries
+
   ForwardTask(const QKInputs& inputs, const P& products, Arena& arena)
-      : QKTask<P>(inputs, products, arena, kOneSweep, false) {}
+      : QKTask<P>(inputs, products, arena, false), rows(arena.take<RunningRows<A>>(kBlock / kLanes)) {}
 };
 
 // Returns sum (P - T)^2 of the loaded block and leaves the statistics in task.stats.
 template <typename P>
 double forward_block(ForwardTask<P>& task, int64_t b, int64_t head) {
-  using A = typename P::Accumulator;
-  const int64_t groups = task.lane_groups(), all = task.block.tile_end - task.block.tile_begin;
-  const bool one_sweep = all > 0 && all <= kOneSweep;
-  for (int64_t c = 0; c < groups; ++c) {
-    auto& s = task.stats[c];
-    for (int v = 0; v < 2; ++v) {
-      std::fill_n(s.max[v], kLanes, -std::numeric_limits<A>::infinity());
-      std::fill_n(s.inverse[v], kLanes, A(0));
-      std::fill_n(s.d[v], kLanes, A(0));
-    }
-  }
+  const int64_t groups = task.lane_groups();
+  for (int64_t c = 0; c < groups; ++c) task.table.start_rows(&task.rows[c]);
+  task.for_tiles(0, task.block.tile_end, [&](int64_t t, int64_t n) {
+    task.score(b, head, t, n);
+    for (int64_t c = 0; c < groups; ++c) task.table.add_tile(task.lane_group(c, t, n), &task.rows[c]);
+  });
   double total = 0;
-  auto sweep = [&](const auto& body) {  // body(lane group, its statistics) for every tile
-    auto tile = [&](int64_t t, int64_t n) {
-      task.score(b, head, t, n);
-      for (int64_t c = 0; c < groups; ++c) body(task.lane_group(c, t, n), &task.stats[c]);
-    };
-    if (one_sweep) return tile(task.block.tile_begin, all);
-    task.for_tiles(0, task.block.tile_end, tile);
-  };
-  auto finish = [&](int64_t c) { task.table.finish_softmax(task.block.alive(task.counted, c), &task.stats[c]); };
-  if (one_sweep) {
-    int64_t c = 0;
-    sweep([&](const LaneGroup<A>& group, LaneStats<A>* stats) {
-      task.table.softmax_tile(group, stats);
-      finish(c++);
-      total += task.table.difference_tile(group, true, stats);
-    });
-  } else {
-    sweep([&](const LaneGroup<A>& group, LaneStats<A>* stats) { task.table.softmax_tile(group, stats); });
-    for (int64_t c = 0; c < groups; ++c) finish(c);
-    sweep([&](const LaneGroup<A>& group, LaneStats<A>* stats) {
-      total += task.table.difference_tile(group, false, stats);
-    });
-  }
+  for (int64_t c = 0; c < groups; ++c)
+    total += task.table.finish_rows(task.block.alive(task.counted, c), task.rows[c], &task.stats[c]);
   return total;
 }
 

@@ -10,7 +10,7 @@ constexpr int64_t kTile = 256;  // keys of a tile
 
 // Between calls of pack, the j-th key of view v is one row of `ld` elements, zero beyond the head dimension. Keys below
 // in_tensor_[v] are read where they lie in the tensor; the others are copies in gathered_[v]. The rows [n_keys, padded)
-// are zero. Operands that are rounded to bfloat16 are always copies.
+// are zero.
 template <typename P>
 class PackedKeys {
  public:
@@ -19,18 +19,13 @@ class PackedKeys {
 
   int64_t padded = 0;  // n_keys, rounded up to a multiple that products take
 
-  PackedKeys(const QKInputs& inputs, const P& products, const Kernels<A>& table, int64_t ld, bool transposed,
-             Arena& arena)
-      : inputs_(inputs), products_(products), table_(table), ld_(ld) {
-    const int64_t all = round_up(inputs.keys, P::kPadding), tile = std::min(all, kTile);
-    const bool may_gather = P::kConverts || !in_place() || inputs.key_mask;
+  PackedKeys(const QKInputs& inputs, const P& products, int64_t ld, bool transposed, Arena& arena)
+      : inputs_(inputs), products_(products), ld_(ld) {
+    const int64_t all = round_up(inputs.keys, P::kPadding);
+    const bool may_gather = !in_place() || inputs.key_mask;
     for (int v = 0; v < 2; ++v) {
-      gathered_[v] = arena.take<A>((P::kConverts ? tile : may_gather ? all : P::kPadding) * ld);
-      keys_t_[v] = arena.take<A>(transposed * (P::kConverts ? tile : all) * ld);
-      if constexpr (P::kConverts) {
-        left_[v] = arena.take<Operand>(all * ld);
-        left_t_[v] = arena.take<Operand>(transposed * all * ld);
-      }
+      gathered_[v] = arena.take<Operand>((may_gather ? all : P::kPadding) * ld);
+      keys_t_[v] = arena.take<Operand>(transposed * all * ld);
     }
   }
 
@@ -40,75 +35,48 @@ class PackedKeys {
     for (int v = 0; v < 2; ++v) {
       const char* head = inputs_.key[v].head(b, key_head);
       const uint8_t* real = mask_row(inputs_.key_mask, v * inputs_.pairs + b);
-      auto gather = [&](int64_t first, int64_t last, int64_t rows) {  // the keys [first, last)
-        table_.gather_rows(head, inputs_.kind, inputs_.key[v].row_stride, counted.key + first, real, last - first, rows,
-                           inputs_.dim, ld_, gathered_[v]);
-      };
-      if constexpr (P::kConverts) {
-        for (int64_t t = 0; t < padded; t += kTile) {
-          const int64_t n = std::min(kTile, padded - t);
-          gather(t, std::min(t + n, counted.n_keys), n);
-          products_.left(gathered_[v], ld_, n, ld_, left_[v] + t * ld_, ld_);
-          if (!transposed) continue;
-          table_.transpose(gathered_[v], ld_, n, ld_, keys_t_[v], n);
-          products_.left(keys_t_[v], n, ld_, n, left_t_[v] + t, padded);
-        }
-      } else {
-        in_tensor_[v] = 0;
-        if (in_place() && counted.keys_together() && !counted.masks_differ) {
-          in_tensor_[v] = counted.n_keys / P::kPadding * P::kPadding;
-          tensor_ld_[v] = inputs_.key[v].row_stride;
-          tensor_[v] = reinterpret_cast<const A*>(head) + counted.key[0] * tensor_ld_[v];
-        }
-        gather(in_tensor_[v], counted.n_keys, padded - in_tensor_[v]);
-        if (!transposed) continue;
-        table_.transpose(tensor_[v], tensor_ld_[v], in_tensor_[v], ld_, keys_t_[v], padded);
-        table_.transpose(gathered_[v], ld_, padded - in_tensor_[v], ld_, keys_t_[v] + in_tensor_[v], padded);
+      in_tensor_[v] = 0;
+      if (in_place() && counted.keys_together() && !counted.masks_differ) {
+        in_tensor_[v] = counted.n_keys / P::kPadding * P::kPadding;
+        tensor_ld_[v] = inputs_.key[v].row_stride;
+        tensor_[v] = reinterpret_cast<const Operand*>(head) + counted.key[0] * tensor_ld_[v];
       }
+      const int64_t rest = padded - in_tensor_[v];
+      products_.gather(head, inputs_.kind, inputs_.key[v].row_stride, counted.key + in_tensor_[v], real,
+                       counted.n_keys - in_tensor_[v], rest, inputs_.dim, ld_, gathered_[v]);
+      if (!transposed) continue;
+      products_.transpose(tensor_[v], tensor_ld_[v], in_tensor_[v], ld_, keys_t_[v], padded);
+      products_.transpose(gathered_[v], ld_, rest, ld_, keys_t_[v] + in_tensor_[v], padded);
     }
   }
 
   // scores [n, rows] = the keys [t, t + n) of view v times queries_t [ld, rows].
   void score(int v, int64_t t, int64_t n, const Operand* queries_t, int64_t rows, A* scores, int64_t ld_scores) const {
-    if constexpr (P::kConverts) {
-      products_.multiply(n, rows, ld_, left_[v] + t * ld_, ld_, queries_t, rows, scores, ld_scores, false);
-    } else {
-      const int64_t placed = std::clamp<int64_t>(in_tensor_[v] - t, 0, n);
-      if (placed)
-        products_.multiply(placed, rows, ld_, tensor_[v] + t * tensor_ld_[v], tensor_ld_[v], queries_t, rows, scores,
-                           ld_scores, false);
-      if (placed < n)
-        products_.multiply(n - placed, rows, ld_, gathered_[v] + (t + placed - in_tensor_[v]) * ld_, ld_, queries_t,
-                           rows, scores + placed * ld_scores, ld_scores, false);
-    }
+    const int64_t placed = std::clamp<int64_t>(in_tensor_[v] - t, 0, n);
+    if (placed)
+      products_.multiply(placed, rows, ld_, tensor_[v] + t * tensor_ld_[v], tensor_ld_[v], queries_t, rows, scores,
+                         ld_scores, false);
+    if (placed < n)
+      products_.multiply(n - placed, rows, ld_, gathered_[v] + (t + placed - in_tensor_[v]) * ld_, ld_, queries_t, rows,
+                         scores + placed * ld_scores, ld_scores, false);
   }
 
   // grad_queries_t [ld, rows] (+)= K^T of the keys [t, t + n), times weights [n, rows].
   void add_to_grad_queries(int v, int64_t t, int64_t n, const Operand* weights, int64_t ld_weights, int64_t rows,
                            A* grad_queries_t, bool accumulate) const {
-    const Operand* keys_t;
-    if constexpr (P::kConverts) {
-      keys_t = left_t_[v];
-    } else {
-      keys_t = keys_t_[v];
-    }
-    products_.multiply(ld_, rows, n, keys_t + t, padded, weights, ld_weights, grad_queries_t, rows, accumulate);
+    products_.multiply(ld_, rows, n, keys_t_[v] + t, padded, weights, ld_weights, grad_queries_t, rows, accumulate);
   }
 
  private:
   const QKInputs& inputs_;
   const P& products_;
-  const Kernels<A>& table_;
   const int64_t ld_;
-  A *gathered_[2], *keys_t_[2];
-  Operand *left_[2], *left_t_[2];
-  const A* tensor_[2] = {};
+  Operand *gathered_[2], *keys_t_[2];
+  const Operand* tensor_[2] = {};
   int64_t tensor_ld_[2] = {}, in_tensor_[2] = {};
 
   // Whether rows of the tensor are operands as they are.
-  bool in_place() const {
-    return inputs_.dim == ld_ && inputs_.kind == (sizeof(A) == sizeof(double) ? Kind::kFloat64 : Kind::kFloat32);
-  }
+  bool in_place() const { return inputs_.dim == ld_ && inputs_.kind == P::kOperand; }
 };
 
 }  // namespace ear_ops::cpu

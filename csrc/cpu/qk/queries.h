@@ -12,8 +12,9 @@ namespace ear_ops::cpu {
 constexpr int64_t kBlock = 64;  // queries of a block
 
 // Between calls of load, the block holds the queries [first, first + n) of those that count. Its i-th query of view v
-// is row i of as_rows(v) and column i of as_columns(v), and the rows [n, padded) are zero. By position alone, it may
-// attend to the keys [first_key[i], last_key[i]). No query of the block has a key outside of [tile_begin, tile_end).
+// is row i of as_rows(v) and column i of as_columns(v), and the rows [n, padded) are zero. Rows that lie side by side
+// in the tensor are read where they lie, unless some must be padded. By position alone, the i-th query may attend to
+// the keys [first_key[i], last_key[i]). No query of the block has a key outside of [tile_begin, tile_end).
 template <typename P>
 class QueryBlock {
  public:
@@ -24,17 +25,13 @@ class QueryBlock {
   int64_t tile_begin = 0, tile_end = 0;  // tile_begin is a multiple of kTile
   int64_t first_key[kBlock], last_key[kBlock];
 
-  QueryBlock(const QKInputs& inputs, const P& products, const Kernels<A>& table, int64_t ld, bool backward,
-             Arena& arena)
-      : inputs_(inputs), products_(products), table_(table), ld_(ld), backward_(backward) {
+  QueryBlock(const QKInputs& inputs, const P& products, int64_t ld, bool backward, Arena& arena)
+      : inputs_(inputs), products_(products), ld_(ld), backward_(backward) {
     const int64_t rows = round_up(std::min(inputs.queries, kBlock), P::kPadding);
     for (int v = 0; v < 2; ++v) {
-      queries_[v] = arena.take<A>(rows * ld);
-      queries_t_[v] = arena.take<A>(rows * ld);
-      if constexpr (P::kConverts) {
-        right_t_[v] = arena.take<Operand>(rows * ld);
-        right_[v] = arena.take<Operand>(backward * rows * ld);
-      }
+      queries_[v] = arena.take<Operand>(rows * ld);
+      columns_[v] = arena.take<Operand>(rows * ld);
+      if constexpr (P::kInPairs) paired_[v] = arena.take<Operand>(backward * rows * ld);
     }
   }
 
@@ -43,26 +40,38 @@ class QueryBlock {
     n = std::min(kBlock, counted.n_queries - begin);
     padded = round_up(n, P::kPadding);
     for (int v = 0; v < 2; ++v) {
-      table_.gather_rows(inputs_.query[v].head(b, head), inputs_.kind, inputs_.query[v].row_stride,
-                         counted.query + begin, nullptr, n, padded, inputs_.dim, ld_, queries_[v]);
-      table_.transpose(queries_[v], ld_, padded, ld_, queries_t_[v], padded);
-      if constexpr (P::kConverts) {
-        products_.right(queries_t_[v], padded, ld_, padded, right_t_[v]);
-        if (backward_) products_.right(queries_[v], ld_, padded, ld_, right_[v]);
+      const char* rows = inputs_.query[v].head(b, head);
+      const int64_t stride = inputs_.query[v].row_stride;
+      const Operand* source = queries_[v];
+      rows_ld_[v] = ld_;
+      if (placed(counted)) {
+        source = reinterpret_cast<const Operand*>(rows) + counted.query[begin] * stride;
+        rows_ld_[v] = stride;
+      } else {
+        products_.gather(rows, inputs_.kind, stride, counted.query + begin, nullptr, n, padded, inputs_.dim, ld_,
+                         queries_[v]);
+      }
+      products_.columns(source, rows_ld_[v], padded, ld_, columns_[v]);
+      rows_[v] = source;
+      if constexpr (P::kInPairs) {
+        if (backward_) products_.pair_rows(source, rows_ld_[v], padded, ld_, paired_[v]);
+        rows_[v] = paired_[v], rows_ld_[v] = ld_;
       }
     }
     bound_keys(counted, padded_keys);
     find_alive(counted, b, head);
   }
 
-  const Operand* as_columns(int v) const {  // [ld, padded]
-    if constexpr (P::kConverts) return right_t_[v];
-    return operand(queries_t_[v]);
+  // Whether rows of a tensor are the block's rows as they lie.
+  bool placed(const Counted& counted) const {
+    return inputs_.dim == ld_ && inputs_.kind == P::kOperand && n == padded && n > 0 &&
+           counted.query[first + n - 1] - counted.query[first] == n - 1;
   }
-  const Operand* as_rows(int v) const {  // [padded, ld]; in the backward only
-    if constexpr (P::kConverts) return right_[v];
-    return operand(queries_[v]);
-  }
+
+  // Right operands of products.
+  const Operand* as_columns(int v) const { return columns_[v]; }  // [ld, padded]
+  const Operand* as_rows(int v) const { return rows_[v]; }        // [padded, rows_ld(v)]; in the backward only
+  int64_t rows_ld(int v) const { return rows_ld_[v]; }
 
   // [2][kLanes] of the c-th group of lanes: 0 for a query that has no key in a view, whose row is zero. Null: all have.
   const A* alive(const Counted& counted, int64_t c) const { return masked(counted) ? alive_[c] : nullptr; }
@@ -75,14 +84,12 @@ class QueryBlock {
  private:
   const QKInputs& inputs_;
   const P& products_;
-  const Kernels<A>& table_;
   const int64_t ld_;
   const bool backward_;
-  A *queries_[2], *queries_t_[2];
-  Operand *right_t_[2], *right_[2];
+  Operand *queries_[2], *columns_[2], *paired_[2];
+  const Operand* rows_[2];
+  int64_t rows_ld_[2];
   alignas(64) A alive_[kBlock / kLanes][2 * kLanes];
-
-  static const Operand* operand(const void* plain) { return static_cast<const Operand*>(plain); }
 
   bool masked(const Counted& counted) const {
     return counted.masks_differ || inputs_.bias[0].data || inputs_.is_causal || inputs_.window;

@@ -9,7 +9,6 @@
 
 namespace ear_ops::cpu {
 
-constexpr int64_t kOneSweep = 4096;  // keys up to which a block keeps all its scores; with more they are made twice
 constexpr int64_t kScoresLd = kBlock + kLanes;  // an odd number of cache lines of floats: keys spread over all sets
 
 // The working memory of one thread, used for many shares of the work. Calls come in this order, and each invalidates
@@ -36,16 +35,16 @@ class QKTask {
   A* scores[2];
   LaneStats<A>* stats;  // [kBlock / kLanes], of the block's queries
 
-  // kept_keys: the most keys of a tile. backward: with the operands of gradients.
-  QKTask(const QKInputs& in, const P& p, Arena& arena, int64_t kept_keys, bool backward)
+  // backward: with the operands of gradients.
+  QKTask(const QKInputs& in, const P& p, Arena& arena, bool backward)
       : inputs(in),
         products(p),
         table(kernels<A>(*selection().isa)),
-        ld(round_up(in.dim, P::kPadding)),
+        ld(round_up(in.dim, P::kWidth)),
         counted(in, arena),
-        keys(in, p, table, ld, backward, arena),
-        block(in, p, table, ld, backward, arena) {
-    const int64_t kept = std::min(round_up(in.keys, P::kPadding), kept_keys);
+        keys(in, p, ld, backward, arena),
+        block(in, p, ld, backward, arena) {
+    const int64_t kept = std::min(round_up(in.keys, P::kPadding), kTile);
     stats = arena.take<LaneStats<A>>(kBlock / kLanes);
     for (int v = 0; v < 2; ++v) {
       scores[v] = arena.take<A>(kept * kScoresLd);
