@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import html
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -120,6 +120,11 @@ class Attachment:
         self._components = components
         assert total is not None
         return total
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the regularisers themselves, such as a projection's, for your optimiser."""
+        for regularizer in self.regularizers:
+            yield from regularizer.parameters()
 
     def components(self) -> dict[str, Tensor]:
         """The terms of the last :meth:`loss` by name: unweighted, signed, detached scalars; empty before the first."""
@@ -334,11 +339,15 @@ def attach(
     if teacher is None:
         if layer_map is not None:
             raise TypeError("layer_map: expected None without a teacher; it says which of the teacher's layers to take")
+        for regularizer in expanded:
+            regularizer.prepare(root, None)
         recorder.install()
         return Attachment(recorder, expanded)
     teacher_root = check_teacher(teacher, root, layer_map)
     teacher_layout = TeacherLayout(teacher_root, layout, layer_map)
     teacher_sites = [site_of(regularizer, teacher_layout) for regularizer in expanded]
+    for regularizer in expanded:
+        regularizer.prepare(root, teacher_root)
     teacher_recorder = Recorder(teacher_root, teacher_sites, without_grad=True)
     with contextlib.ExitStack() as undo:
         for installed in (recorder, teacher_recorder):

@@ -11,16 +11,21 @@ asked for by name and cannot run raises :class:`ear_ops.BackendUnavailableError`
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from ear_ops.ops.attention_divergences import ATTENTION_DIVERGENCES
 from ear_ops.ops.attention_mse import ATTENTION_MSE, maps_problem
 from ear_ops.ops.pooled_distance import POOLED_DISTANCE, pooled_problem
 from ear_ops.ops.problem import attention_problem
 from ear_ops.ops.qk_attention_mse import QK_ATTENTION_MSE
+from ear_ops.ops.qk_divergences import QK_DIVERGENCES, QK_SCORES_MSE
 from ear_ops.ops.reductions import check_reduction, reduce_attention, reduce_pooled
 
 
@@ -138,6 +143,270 @@ def attention_mse(
     )
     sums = _weigh_heads(ATTENTION_MSE.sums(problem, backend), head_weights)
     return reduce_attention(sums, reduction, attn.shape[2], attn.shape[3], counted_pairs)
+
+
+def qk_attention_kl(
+    query: Tensor,
+    key: Tensor,
+    query_aug: Tensor | None = None,
+    key_aug: Tensor | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    attention_mask_aug: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    query_mask_aug: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    attn_bias_aug: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    direction: str = "forward",
+    support: str = "all",
+    head_weights: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Kullback-Leibler divergence between the attention matrices of two views, straight from Q and K.
+
+    With P of the first view and T of the second, which is the target, as in :func:`qk_attention_mse`: the sum of
+    ``KL(T || P) = sum_j T_j log(T_j / P_j)`` over counted queries, reduced. This is the attention loss of MiniLM (Wang
+    et al. 2020), with the teacher as the second view. The gradient is not clipped: it tends to -T where P underflows.
+
+    A key that only the target has makes KL infinite by definition. On the CPU this raises; on CUDA, and where
+    ``torch.compile`` traces the call, the loss is +inf and the target's gradient is not finite. A key that only the
+    other view has adds nothing, nor does a row in which the target has no key.
+
+    Args:
+        query, key, query_aug, key_aug: as for :func:`qk_attention_mse`.
+        attention_mask, attention_mask_aug, query_mask, query_mask_aug: as for :func:`qk_attention_mse`.
+        attn_bias, attn_bias_aug, scale, is_causal, window, softcap: as for :func:`qk_attention_mse`.
+        head_weights, backend: as for :func:`qk_attention_mse`.
+        temperature: divides the final scores of both views, biases included. No factor temperature^2 is applied.
+        direction: ``"forward"`` is KL(T || P), ``"reverse"`` is KL(P || T).
+        support: ``"all"``, or ``"shared"``: each view attends only to keys that both views have, so that its rows are
+            renormalised over these. Masks and biases of -inf decide.
+        reduction: as for :func:`qk_attention_mse`, but ``"mean"`` divides by the number of counted (head, query) rows
+            and ``"padded_mean"`` by B * H * L.
+
+    Returns:
+        A scalar, or ``[B, H]`` for ``"none"``; float32 (float64 for float64 inputs). Never negative, and exactly 0
+        with a gradient of 0 for equal views.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or KL is infinite; the message names the argument.
+        BackendUnavailableError: the backend asked for cannot run.
+    """
+    return _qk_divergence(
+        _kl_name(direction),
+        query,
+        key,
+        query_aug,
+        key_aug,
+        attention_mask=attention_mask,
+        attention_mask_aug=attention_mask_aug,
+        query_mask=query_mask,
+        query_mask_aug=query_mask_aug,
+        attn_bias=attn_bias,
+        attn_bias_aug=attn_bias_aug,
+        scale=scale,
+        is_causal=is_causal,
+        window=window,
+        softcap=softcap,
+        temperature=temperature,
+        support=support,
+        head_weights=head_weights,
+        reduction=reduction,
+        backend=backend,
+    )
+
+
+def qk_attention_js(
+    query: Tensor,
+    key: Tensor,
+    query_aug: Tensor | None = None,
+    key_aug: Tensor | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    attention_mask_aug: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    query_mask_aug: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    attn_bias_aug: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    support: str = "all",
+    head_weights: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Jensen-Shannon divergence between the attention matrices of two views, straight from Q and K.
+
+    With M = (P + T) / 2, the sum of ``JS = KL(P || M) / 2 + KL(T || M) / 2`` over counted queries, reduced (Lin 1991).
+    It is symmetric, at most log 2 in a row, and finite where the views have different keys. A row that is empty in one
+    view adds log(2) / 2 and has no gradient.
+
+    Arguments, results and errors are as for :func:`qk_attention_kl`, without ``direction``.
+    """
+    return _qk_divergence(
+        "js",
+        query,
+        key,
+        query_aug,
+        key_aug,
+        attention_mask=attention_mask,
+        attention_mask_aug=attention_mask_aug,
+        query_mask=query_mask,
+        query_mask_aug=query_mask_aug,
+        attn_bias=attn_bias,
+        attn_bias_aug=attn_bias_aug,
+        scale=scale,
+        is_causal=is_causal,
+        window=window,
+        softcap=softcap,
+        temperature=temperature,
+        support=support,
+        head_weights=head_weights,
+        reduction=reduction,
+        backend=backend,
+    )
+
+
+def qk_scores_mse(
+    query: Tensor,
+    key: Tensor,
+    query_aug: Tensor | None = None,
+    key_aug: Tensor | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    attention_mask_aug: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    query_mask_aug: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    attn_bias_aug: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    head_weights: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Mean squared error between the attention scores of two views, before the softmax, straight from Q and K.
+
+    The sum of ``(S - S^a)^2`` over pairs of a counted query and a key that both views allow, reduced; S are the scores
+    after scale, softcap and bias. This is the attention loss of TinyBERT (Jiao et al. 2020).
+
+    Arguments, results and errors are as for :func:`qk_attention_mse`, except for ``reduction``: ``"mean"`` divides by
+    the number of the pairs that enter the sum. So structure and biases of -inf change the count.
+    """
+    check_reduction(reduction)
+    problem, _ = attention_problem(
+        query,
+        key,
+        query_aug,
+        key_aug,
+        attention_mask=attention_mask,
+        attention_mask_aug=attention_mask_aug,
+        query_mask=query_mask,
+        query_mask_aug=query_mask_aug,
+        attn_bias=attn_bias,
+        attn_bias_aug=attn_bias_aug,
+        scale=scale,
+        is_causal=is_causal,
+        window=window,
+        softcap=softcap,
+        count_padded_queries=reduction == "padded_mean",
+    )
+    sums = _weigh_heads(QK_SCORES_MSE.sums(problem, backend, problem.unsupported), head_weights)
+    counted_pairs = problem.shared_pairs() if reduction == "mean" else None
+    return reduce_attention(sums, reduction, query.shape[2], key.shape[2], counted_pairs)
+
+
+def attention_kl(
+    attn: Tensor,
+    attn_aug: Tensor | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    attention_mask_aug: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    query_mask_aug: Tensor | None = None,
+    direction: str = "forward",
+    support: str = "all",
+    head_weights: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Kullback-Leibler divergence between two sets of attention probabilities that already exist.
+
+    The sum of ``T log(T / P) - T + P``, which is KL(T || P) where rows sum to 1, and never negative where they do not.
+    A probability of exactly 0 has the gradient 0. Where P is 0 and T is not, KL is infinite:
+    :func:`qk_attention_kl` takes logarithms from scores, so it stays finite where P underflows.
+
+    Args:
+        attn: ``[B, H, L, S]`` probabilities, or ``[2B, H, L, S]`` with both views.
+        attn_aug: ``[B, H, L, S]``, the target, or None.
+        attention_mask, attention_mask_aug, query_mask, query_mask_aug, head_weights, backend: as for
+            :func:`attention_mse`.
+        direction, reduction: as for :func:`qk_attention_kl`.
+        support: ``"all"``, or ``"shared"``: rows are renormalised over the keys at which both views are positive.
+
+    Returns:
+        A scalar, or ``[B, H]`` for ``"none"``; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: as for :func:`qk_attention_kl`.
+    """
+    return _maps_divergence(
+        _kl_name(direction),
+        attn,
+        attn_aug,
+        attention_mask=attention_mask,
+        attention_mask_aug=attention_mask_aug,
+        query_mask=query_mask,
+        query_mask_aug=query_mask_aug,
+        support=support,
+        head_weights=head_weights,
+        reduction=reduction,
+        backend=backend,
+    )
+
+
+def attention_js(
+    attn: Tensor,
+    attn_aug: Tensor | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    attention_mask_aug: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    query_mask_aug: Tensor | None = None,
+    support: str = "all",
+    head_weights: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Jensen-Shannon divergence between two sets of attention probabilities that already exist.
+
+    The equation is that of :func:`qk_attention_js`. Arguments, results and errors are as for :func:`attention_kl`,
+    without ``direction``.
+    """
+    return _maps_divergence(
+        "js",
+        attn,
+        attn_aug,
+        attention_mask=attention_mask,
+        attention_mask_aug=attention_mask_aug,
+        query_mask=query_mask,
+        query_mask_aug=query_mask_aug,
+        support=support,
+        head_weights=head_weights,
+        reduction=reduction,
+        backend=backend,
+    )
 
 
 def pooled_distance(
@@ -260,3 +529,90 @@ def _weigh_heads(sums: Tensor, head_weights: Tensor | None) -> Tensor:
             f"{list(head_weights.shape)}"
         )
     return sums * head_weights.to(sums.dtype)
+
+
+def _qk_divergence(
+    name: str,
+    query: Tensor,
+    *other_tensors: Any,
+    attn_bias: Tensor | None,
+    attn_bias_aug: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    temperature: float,
+    support: str,
+    head_weights: Tensor | None,
+    reduction: str,
+    backend: str | None,
+    **masks: Any,
+) -> Tensor:
+    """The divergence called ``name``; ``masks``: masks and structure, as for :func:`qk_attention_mse`."""
+    check_reduction(reduction)
+    _check_choice("support", support, ("all", "shared"))
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a positive, finite number, got {temperature}")
+    if temperature != 1.0:  # as a scale of everything that the scores are made of, so that kernels need not know of it
+        scale = (query.shape[-1] ** -0.5 if scale is None else scale) / temperature
+        softcap = None if softcap is None else softcap / temperature
+        attn_bias, attn_bias_aug = (
+            bias if bias is None or bias.dtype == torch.bool else bias / temperature
+            for bias in (attn_bias, attn_bias_aug)
+        )
+    problem, _ = attention_problem(
+        query,
+        *other_tensors,
+        attn_bias=attn_bias,
+        attn_bias_aug=attn_bias_aug,
+        scale=scale,
+        softcap=softcap,
+        count_padded_queries=reduction == "padded_mean",
+        **masks,
+    )
+    if support == "shared":
+        problem = problem.on_shared_keys()
+    sums = QK_DIVERGENCES[name].sums(problem, backend, problem.unsupported)
+    return _reduce_rows(sums, name, problem, head_weights, reduction, problem.query.shape[2])
+
+
+def _maps_divergence(
+    name: str,
+    *views: Any,
+    support: str,
+    head_weights: Tensor | None,
+    reduction: str,
+    backend: str | None,
+    **masks: Any,
+) -> Tensor:
+    """The divergence called ``name`` of maps; ``masks`` as for :func:`attention_mse`."""
+    check_reduction(reduction)
+    _check_choice("support", support, ("all", "shared"))
+    problem, _ = maps_problem(*views, count_padded_queries=reduction == "padded_mean", **masks)
+    if support == "shared":
+        problem = problem.on_shared_keys()
+    sums = ATTENTION_DIVERGENCES[name].sums(problem, backend)
+    return _reduce_rows(sums, name, problem, head_weights, reduction, problem.attn.shape[2])
+
+
+def _reduce_rows(
+    sums: Tensor, name: str, problem: Any, head_weights: Tensor | None, reduction: str, query_length: int
+) -> Tensor:
+    """Reduce the sums ``[B, H]`` of a divergence, of which a row is what counts; raises where KL is infinite."""
+    if sums.is_cpu and not torch.compiler.is_compiling() and not _has_no_values(sums) and torch.isinf(sums).any():
+        target, other = ("first view", "second") if name == "reverse_kl" else ("second view", "first")
+        raise ValueError(
+            f"attention_mask: expected the views to have the same keys, got a key that the {target} attends to and the "
+            f"{other} does not, where KL is infinite; use the Jensen-Shannon divergence (qk_attention_js, "
+            f"attention_js) or support='shared'"
+        )
+    counted_rows = None if problem.counted_queries is None else problem.counted_queries.sum(dim=1)
+    return reduce_attention(_weigh_heads(sums, head_weights), reduction, query_length, 1, counted_rows)
+
+
+def _kl_name(direction: str) -> str:
+    _check_choice("direction", direction, ("forward", "reverse"))
+    return "kl" if direction == "forward" else "reverse_kl"
+
+
+def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{argument}: expected {' or '.join(map(repr, choices))}, got {value!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,22 +23,10 @@ class _Loss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if name != "backend")
 
 
-class QKAttentionMSELoss(_Loss):
-    """:func:`ear_ops.qk_attention_mse` with scale, structure, softcap, reduction and backend fixed."""
+class _QKLoss(_Loss):
+    """A function of queries and keys."""
 
-    def __init__(
-        self,
-        *,
-        scale: float | None = None,
-        is_causal: bool = False,
-        window: int | None = None,
-        softcap: float | None = None,
-        reduction: str = "mean",
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            scale=scale, is_causal=is_causal, window=window, softcap=softcap, reduction=reduction, backend=backend
-        )
+    function: Callable[..., Tensor]
 
     def forward(
         self,
@@ -52,21 +41,159 @@ class QKAttentionMSELoss(_Loss):
         ``masks``: masks, biases and head weights by name, as for :func:`ear_ops.qk_attention_mse`. Both views may also
         come in one ``[2B, ...]``, x first.
         """
-        return functional.qk_attention_mse(query, key, query_aug, key_aug, **masks, **self.options)
+        return self.function(query, key, query_aug, key_aug, **masks, **self.options)
 
 
-class AttentionMSELoss(_Loss):
-    """:func:`ear_ops.attention_mse` with ``reduction`` and ``backend`` fixed."""
+class _MapsLoss(_Loss):
+    """A function of attention probabilities."""
 
-    def __init__(self, *, reduction: str = "mean", backend: str | None = None) -> None:
-        super().__init__(reduction=reduction, backend=backend)
+    function: Callable[..., Tensor]
 
     def forward(self, attn: Tensor, attn_aug: Tensor | None = None, **masks: Any) -> Tensor:
         """The loss of ``attn``, ``attn_aug``: ``[B, H, L, S]``, or ``attn`` alone with both views ``[2B, H, L, S]``.
 
         ``masks``: masks and head weights by name, as for :func:`ear_ops.attention_mse`.
         """
-        return functional.attention_mse(attn, attn_aug, **masks, **self.options)
+        return self.function(attn, attn_aug, **masks, **self.options)
+
+
+class QKAttentionMSELoss(_QKLoss):
+    """:func:`ear_ops.qk_attention_mse` with scale, structure, softcap, reduction and backend fixed."""
+
+    function = staticmethod(functional.qk_attention_mse)
+
+    def __init__(
+        self,
+        *,
+        scale: float | None = None,
+        is_causal: bool = False,
+        window: int | None = None,
+        softcap: float | None = None,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            scale=scale,
+            is_causal=is_causal,
+            window=window,
+            softcap=softcap,
+            reduction=reduction,
+            backend=backend,
+        )
+
+
+class QKAttentionKLLoss(_QKLoss):
+    """:func:`ear_ops.qk_attention_kl` with every argument that is no tensor fixed."""
+
+    function = staticmethod(functional.qk_attention_kl)
+
+    def __init__(
+        self,
+        *,
+        scale: float | None = None,
+        is_causal: bool = False,
+        window: int | None = None,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        direction: str = "forward",
+        support: str = "all",
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            scale=scale,
+            is_causal=is_causal,
+            window=window,
+            softcap=softcap,
+            temperature=temperature,
+            direction=direction,
+            support=support,
+            reduction=reduction,
+            backend=backend,
+        )
+
+
+class QKAttentionJSLoss(_QKLoss):
+    """:func:`ear_ops.qk_attention_js` with every argument that is no tensor fixed."""
+
+    function = staticmethod(functional.qk_attention_js)
+
+    def __init__(
+        self,
+        *,
+        scale: float | None = None,
+        is_causal: bool = False,
+        window: int | None = None,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        support: str = "all",
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            scale=scale,
+            is_causal=is_causal,
+            window=window,
+            softcap=softcap,
+            temperature=temperature,
+            support=support,
+            reduction=reduction,
+            backend=backend,
+        )
+
+
+class QKScoresMSELoss(_QKLoss):
+    """:func:`ear_ops.qk_scores_mse` with scale, structure, softcap, reduction and backend fixed."""
+
+    function = staticmethod(functional.qk_scores_mse)
+
+    def __init__(
+        self,
+        *,
+        scale: float | None = None,
+        is_causal: bool = False,
+        window: int | None = None,
+        softcap: float | None = None,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            scale=scale,
+            is_causal=is_causal,
+            window=window,
+            softcap=softcap,
+            reduction=reduction,
+            backend=backend,
+        )
+
+
+class AttentionMSELoss(_MapsLoss):
+    """:func:`ear_ops.attention_mse` with ``reduction`` and ``backend`` fixed."""
+
+    function = staticmethod(functional.attention_mse)
+
+    def __init__(self, *, reduction: str = "mean", backend: str | None = None) -> None:
+        super().__init__(reduction=reduction, backend=backend)
+
+
+class AttentionKLLoss(_MapsLoss):
+    """:func:`ear_ops.attention_kl` with ``direction``, ``support``, ``reduction`` and ``backend`` fixed."""
+
+    function = staticmethod(functional.attention_kl)
+
+    def __init__(
+        self, *, direction: str = "forward", support: str = "all", reduction: str = "mean", backend: str | None = None
+    ) -> None:
+        super().__init__(direction=direction, support=support, reduction=reduction, backend=backend)
+
+
+class AttentionJSLoss(_MapsLoss):
+    """:func:`ear_ops.attention_js` with ``support``, ``reduction`` and ``backend`` fixed."""
+
+    function = staticmethod(functional.attention_js)
+
+    def __init__(self, *, support: str = "all", reduction: str = "mean", backend: str | None = None) -> None:
+        super().__init__(support=support, reduction=reduction, backend=backend)
 
 
 class PooledDistanceLoss(_Loss):

@@ -5,7 +5,7 @@
     python csrc/cuda/check_build.py FILE ...   these
     python csrc/cuda/check_build.py --record   and write down what was counted, in counts.json
 
-It fails where a kernel is amiss. More than a few spilled bytes are an error on every architecture. Tensor-core kernels
+It fails where a kernel is amiss. Spilled registers are an error on every architecture. Tensor-core kernels
 must hold HMMA instructions, 16-byte asynchronous copies and, in the backward, 16-byte stores. They may not execute more
 instructions for a tile than counts.json says, nor take more modelled cycles (docs/contributing/kernel-model.md). Counts
 are compared under the version of ptxas that made the recorded ones. No GPU is needed; nvcc is, and for the instructions
@@ -41,7 +41,6 @@ HOPPER = "qk_hopper.cu"  # for sm_90a alone
 CORE = ("instances/qk_bfloat16_64.cu", "instances/qk_float_64.cu", HOPPER, *OTHERS)
 ARCHITECTURES = ("80", "90")
 RECORD = HERE / "counts.json"
-SPILLED_AT_MOST = 40  # bytes stored and loaded: a few registers put off once a tile (float32 backward, sm_90)
 INSTRUCTIONS = {
     "HMMA": r"\bHMMA\.",
     "HGMMA": r"\bHGMMA\.",
@@ -170,7 +169,7 @@ def counted(file: Built) -> tuple[dict[str, Any], list[str]]:
 
 def complaints(row: dict[str, Any]) -> list[str]:
     amiss = []
-    if row["spills"] > SPILLED_AT_MOST:
+    if row["spills"] > 0:
         amiss.append(f"spills {row['spills']} bytes")
     tensor_cores = re.match(r"(forward_short|forward_long|backward|backward_short)<", row["kernel"])
     if re.match(r"(forward|gradient)_hopper<", row["kernel"]):

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ear_ops.capture.logits import LogitsSite
 from ear_ops.capture.multihead import MultiheadSite
+from ear_ops.capture.relations import RelationSite
 from ear_ops.capture.sites import AttentionSite, HiddenSite, Place, ProjectionSite, Surroundings
 from ear_ops.capture.taps.inside import computes_attention
 from ear_ops.capture.taps.interface import uses_interface
@@ -215,6 +217,15 @@ class Layout:
         """What leaves block ``layer``, counted from 1, before any final norm of the model."""
         block = self.block(layer)
         return HiddenSite(block, "output", self._receiver(block.path), self._surroundings(block.path))
+
+    def logits(self) -> LogitsSite:
+        """What the model predicts."""
+        is_encoder_decoder = getattr(getattr(self.root, "config", None), "is_encoder_decoder", False)
+        return LogitsSite(self.root, "decoder_attention_mask" if is_encoder_decoder else "attention_mask")
+
+    def relations(self, layer: int | str, of: str) -> RelationSite:
+        """The queries, keys or values (``of``) of an attention, which is found as by :meth:`attention`."""
+        return RelationSite(self.attention(layer), of)
 
     @property
     def depth(self) -> int:

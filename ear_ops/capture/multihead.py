@@ -44,6 +44,8 @@ class MultiheadSite:
         cross_attention: its queries are other tokens than its keys, which its name says.
     """
 
+    uses_interface = False
+
     def __init__(self, place: Place, model: str, around: Surroundings, cross_attention: bool) -> None:
         self.place, self.model, self.around, self.cross_attention = place, model, around, cross_attention
 

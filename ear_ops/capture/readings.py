@@ -6,13 +6,15 @@ function that compares two of them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ear_ops.ops.probabilities import attention_probabilities
+
+Reading = TypeVar("Reading", bound=tuple[Any, ...])
 
 
 class AttentionInputs(NamedTuple):
@@ -83,6 +85,18 @@ class HiddenStates(NamedTuple):
     attention_mask: Tensor | None  # [B, L] bool
 
 
+def split_reading(reading: Reading, reading_aug: Reading | None) -> tuple[Reading, Reading]:
+    """The readings of two views ``[B, ...]``, out of one with both ``[2B, ...]`` (``reading_aug`` None) or out of two.
+
+    Every field of the reading is a tensor or None.
+    """
+    if reading_aug is not None:
+        return reading, reading_aug
+    halves = [(None, None) if value is None else value.chunk(2) for value in reading]
+    first, second = (type(reading)(*values) for values in zip(*halves, strict=True))
+    return first, second
+
+
 def align_attention(
     reading: AttentionInputs, reading_aug: AttentionInputs, what: str
 ) -> tuple[AttentionInputs, AttentionInputs]:
@@ -96,8 +110,8 @@ def align_attention(
     if heads != heads_aug:
         raise ValueError(
             f"{what}: expected equally many heads in both views, got {heads} and {heads_aug}; heads are compared one "
-            f"to one, so choose a teacher (or a layer of it) with {heads} heads, use SentencePull, or write a "
-            f"regulariser that averages the maps over the heads"
+            f"to one, so choose a teacher (or a layer of it) with {heads} heads, use RelationPull(layer, "
+            f"relation_heads=...) or HiddenPull, or write a regulariser that averages the maps over the heads"
         )
     structure, structure_aug = ((r.is_causal, r.window, r.softcap, r.attn_bias is None) for r in (reading, reading_aug))
     if structure != structure_aug:
@@ -131,8 +145,8 @@ def align_hidden(reading: HiddenStates, reading_aug: HiddenStates, what: str) ->
     if states.shape[2] != states_aug.shape[2]:
         raise ValueError(
             f"{what}: expected hidden states of one size in both views, got {states.shape[2]} and "
-            f"{states_aug.shape[2]}; choose a teacher of that hidden size, or write a regulariser that projects "
-            f"one onto the other"
+            f"{states_aug.shape[2]}; choose a teacher of that hidden size, or use "
+            f"HiddenPull(layer, projection='linear')"
         )
     dtype = torch.promote_types(states.dtype, states_aug.dtype)
     mask, mask_aug = _both_or_none(reading.attention_mask, reading_aug.attention_mask, states, states_aug, 1)

@@ -17,7 +17,7 @@ from torch import nn
 
 from ear_ops.capture.pending import PendingResult
 from ear_ops.capture.records import Record, TensorCall, may_be_padding
-from ear_ops.capture.sites import AttentionSite, HiddenSite, Site
+from ear_ops.capture.sites import HiddenSite, Site
 from ear_ops.capture.taps import interface
 from ear_ops.capture.taps.hooks import ModelHook, run_last
 
@@ -59,7 +59,7 @@ class Recorder:
     def install(self) -> None:
         """Hang the hooks on the model; where one fails, those before it are taken off again."""
         with contextlib.ExitStack() as undo:
-            if any(isinstance(site, AttentionSite) and not site.inside for site in self.sites):
+            if any(getattr(site, "uses_interface", False) for site in self.sites):
                 interface.acquire()
                 undo.callback(interface.release)
             for path in dict.fromkeys(["", *(site.model for site in self.sites)]):

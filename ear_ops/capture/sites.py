@@ -42,6 +42,7 @@ class Site(Protocol):
     """A place in a model."""
 
     model: str  # path of the model whose attention_mask says which tokens are real
+    uses_interface: bool  # it needs the attention interface of transformers to report
 
     def __str__(self) -> str:
         """Where it is, in words, such as ``attention at encoder.layer.5``."""
@@ -122,6 +123,7 @@ class AttentionSite:
     ) -> None:
         self.place, self.model, self.inside = place, model, inside
         self.key_mask, self.query_mask = key_mask, query_mask
+        self.uses_interface = not inside
 
     def __str__(self) -> str:
         return f"attention at {self.place}"
@@ -191,6 +193,8 @@ class AttentionSite:
 class ProjectionSite:
     """Two projection modules whose outputs, split into heads, are the queries and keys of a plain softmax attention."""
 
+    uses_interface = False
+
     def __init__(
         self,
         query: str,
@@ -252,6 +256,8 @@ class ProjectionSite:
 
 class HiddenSite:
     """The hidden states that enter (``"input"``) or leave (``"output"``) the block at ``place``."""
+
+    uses_interface = False
 
     def __init__(self, place: Place, side: str, model: str, around: Surroundings) -> None:
         self.place, self.side, self.model, self.around = place, side, model, around

@@ -82,6 +82,9 @@ def gradient_squares(
     attention = [] if layer is None else [layout.attention(layer)]
     terms = [single for regularizer in regularizers for single in regularizer.expand(layout)]
     sites = [term.site(layout) for term in terms]
+    with torch.random.fork_rng(devices={parameter.device for parameter in root.parameters() if parameter.is_cuda}):
+        for term in terms:  # of a regulariser that was not attached yet: a projection is drawn at random
+            term.prepare(root, None)
     recorder = Recorder(root, [embeddings, *attention, *sites])
     squares: dict[str, dict[str, float]] = {}
     training = root.training

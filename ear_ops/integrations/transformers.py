@@ -89,6 +89,16 @@ class RegularizedTrainerMixin(_Trainer):
             self.attached = attach(attachable, regularizers, teacher=teacher, layer_map=layer_map)
         self.means = RunningMeans()
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's optimiser, which also trains the parameters of the regularisers themselves."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        attached = () if self.attached is None else self.attached.parameters()
+        missing = [parameter for parameter in attached if parameter not in known]
+        if missing:
+            optimizer.add_param_group({"params": missing})
+        return optimizer
+
     def detach(self) -> None:
         """Take the regularisers off the model."""
         if self.attached is not None:

@@ -19,6 +19,36 @@ class MapsProblem(NamedTuple):
     key_mask: Tensor | None  # [2B, S] bool, the keys that are real in each view
     counted_queries: Tensor | None  # [B, L] bool, the rows that enter the sum
 
+    @property
+    def pairs(self) -> int:
+        """B, the number of pairs (x, x^a)."""
+        return self.attn.shape[0] // 2 if self.attn_aug is None else self.attn.shape[0]
+
+    def probabilities(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """P and T ``[B, H, rows, S]`` in the compute dtype, zero at padded keys and in rows that do not count."""
+        dtype = compute_dtype(self.attn.dtype)
+        key_masks = (None, None) if self.key_mask is None else split_views(self.key_mask, None)
+        attn, attn_aug = (
+            self._masked(view[:, :, rows].to(dtype), key_mask, rows)
+            for view, key_mask in zip(split_views(self.attn, self.attn_aug), key_masks, strict=True)
+        )
+        return attn, attn_aug
+
+    def on_shared_keys(self) -> MapsProblem:
+        """The same with each row renormalised over the keys at which both views are positive."""
+        attn, attn_aug = self.probabilities()
+        unshared = (attn == 0) | (attn_aug == 0)
+        masked = (view.masked_fill(unshared, 0.0) for view in (attn, attn_aug))
+        first, second = (view / view.sum(-1, keepdim=True).masked_fill(unshared.all(-1, True), 1.0) for view in masked)
+        return self._replace(attn=first, attn_aug=second)
+
+    def _masked(self, view: Tensor, key_mask: Tensor | None, rows: slice) -> Tensor:
+        if key_mask is not None:
+            view = view.masked_fill(~key_mask[:, None, None, :], 0.0)
+        if self.counted_queries is not None:  # so that NaN in a row that does not count has no gradient
+            view = view.masked_fill(~self.counted_queries[:, None, rows, None], 0.0)
+        return view
+
 
 def maps_problem(
     attn: Tensor,
@@ -51,30 +81,17 @@ def maps_problem(
 
 def reference(problem: MapsProblem) -> Tensor:
     """``[B, H]`` sums of ``(P - T)^2`` over counted queries and all keys; padded keys have probability zero."""
-    dtype = compute_dtype(problem.attn.dtype)
-    attn, attn_aug = (view.to(dtype) for view in split_views(problem.attn, problem.attn_aug))
-    if problem.key_mask is not None:
-        key_mask, key_mask_aug = split_views(problem.key_mask, None)
-        attn = attn.masked_fill(~key_mask[:, None, None, :], 0.0)
-        attn_aug = attn_aug.masked_fill(~key_mask_aug[:, None, None, :], 0.0)
-    return squared_difference_sums(attn, attn_aug, problem.counted_queries)
+    return squared_difference_sums(*problem.probabilities())
 
 
-def squared_difference_sums(attn: Tensor, attn_aug: Tensor, counted_queries: Tensor | None = None) -> Tensor:
-    """``[B, H]`` sums over counted queries and all keys of ``(P - T)^2``; ``attn``, ``attn_aug``: ``[B, H, L, S]``.
-
-    ``counted_queries``: ``[B, L]`` bool.
-    """
-    difference = attn - attn_aug
-    if counted_queries is not None:  # before squaring, so that NaN in a row that does not count has no gradient
-        difference = difference.masked_fill(~counted_queries[:, None, :, None], 0.0)
-    return difference.square().sum(dim=(-2, -1))
+def squared_difference_sums(attn: Tensor, attn_aug: Tensor) -> Tensor:
+    """``[B, H]`` sums over queries and keys of ``(P - T)^2``; ``attn``, ``attn_aug``: ``[B, H, L, S]``."""
+    return (attn - attn_aug).square().sum(dim=(-2, -1))
 
 
 def _fake(problem: MapsProblem) -> tuple[Tensor]:
-    rows, heads = problem.attn.shape[:2]
-    pairs = rows // 2 if problem.attn_aug is None else rows
-    return (problem.attn.new_empty((pairs, heads), dtype=compute_dtype(problem.attn.dtype)),)
+    heads = problem.attn.shape[1]
+    return (problem.attn.new_empty((problem.pairs, heads), dtype=compute_dtype(problem.attn.dtype)),)
 
 
 ATTENTION_MSE = Operator("attention_mse", MapsProblem, reference=reference, fake=_fake, differentiable=2)

@@ -38,7 +38,34 @@ _SCHEMA_TYPES: dict[Any, str] = {
 }
 
 
-class Operator:
+class ReferenceOperator:
+    """An operator that no kernel computes yet; an :class:`Operator` of the same name takes its place when one does.
+
+    Args:
+        name: of the operator.
+        reference: the definition, from a problem to the sums, in plain PyTorch.
+    """
+
+    kernels: frozenset[str] = frozenset()  # the devices that have one
+
+    def __init__(self, name: str, reference: Callable[[Any], Tensor]) -> None:
+        self.name = name
+        self.reference = reference
+
+    def sums(self, problem: Any, backend: str | None = None, unsupported: str | None = None) -> Tensor:
+        """The sums of ``problem`` by the chosen backend, differentiable.
+
+        Args:
+            backend: see :mod:`ear_ops.functional`.
+            unsupported: why no kernel can take this problem, if so.
+        """
+        if select_backend(backend, problem[0], self.name, self.kernels, unsupported) == "reference":
+            with _without_autocast(problem[0]):
+                return self.reference(problem)
+        return FusedOperator.apply(self.name, *problem)[0]
+
+
+class Operator(ReferenceOperator):
     """A fused operator from a problem to sums.
 
     Args:
@@ -61,8 +88,7 @@ class Operator:
         saved: Sequence[str] = (),
         differentiable: int,
     ) -> None:
-        self.name = name
-        self.reference = reference
+        super().__init__(name, reference)
         self.differentiable = differentiable
         types = [_SCHEMA_TYPES[hint] for hint in get_type_hints(problem).values()]
         self.tensors = sum(kind.startswith("Tensor") for kind in types)
@@ -76,18 +102,6 @@ class Operator:
         self.backward_op = getattr(torch.ops.ear_ops, f"{name}_backward").default
         self.kernels = kernels_of(name)
         OPERATORS[name] = self
-
-    def sums(self, problem: Any, backend: str | None = None, unsupported: str | None = None) -> Tensor:
-        """The sums of ``problem`` by the chosen backend, differentiable.
-
-        Args:
-            backend: see :mod:`ear_ops.functional`.
-            unsupported: why no kernel can take this problem, if so.
-        """
-        if select_backend(backend, problem[0], self.name, self.kernels, unsupported) == "reference":
-            with _without_autocast(problem[0]):
-                return self.reference(problem)
-        return FusedOperator.apply(self.name, *problem)[0]
 
     def _fake_gradients(self, grad_sums: Tensor, *inputs: Any) -> list[Tensor]:
         needs = inputs[-1]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ear_ops.ops.blocks import sum_over_blocks
 from ear_ops.ops.masks import check_two_views, resolve_attention_masks, split_views
-from ear_ops.ops.probabilities import attention_probabilities, compute_dtype
+from ear_ops.ops.probabilities import attendable_keys, attention_probabilities, attention_scores, compute_dtype
 
 
 class AttentionProblem(NamedTuple):
@@ -39,24 +41,69 @@ class AttentionProblem(NamedTuple):
 
     def probabilities(self) -> tuple[Tensor, Tensor]:
         """P and T: the attention probabilities ``[B, H, L, S]`` of both views; rows that do not count are zero."""
+        attn, attn_aug = (attention_probabilities(*view, **self._structure) for view in self._views())
+        return attn, attn_aug
+
+    def scores(self, rows: slice) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        """Of both views: the scores ``[B, H, rows, S]`` of some queries, and a mask of those that the softmax sees."""
+        first_position = self.key.shape[2] - self.query.shape[2] + rows.start
+        first, second = (
+            attention_scores(*view, **self._structure, first_position=first_position) for view in self._views(rows)
+        )
+        return first, second
+
+    def shared_pairs(self) -> Tensor:
+        """The ``[B, H]`` number of (query, key) pairs of counted queries that both views allow."""
+        length, keys = self.query.shape[2], self.key.shape[2]
+
+        def of_rows(rows: slice) -> Tensor:
+            shared = self.query.new_ones((1, 1, rows.stop - rows.start, keys), dtype=torch.bool)
+            for _, _, key_mask, bias, counted in self._views(rows):
+                masks = attendable_keys(
+                    rows.stop - rows.start,
+                    keys,
+                    key_mask,
+                    bias,
+                    counted,
+                    self.is_causal,
+                    self.window or None,
+                    self.query.device,
+                    keys - length + rows.start,
+                )
+                shared = shared if masks is None else shared & masks
+            return shared.sum((-2, -1)).expand(self.pairs, self.query.shape[1])
+
+        return sum_over_blocks(of_rows, length, self.pairs * self.query.shape[1] * keys)
+
+    def on_shared_keys(self) -> AttentionProblem:
+        """The same with the keys masked in both views that one of them masks, by ``key_mask`` or a bias of -inf."""
+        problem = self
+        if self.key_mask is not None:
+            shared = torch.logical_and(*split_views(self.key_mask, None))
+            problem = problem._replace(key_mask=torch.cat([shared, shared]))
+        if self.attn_bias is not None and self.attn_bias_aug is not None:
+            masked = (self.attn_bias == -math.inf) | (self.attn_bias_aug == -math.inf)
+            bias, bias_aug = (b.masked_fill(masked, -math.inf) for b in (self.attn_bias, self.attn_bias_aug))
+            problem = problem._replace(attn_bias=bias, attn_bias_aug=bias_aug)
+        return problem
+
+    @property
+    def _structure(self) -> dict[str, Any]:
+        return {
+            "scale": self.scale,
+            "is_causal": self.is_causal,
+            "window": self.window or None,
+            "softcap": self.softcap,
+        }
+
+    def _views(self, rows: slice = slice(None)) -> Iterator[tuple[Any, ...]]:
+        """Of each view query, key, key mask and bias, then the mask of the queries that count; of some queries."""
         key_masks = (None, None) if self.key_mask is None else split_views(self.key_mask, None)
         biases = (self.attn_bias, self.attn_bias if self.attn_bias_aug is None else self.attn_bias_aug)
         queries, keys = split_views(self.query, self.query_aug), split_views(self.key, self.key_aug)
-        attn, attn_aug = (
-            attention_probabilities(
-                query,
-                key,
-                key_mask,
-                bias,
-                self.counted_queries,
-                scale=self.scale,
-                is_causal=self.is_causal,
-                window=self.window or None,
-                softcap=self.softcap,
-            )
-            for query, key, key_mask, bias in zip(queries, keys, key_masks, biases, strict=True)
-        )
-        return attn, attn_aug
+        counted = None if self.counted_queries is None else self.counted_queries[:, rows]
+        for query, key, key_mask, bias in zip(queries, keys, key_masks, biases, strict=True):
+            yield query[:, :, rows], key, key_mask, None if bias is None else bias[:, :, rows], counted
 
     @property
     def unsupported(self) -> str | None:

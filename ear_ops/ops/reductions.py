@@ -13,6 +13,9 @@ all are on offer, by name, so that a result always says which one it used.
 ``"none"``          ``[B, H]`` sums                                        ``[B]`` sums
 ==================  =====================================================  ===================
 
+Divergences of rows (KL, JS) divide by what a row counts once: ``"mean"`` by the counted (head, query) rows and
+``"padded_mean"`` by B * H * L. Errors of scores count the triples that both views allow.
+
 A query counts when it is real in both views, a key when it is real in at least one. Causality, windows and biases do
 not change the count. An empty count gives 0.
 """
@@ -40,7 +43,8 @@ def reduce_attention(
         reduction: one of :data:`REDUCTIONS`.
         query_length: L, padding included.
         key_length: S, padding included.
-        counted_pairs: ``[B]`` number of counted (query, key) pairs per head, or None where all L * S count.
+        counted_pairs: ``[B]`` number of counted (query, key) pairs per head, or ``[B, H]`` of each head, or None where
+            all L * S count.
     """
     batch, heads = sums.shape
     if reduction == "none":
@@ -52,7 +56,8 @@ def reduce_attention(
         return total / max(batch * heads, 1)
     if reduction == "padded_mean" or counted_pairs is None:
         return total / max(batch * heads * query_length * key_length, 1)
-    return total / (counted_pairs.sum() * heads).clamp(min=1)
+    counted = counted_pairs.sum() * heads if counted_pairs.dim() == 1 else counted_pairs.sum()
+    return total / counted.clamp(min=1)
 
 
 def reduce_pooled(sums: Tensor, reduction: str, hidden_size: int) -> Tensor:

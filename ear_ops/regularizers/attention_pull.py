@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +17,25 @@ from ear_ops.capture.layout import Layout
 from ear_ops.capture.readings import AttentionInputs, AttentionMaps, align_attention, align_maps
 from ear_ops.capture.sites import Site
 from ear_ops.regularizers.base import Regularizer, Weight, scaled
-from ear_ops.regularizers.word_alignment import WordIds, word_attention_mse
+from ear_ops.regularizers.word_alignment import WordIds, word_attention
+
+# The name of a comparison, and the functions that compute it from queries and keys, and from given maps.
+_COMPARISONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor] | None]] = {
+    "mse": (functional.qk_attention_mse, functional.attention_mse),
+    "kl": (functional.qk_attention_kl, functional.attention_kl),
+    "reverse_kl": (
+        functools.partial(functional.qk_attention_kl, direction="reverse"),
+        functools.partial(functional.attention_kl, direction="reverse"),
+    ),
+    "js": (functional.qk_attention_js, functional.attention_js),
+    "scores_mse": (functional.qk_scores_mse, None),
+}
 
 
 class AttentionPull(Regularizer):
-    """Pull the attention of the two views together: mean squared error of their attention matrices (eq. 2).
+    """Pull the attention of the two views together: by default the mean squared error of their matrices (eq. 2).
 
-    A fused loss computes the matrices from Q and K, so the model keeps its own attention kernel. The matrices are
+    The loss computes the matrices from Q and K, so the model keeps its own attention kernel. The matrices are
     compared as they are before attention dropout.
 
     Args:
@@ -39,6 +52,13 @@ class AttentionPull(Regularizer):
             default.
         cross_attention: with ``query`` and ``key``: True where the queries are other tokens than the keys, so that the
             mask of the keys says nothing of them. None finds out, and asks where it cannot.
+        divergence: ``"mse"``; ``"kl"`` is KL(T || P), where the target T is the teacher, or the second view x^a;
+            ``"reverse_kl"`` is KL(P || T); ``"js"`` is the Jensen-Shannon divergence; ``"scores_mse"`` compares the
+            scores before the softmax. See :func:`ear_ops.qk_attention_kl`,
+            :func:`ear_ops.qk_attention_js`, :func:`ear_ops.qk_scores_mse`.
+        temperature: divides the scores of both views, for divergences ``"kl"``, ``"reverse_kl"`` and ``"js"``.
+        support: for the same divergences, ``"all"``; or ``"shared"``, which renormalises over the keys that both views
+            have. Views of different lengths need it for KL, which is infinite otherwise.
         head_weights: a number for each head, which multiplies its part of the term, as in
             :func:`ear_ops.qk_attention_mse`; the same for every layer.
         alignment: ``"token"`` compares position with position. ``"word"`` compares word with word, for views whose
@@ -59,6 +79,9 @@ class AttentionPull(Regularizer):
         num_heads: int | None = None,
         num_key_value_heads: int | None = None,
         cross_attention: bool | None = None,
+        divergence: str = "mse",
+        temperature: float = 1.0,
+        support: str = "all",
         head_weights: Sequence[float] | None = None,
         alignment: str = "token",
         reduction: str = "mean",
@@ -68,6 +91,8 @@ class AttentionPull(Regularizer):
             raise ValueError(f"alignment: expected 'token' or 'word', got {alignment!r}")
         if alignment == "word" and reduction == "padded_mean":
             raise ValueError("reduction: 'padded_mean' counts padded tokens, which words do not have; use 'mean'")
+        self.divergence = divergence
+        self._options = _options_of(divergence, temperature, support, alignment)
         if layer is None:
             _check_projections(query, key, num_heads)
         elif any(argument is not None for argument in (query, key, num_heads, num_key_value_heads, cross_attention)):
@@ -119,9 +144,11 @@ class AttentionPull(Regularizer):
     ) -> Tensor:
         if self._head_weights is not None:  # kept there: a copy to the device in every step would wait for it
             self._head_weights = self._head_weights.to(reading[0].device)
-        common: dict[str, Any] = {"head_weights": self._head_weights, "reduction": self.reduction}
+        of_inputs, of_maps = _COMPARISONS[self.divergence]
+        common = {**self._options, "head_weights": self._head_weights, "reduction": self.reduction}
         if word_ids is not None:
-            return word_attention_mse(reading, reading_aug, word_ids, what=self.name, **common)
+            assert of_maps is not None, "the constructor refuses scores of words"
+            return word_attention(reading, reading_aug, word_ids, of_maps, what=self.name, **common)
         if reading_aug is not None and type(reading) is not type(reading_aug):
             raise ValueError(f"{self.name}: the two views compute attention differently, so they do not compare")
         first: Any = reading
@@ -129,10 +156,16 @@ class AttentionPull(Regularizer):
         if isinstance(reading, AttentionInputs):
             if second is not None:
                 first, second = align_attention(first, second, self.name)
-            return functional.qk_attention_mse(**_arguments(first, second), **common)
+            return of_inputs(**_arguments(first, second), **common)
+        if of_maps is None or "temperature" in common:
+            asked = "divergence='scores_mse'" if of_maps is None else f"temperature={common['temperature']}"
+            raise ValueError(
+                f"{self.name}: {asked} needs scores of queries and keys, but this attention gives its probabilities "
+                f"alone; use divergence='mse', 'kl', 'reverse_kl' or 'js' with temperature=1.0"
+            )
         if second is not None:
             first, second = align_maps(first, second)
-        return functional.attention_mse(**_arguments(first, second), **common)
+        return of_maps(**_arguments(first, second), **common)
 
 
 # The arguments of the functions that take a value of each view; the others are the same for both.
@@ -146,6 +179,24 @@ def _arguments(reading: Any, reading_aug: Any | None) -> dict[str, Any]:
         if name in arguments and reading_aug is not None:
             arguments[f"{name}_aug"] = getattr(reading_aug, name)
     return arguments
+
+
+def _options_of(divergence: str, temperature: float, support: str, alignment: str) -> dict[str, Any]:
+    """What the function of a divergence takes beyond its views; raises where the arguments do not go together."""
+    if divergence not in _COMPARISONS:
+        raise ValueError(f"divergence: expected one of {', '.join(map(repr, _COMPARISONS))}, got {divergence!r}")
+    if support not in ("all", "shared"):
+        raise ValueError(f"support: expected 'all' or 'shared', got {support!r}")
+    if not (is_finite_number(temperature) and temperature > 0):
+        raise ValueError(f"temperature: expected a positive, finite number, got {temperature!r}")
+    options: dict[str, Any] = {"temperature": temperature} if temperature != 1.0 else {}
+    if support != "all":
+        options["support"] = support
+    if options and divergence in ("mse", "scores_mse"):
+        raise ValueError(f"{next(iter(options))}: divergence={divergence!r} has none; use 'kl', 'reverse_kl' or 'js'")
+    if alignment == "word" and (divergence == "scores_mse" or "temperature" in options):
+        raise ValueError("alignment: 'word' compares probabilities of words, which have no scores and no temperature")
+    return options
 
 
 def _check_projections(query: str | None, key: str | None, num_heads: int | None) -> None:

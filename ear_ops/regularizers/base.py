@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ear_ops.arguments import is_finite_number
 from ear_ops.capture.layout import Layout
@@ -45,6 +45,15 @@ class Regularizer:
     def expand(self, layout: Layout) -> list[Regularizer]:
         """The regularisers that this one stands for on a model, each at one place; by default itself alone."""
         return [self]
+
+    def prepare(self, model: nn.Module, teacher: nn.Module | None) -> None:
+        """What :func:`ear_ops.attach` calls before it hangs anything on the model, such as to make a projection."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of this regulariser itself: of the modules that it keeps as attributes."""
+        for value in vars(self).values():
+            if isinstance(value, nn.Module):
+                yield from value.parameters()
 
     def site(self, layout: Layout) -> Site:
         """The place to look at; raises where the model does not have it, and changes nothing."""

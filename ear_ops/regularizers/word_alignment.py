@@ -15,10 +15,12 @@ has 8 pieces or more. A single word of English has fewer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ear_ops import functional
 from ear_ops.capture.readings import AttentionInputs, AttentionMaps
 
 WordIds = Tensor | tuple[Tensor, Tensor]
@@ -26,20 +28,21 @@ WordIds = Tensor | tuple[Tensor, Tensor]
 ``[B, L]`` and ``[B, L']``; or, with a teacher, the ``[B, L]`` of its batch. One number means one word in both views."""
 
 
-def word_attention_mse(
+def word_attention(
     reading: AttentionInputs | AttentionMaps,
     reading_aug: AttentionInputs | AttentionMaps | None,
     word_ids: WordIds,
+    compare: Callable[..., Tensor],
     *,
-    head_weights: Tensor | None,
-    reduction: str,
     what: str,
+    **options: Any,
 ) -> Tensor:
-    """Mean squared error between the attention of the words of two views; the reductions count words, not tokens.
+    """A comparison of the attention of the words of two views; the reductions count words, not tokens.
 
     Args:
         reading, reading_aug: both views in one ``[2B, ...]`` (``reading_aug`` None), or one each; lengths may differ.
-        head_weights, reduction: as for :func:`ear_ops.attention_mse`.
+        compare: the comparison of maps, such as :func:`ear_ops.attention_mse`.
+        options: what it takes beyond maps and masks.
         what: names the regulariser in errors.
     """
     if reading_aug is None:
@@ -62,13 +65,12 @@ def word_attention_mse(
             f"text without spaces, as in Chinese, Japanese or Thai, is one word, and comparing it with itself teaches "
             f'nothing; use alignment="token", or make word_ids with a word segmenter'
         )
-    return functional.attention_mse(
+    return compare(
         maps,
         maps_aug,
         attention_mask=pieces > 0,
         attention_mask_aug=None if pieces_aug is None else pieces_aug > 0,
-        head_weights=head_weights,
-        reduction=reduction,
+        **options,
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification
 
-from ear_ops import AttentionPull, EmbeddingPush, attach
+from ear_ops import AttentionPull, EmbeddingPush, HiddenPull, attach
 from ear_ops.diagnostics.gradient_ratios import gradient_ratios, gradient_squares
 
 B, L = 3, 6
@@ -108,3 +108,13 @@ def test_frozen_embeddings_are_not_looked_at(model, batch) -> None:
     model.bert.embeddings.requires_grad_(False)
     ratios = gradient_ratios(model, terms, 2, [batch])
     assert ratios == pytest.approx({name: whole[name] for name in whole if "embeddings" not in name}) and ratios
+
+
+def test_a_projection_is_made_before_it_is_measured(model, batch) -> None:
+    pull = HiddenPull(2, projection="linear")
+    state = torch.get_rng_state()
+    first = gradient_ratios(model, [pull], 2, [batch])["hidden_pull.2 at embeddings"]
+    assert pull.projection is not None and torch.equal(torch.get_rng_state(), state)
+    unprojected = gradient_ratios(model, [HiddenPull(2)], 2, [batch])["hidden_pull.2 at embeddings"]
+    attach(model, [pull]).detach()
+    assert gradient_ratios(model, [pull], 2, [batch])["hidden_pull.2 at embeddings"] == first != unprojected

@@ -222,6 +222,16 @@ def test_the_trainer_runs_the_teacher(tmp_path: Path) -> None:
     trainer(tmp_path, options={"teacher": model(seed=1), "data_collator": one_view}, remove_unused_columns=True)
 
 
+def test_the_trainer_trains_the_projection_of_a_regulariser(tmp_path: Path) -> None:
+    pull = ear_ops.HiddenPull(1, projection="linear")
+    options = {"teacher": model(seed=1), "data_collator": one_view, "regularizers": [pull]}
+    own = trainer(tmp_path, options=options)
+    assert isinstance(pull.projection, torch.nn.Linear)
+    before = pull.projection.weight.detach().clone()
+    own.train()
+    assert not torch.equal(pull.projection.weight, before)
+
+
 @pytest.mark.parametrize(
     "placed",
     [

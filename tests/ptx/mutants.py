@@ -219,9 +219,10 @@ HOPPER_CHANGES: dict[str, dict[str, tuple[str, str]]] = {
     },
     "qk_hopper_backward.cuh": {
         "gradients: a stage is given back before its products are done": (
-            "    wait_products(gradient);\n",
-            "    if (thread_index() % kWarp == 0) arrive(R::empty(turn.stage));\n    wait_products(gradient);\n"
-            "    if (false)\n",
+            "    wait_products(gradient);\n    keep(weights);\n"
+            "    if (thread_index() % kWarp == 0) arrive(R::empty(turn.stage));\n",
+            "    if (thread_index() % kWarp == 0) arrive(R::empty(turn.stage));\n"
+            "    wait_products(gradient);\n    keep(weights);\n",
         ),
         "gradients: nobody waits for scores": ("wait_products(scores);", ""),
         "gradients: nobody waits for the sums": ("wait_products(gradient);", ""),

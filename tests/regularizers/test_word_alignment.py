@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ear_ops import AttentionPull, attach, qk_attention_mse
+from ear_ops import AttentionPull, attach, attention_mse, qk_attention_mse
 
 # Two pairs. In the first, word 1 is two pieces in x and three in x^a, and x has a padded token; in the second, word 3
 # is only in x, and the last word only in x^a.
@@ -141,7 +141,7 @@ def test_what_is_split_otherwise_costs_nothing_between_equal_words() -> None:
 def test_causal_and_grouped_queries_reach_the_words() -> None:
     """By the token loss again, through the words' own path."""
     from ear_ops.capture import AttentionInputs
-    from ear_ops.regularizers.word_alignment import word_attention_mse
+    from ear_ops.regularizers.word_alignment import word_attention
 
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(4, heads, 6, 4, generator=generator) for heads in (4, 2))
@@ -149,7 +149,7 @@ def test_causal_and_grouped_queries_reach_the_words() -> None:
     view = AttentionInputs(query, key, MASK.bool(), MASK.bool(), None, **options)
     ids = torch.arange(6).expand(4, 6)
     expected = qk_attention_mse(query, key, attention_mask=MASK, query_mask=MASK, **options)
-    actual = word_attention_mse(view, None, ids, head_weights=None, reduction="mean", what="x")
+    actual = word_attention(view, None, ids, attention_mse, head_weights=None, reduction="mean", what="x")
     torch.testing.assert_close(actual, expected)
 
 
@@ -170,7 +170,7 @@ def test_mistakes() -> None:
 @pytest.mark.parametrize("of_maps", [False, True])
 def test_what_padding_holds_does_not_matter(of_maps: bool) -> None:
     from ear_ops.capture import AttentionInputs, AttentionMaps
-    from ear_ops.regularizers.word_alignment import word_attention_mse
+    from ear_ops.regularizers.word_alignment import word_attention
 
     torch.manual_seed(0)
     query, key = torch.randn(4, 2, 6, 4), torch.randn(4, 2, 6, 4)
@@ -184,7 +184,7 @@ def test_what_padding_holds_does_not_matter(of_maps: bool) -> None:
             view = AttentionMaps(given[0], MASK.bool(), MASK.bool())
         else:
             view = AttentionInputs(*given, MASK.bool(), MASK.bool(), None)
-        loss = word_attention_mse(view, None, WORDS, head_weights=None, reduction="mean", what="x")
+        loss = word_attention(view, None, WORDS, attention_mse, head_weights=None, reduction="mean", what="x")
         results.append([loss, *torch.autograd.grad(loss, given)])
     for zero, nan in zip(*results, strict=True):
         assert torch.equal(zero, nan) and zero.isfinite().all()

@@ -13,11 +13,7 @@ import ear_ops
 
 from . import plain
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "qk_attention_mse": ear_ops.qk_attention_mse,
-    "attention_mse": ear_ops.attention_mse,
-    "pooled_distance": ear_ops.pooled_distance,
-}
+LOSSES: dict[str, Callable[..., Tensor]] = {name: getattr(ear_ops, name) for name in plain.LOSSES}
 LAYOUTS = ("contiguous", "length_first", "slices", "every_second", "expanded")
 
 

@@ -28,14 +28,14 @@ def padding_of(case: Case) -> tuple[list[Tensor | None], list[Tensor | None]]:
             views.append([None if keys is None else keys[:, :, None]])
             continue
         query_mask, query_mask_aug = case.masks.get("query_mask"), case.masks.get("query_mask_aug")
-        width = case.x[-1].shape[2 if case.op == "qk_attention_mse" else 3]
+        width = case.x[-1].shape[2 if case.op.startswith("qk_") else 3]
         if query_mask is None and case.x[0].shape[2] == width:
             query_mask, query_mask_aug = case.masks.get("attention_mask"), case.masks.get("attention_mask_aug")
         rows = None
         if query_mask is not None and query_mask_aug is not None and case.reduction != "padded_mean":
             rows = (query_mask == 0) | (query_mask_aug == 0)
         row_part = None if rows is None else rows[:, None, :, None]
-        if case.op == "qk_attention_mse":
+        if case.op.startswith("qk_"):
             views.append([row_part, None if keys is None else keys[:, None, :, None]])
         else:
             parts = [part for part in (row_part, None if keys is None else keys[:, None, None, :]) if part is not None]

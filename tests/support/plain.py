@@ -7,6 +7,9 @@ the two views; masks as the functional layer takes them.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -157,4 +160,109 @@ def pooled_distance(
     return sums.sum() / max(parts[reduction], 1)
 
 
-LOSSES = {"qk_attention_mse": qk_attention_mse, "attention_mse": attention_mse, "pooled_distance": pooled_distance}
+def _divergence(
+    log_attn: Tensor, log_attn_aug: Tensor, allowed: Tensor, allowed_aug: Tensor, name: str, direction: str
+) -> Tensor:
+    """``[B, H, L, S]`` entries from logarithms that are finite also where a key is masked."""
+    p, t = torch.where(allowed, log_attn.exp(), 0.0), torch.where(allowed_aug, log_attn_aug.exp(), 0.0)
+    if name == "js":
+        mean = (p + t) / 2
+        log_mean = torch.where(mean > 0, mean, 1.0).log()
+        return (p * (log_attn - log_mean) + t * (log_attn_aug - log_mean)) / 2
+    if direction == "reverse":
+        log_attn, log_attn_aug, t = log_attn_aug, log_attn, p
+    return t * (log_attn_aug - log_attn)
+
+
+def _reduce_rows(
+    entries: Tensor, masks: dict[str, Tensor | None], reduction: str, counted_pairs: Tensor | None = None
+) -> Tensor:
+    """Reduce ``[B, H, L, S]`` entries over counted rows, or over ``counted_pairs`` (bool), one by one."""
+    batch, heads, queries, keys = entries.shape
+    name = "query_mask" if masks.get("query_mask") is not None else "attention_mask" if queries == keys else None
+    counted = torch.ones(batch, heads, queries, dtype=torch.bool, device=entries.device)
+    if masks.get(name or "") is not None and reduction != "padded_mean":
+        counted = counted & ((masks[name] != 0) & (masks[f"{name}_aug"] != 0))[:, None]
+    sums = torch.where(counted[..., None], entries, 0.0).sum(dim=(2, 3))
+    if reduction == "none":
+        return sums
+    parts = {"sum": 1, "equations": batch * heads, "mean": int(counted.sum()), "padded_mean": batch * heads * queries}
+    if counted_pairs is not None:
+        parts["mean"] = int((counted_pairs & counted[..., None]).sum())
+        parts["padded_mean"] *= keys
+    return sums.sum() / max(parts[reduction], 1)
+
+
+def _scores_and_allowed(
+    views: tuple[Tensor, ...], masks: dict[str, Tensor | None], options: dict[str, Any]
+) -> list[tuple[Tensor, Tensor]]:
+    """Of each view: scores after scale, softcap and bias, in float32 at least, and which of them are allowed."""
+    found = []
+    for query, key, suffix in ((*views[:2], ""), (*views[2:], "_aug")):
+        heads = query.shape[1]
+        key = key[:, torch.arange(heads, device=key.device) // (heads // key.shape[1])]
+        scale = query.shape[3] ** -0.5 if options.get("scale") is None else options["scale"]
+        scores = torch.matmul(query, key.transpose(2, 3)) * scale
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if options.get("softcap") is not None:
+            scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
+        bias = masks.get("attn_bias_aug" if suffix and masks.get("attn_bias_aug") is not None else "attn_bias")
+        structure = options.get("is_causal", False), options.get("window")
+        allowed = attendable(tuple(scores.shape), masks.get(f"attention_mask{suffix}"), bias, *structure)
+        if bias is not None and bias.dtype != torch.bool:
+            scores = scores + torch.where(bias == -torch.inf, 0.0, bias).to(scores.dtype)
+        found.append((scores / options.get("temperature", 1.0), allowed.to(scores.device)))
+    return found
+
+
+_TENSORS = ("attention_mask", "query_mask", "attn_bias")
+
+
+def _split(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    names = [*_TENSORS, *(f"{name}_aug" for name in _TENSORS)]
+    return {n: v for n, v in arguments.items() if n in names}, {n: v for n, v in arguments.items() if n not in names}
+
+
+def _qk_divergence(name: str, *views: Tensor, reduction: str = "mean", **arguments: Any) -> Tensor:
+    masks, options = _split(arguments)
+    (scores, allowed), (scores_aug, allowed_aug) = _scores_and_allowed(views, masks, options)
+    if options.get("support") == "shared":
+        allowed = allowed_aug = allowed & allowed_aug
+    if name == "scores":
+        squared = torch.where(allowed & allowed_aug, scores - scores_aug, 0.0) ** 2
+        return _reduce_rows(squared, masks, reduction, allowed & allowed_aug)
+    lowest = torch.finfo(scores.dtype).min
+    logs = [
+        torch.where(mask, view, lowest).log_softmax(-1) for view, mask in ((scores, allowed), (scores_aug, allowed_aug))
+    ]
+    entries = _divergence(*logs, allowed, allowed_aug, name, options.get("direction", "forward"))
+    return _reduce_rows(entries, masks, reduction)
+
+
+def _maps_divergence(
+    name: str, *views: Tensor, reduction: str = "mean", direction: str = "forward", **masks: Any
+) -> Tensor:
+    allowed = []
+    for view, suffix in zip(views, ("", "_aug"), strict=True):
+        mask = masks.get(f"attention_mask{suffix}")
+        allowed.append((view > 0) if mask is None else (mask != 0)[:, None, None, :] & (view > 0))
+    logs = [torch.where(mask, view, 1.0).log() for view, mask in zip(views, allowed, strict=True)]
+    entries = _divergence(*logs, *allowed, name, direction)
+    if name == "kl":  # rows that a mask has cut do not sum to 1
+        p, t = (torch.where(mask, view, 0.0) for view, mask in zip(views, allowed, strict=True))
+        difference = p - t if direction == "forward" else t - p
+        target = t if direction == "forward" else p
+        entries = entries + torch.where(target.sum(-1, keepdim=True) > 0, difference, 0.0)
+    return _reduce_rows(entries, masks, reduction)
+
+
+LOSSES = {
+    "qk_attention_mse": qk_attention_mse,
+    "attention_mse": attention_mse,
+    "pooled_distance": pooled_distance,
+    "qk_attention_kl": functools.partial(_qk_divergence, "kl"),
+    "qk_attention_js": functools.partial(_qk_divergence, "js"),
+    "qk_scores_mse": functools.partial(_qk_divergence, "scores"),
+    "attention_kl": functools.partial(_maps_divergence, "kl"),
+    "attention_js": functools.partial(_maps_divergence, "js"),
+}

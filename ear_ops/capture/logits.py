@@ -1,0 +1,73 @@
+"""The place where a model returns its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ear_ops.capture.masks import find_padding, padding_mask
+from ear_ops.capture.records import Record, TensorCall
+from ear_ops.capture.sites import Listener, Undo
+from ear_ops.capture.taps.hooks import ModelHook
+
+_KEY = "logits"
+
+
+class Logits(NamedTuple):
+    """What a model predicts, and, for a prediction of each token, which of them are real."""
+
+    logits: Tensor  # [B, K] or [B, L, K]
+    attention_mask: Tensor | None  # [B, L] bool
+
+
+class LogitsSite:
+    """The logits in the output of ``root``: its attribute or entry of that name, or the output itself.
+
+    ``mask``: the name of the argument that says which of the predicted tokens are real.
+    """
+
+    model = ""
+    uses_interface = False
+
+    def __init__(self, root: nn.Module, mask: str) -> None:
+        self.root, self.mask = root, mask
+
+    def __str__(self) -> str:
+        return "logits of the model"
+
+    def install(self, listener: Listener) -> list[Undo]:
+        # Before the other hooks of root, of which one ends the record.
+        return [self.root.register_forward_hook(_LogitsTap(listener), prepend=True).remove]
+
+    def read(self, record: Record, what: str) -> Logits:
+        logits = record.call(_KEY, what).tensor
+        if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
+            got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else "no tensor of that name"
+            raise ValueError(
+                f"{what}: expected {type(self.root).__name__} to return logits [B, K] or [B, L, K], by itself or as "
+                f"output.logits, got {got}"
+            )
+        if logits.dim() == 2:
+            return Logits(logits, None)
+        rows, length = logits.shape[:2]
+        if self.mask == "attention_mask":
+            return Logits(logits, find_padding(record, self.model, None, rows, length, what))
+        received = record.mask(self.model, what, self.mask)
+        return Logits(logits, padding_mask(received, None, rows, length, what))
+
+
+class _LogitsTap(ModelHook):
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        record = self.listener.record
+        if record is None:
+            return
+        if isinstance(output, Mapping):
+            output = output.get("logits")
+        elif isinstance(output, tuple):  # of an older model: the loss, where there is one, comes first
+            output = next((value for value in output if isinstance(value, Tensor) and value.dim() > 1), None)
+        record.add(_KEY, TensorCall(getattr(output, "logits", output)))
