@@ -187,7 +187,7 @@ HOPPER_CHANGES: dict[str, dict[str, tuple[str, str]]] = {
         "wgmma.commit_group left out": ("wgmma.commit_group.sync.aligned;", ""),
         "wgmma.wait_group left out": ("wgmma.wait_group.sync.aligned 0;", ""),
         "wgmma.wait_group leaves a group": ("wait_group.sync.aligned 0", "wait_group.sync.aligned 1"),
-        "wait_products does not hold reads back": ('asm volatile("" : "+f"(sums[v][n][e])::"memory");', ""),
+        "wait_products does not hold reads back": ('asm volatile("" : "+f"(sums[v][n][e])::"memory");', ";"),
         "wgmma always adds": ("setp.ne.b32 adds, %34, 0", "setp.ne.b32 adds, 1, 0"),
         "wgmma never adds": ("setp.ne.b32 adds, %34, 0", "setp.ne.b32 adds, 0, 0"),
         "wgmma: factors change places": ('"l"(a), "l"(b)', '"l"(b), "l"(a)'),
@@ -219,9 +219,10 @@ HOPPER_CHANGES: dict[str, dict[str, tuple[str, str]]] = {
     },
     "qk_hopper_backward.cuh": {
         "gradients: a stage is given back before its products are done": (
-            "    wait_products(gradient);\n",
-            "    if (thread_index() % kWarp == 0) arrive(R::empty(turn.stage));\n    wait_products(gradient);\n"
-            "    if (false)\n",
+            "    wait_products(gradient);\n    keep(weights);\n"
+            "    if (thread_index() % kWarp == 0) arrive(R::empty(turn.stage));\n",
+            "    if (thread_index() % kWarp == 0) arrive(R::empty(turn.stage));\n"
+            "    wait_products(gradient);\n    keep(weights);\n",
         ),
         "gradients: nobody waits for scores": ("wait_products(scores);", ""),
         "gradients: nobody waits for the sums": ("wait_products(gradient);", ""),
