@@ -40,8 +40,8 @@ struct RunningRows {
     }
   }
 
-  // Adds the scores of a tile. They become exponentials.
-  template <int kN>
+  // Adds the scores of a tile. They become exponentials. kFirst: nothing was added before.
+  template <int kN, bool kFirst = false>
   EAR_OPS_DEVICE void add(float (&scores)[2][kN / 8][4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -53,8 +53,10 @@ struct RunningRows {
         for (int n = 0; n < kN / 8; ++n)
           maximum[v][half] = fmaxf(maximum[v][half], fmaxf(scores[v][n][2 * half], scores[v][n][2 * half + 1]));
         const float shift = shift_of(maximum[v][half]);
-        factor[v] = exponential(before, shift);
-        sum[v][half] *= factor[v];
+        if (!kFirst) {
+          factor[v] = exponential(before, shift);
+          sum[v][half] *= factor[v];
+        }
 #pragma unroll
         for (int n = 0; n < kN / 8; ++n)
 #pragma unroll
@@ -65,11 +67,13 @@ struct RunningRows {
       }
       const float before = ratio[half];
       ratio[half] = sum[1][half] == 0 ? 1 : sum[0][half] / sum[1][half];
-      const float step = factor[0] * before - factor[1] * ratio[half];
-      squares[half] =
-          factor[0] * factor[0] * squares[half] + 2 * factor[0] * step * mixed[half] + step * step * targets[half];
-      mixed[half] = factor[1] * (factor[0] * mixed[half] + step * targets[half]);
-      targets[half] *= factor[1] * factor[1];
+      if (!kFirst) {
+        const float step = factor[0] * before - factor[1] * ratio[half];
+        squares[half] =
+            factor[0] * factor[0] * squares[half] + 2 * factor[0] * step * mixed[half] + step * step * targets[half];
+        mixed[half] = factor[1] * (factor[0] * mixed[half] + step * targets[half]);
+        targets[half] *= factor[1] * factor[1];
+      }
 #pragma unroll
       for (int n = 0; n < kN / 8; ++n)
 #pragma unroll
@@ -195,7 +199,11 @@ forward_short(EAR_OPS_ARGUMENT const QKArgs a) {
     add_scores<T, kD, kVisited, Role::kQueries, kRows, kRows>(owned, visited + tile * Layout::bytes(kVisited), scores);
     finish_scores<kVisited, Role::kQueries, false>(a, at.pair, at.head, 0, 0, {}, real.template tile<kVisited>(tile),
                                                    scores, &rows.alive);
-    rows.template add<kVisited>(scores);
+    if (tile == 0) {
+      rows.template add<kVisited, true>(scores);
+    } else {
+      rows.template add<kVisited>(scores);
+    }
   }
   write_forward<kRows>(queries, at.block, rows);
 }

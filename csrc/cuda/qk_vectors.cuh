@@ -62,6 +62,7 @@ struct Real {
   // Of the vectors [index * kPart, (index + 1) * kPart) among these.
   template <int kPart>
   EAR_OPS_DEVICE Real<kPart> tile(int index) const {
+    static_assert(kPart % 32 == 0, "a part is made of whole words");
     Real<kPart> part;
 #pragma unroll
     for (int v = 0; v < 2; ++v)

@@ -1,9 +1,11 @@
 // Matrix products of floats. The matrix unit takes no floats; it takes float16, whose products it makes exactly. So a
 // float is split into the sum of two float16, of 11 bits of significand each, and a product into three. The product of
-// the two small parts is below the rounding of the sum and left out.
+// the two small parts is left out: it is at most 2^-22 of the whole.
 //
 // float16 has few exponents. Each vector therefore has a power of two of its own, which brings its largest feature into
-// their range. The rest is then exact to 2^-38 of the largest. Powers of two change no digits.
+// their range. A feature x is then exact to 2^-23 |x| or 2^-38 of the largest, whichever is more. So digits are lost
+// where the features of a vector differ in size by more than some 2^14, and the small ones matter nevertheless. The
+// same holds of the vectors of a tile that are weighted and summed.
 //
 //   in shared memory, kD features    float ... float ... | 16 bytes of padding
 //     | split
@@ -17,6 +19,8 @@
 
 namespace ear_ops::cuda {
 
+constexpr float kLargestPower = 1.7014118346046923e38f;  // 2^127
+
 // A power of two, and 1 over it.
 struct PowerOfTwo {
   float value, inverse;
@@ -25,7 +29,7 @@ struct PowerOfTwo {
 // The one that brings `largest`, which is not negative, to 2^13 or more and below 2^14; as near as floats have it.
 EAR_OPS_DEVICE PowerOfTwo into_range(float largest) {
   const int wanted = 127 + 127 + 13 - static_cast<int>(float_as_bits(largest) >> 23);  // a float's field of exponents
-  const int field = wanted < 1 ? 1 : wanted > 253 ? 253 : wanted;
+  const int field = wanted > 253 ? 253 : wanted;                                       // at least 12
   return {bits_as_float(static_cast<uint32_t>(field) << 23), bits_as_float(static_cast<uint32_t>(254 - field) << 23)};
 }
 
@@ -140,9 +144,11 @@ struct Products<float> {
 #pragma unroll
     for (int n = 0; n < kN / 8; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        scores[n][e] +=
-            sums[n][e] * (of_owned[e / 2] * load_shared<float>(Layout::at(visited, n * 8 + lane % 4 * 2 + e % 2, kD)));
+      for (int e = 0; e < 4; ++e) {
+        const float of_visited = load_shared<float>(Layout::at(visited, n * 8 + lane % 4 * 2 + e % 2, kD));
+        // Never infinity, which times 0 would be NaN.
+        scores[n][e] += sums[n][e] * fminf(of_owned[e / 2] * of_visited, kLargestPower);
+      }
   }
 
   // out [16, kD] += weights [16, kN] values [kN, kD], of values that are split

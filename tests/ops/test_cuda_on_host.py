@@ -169,6 +169,22 @@ def test_powers_of_two_in_floats_change_no_digit(keys: int, exponent: int) -> No
         assert torch.equal(gradient / power, of_scaled)
 
 
+@pytest.mark.parametrize("keys", [2, 70, 150])
+def test_huge_vectors_at_right_angles_give_finite_scores(keys: int) -> None:
+    huge = 2.0**80
+    query, key = torch.tensor([[0.0, huge]]), torch.zeros(keys, 2)
+    key[0, 0] = huge
+    query_aug, key_aug = torch.tensor([[0.0, 1.0]]), torch.linspace(-1, 1, 2 * keys).view(keys, 2)
+    views = [view[None, None].requires_grad_() for view in (query, key, query_aug, key_aug)]
+    value = ear_ops.qk_attention_mse(*views, scale=1.0, reduction="sum", backend="cpu")
+    exact = ear_ops.qk_attention_mse(
+        *(view.double() for view in views), scale=1.0, reduction="sum", backend="reference"
+    )
+    assert torch.allclose(value.double(), exact, rtol=1e-5)
+    value.backward()
+    assert all(view.grad is not None and view.grad.isfinite().all() for view in views)
+
+
 @pytest.mark.parametrize("keys", [30, 150])
 def test_floats_whose_features_differ_in_size(keys: int) -> None:
     case = qk_case(20, keys, 48, reduction="sum")
