@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 from ptx.checks import Check, checks, primitives
-from ptx.compiler import SOURCES, Compiler
+from ptx.compiler import SOURCES, CompileError, Compiler
 from ptx.device import in_place_of_cpu_kernels
 from ptx.faults import Fault
 
@@ -305,7 +305,10 @@ def row_of(mutant: Mutant) -> tuple[str, bool]:
     """A row of the log, and whether all is as it should be."""
     with tempfile.TemporaryDirectory() as folder:
         compiler = Compiler(ARCHITECTURE, Path(folder), mutant.write(Path(folder)))
-        caught = caught_by(mutant, compiler)
+        try:
+            caught = caught_by(mutant, compiler)
+        except CompileError:
+            return f"| {mutant.name} | `{mutant.place}` | nvcc | IT DOES NOT COMPILE, so it breaks nothing |", False
     reason = SURVIVORS.get(mutant.name)
     check, words = caught or ("survives", reason or "NO REASON IS GIVEN")
     if caught and reason:
