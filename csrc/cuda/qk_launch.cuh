@@ -18,13 +18,17 @@ constexpr int64_t short_forward_bytes(int rows) {
   return 4 * SharedVectors<T, kD>::bytes(rows);
 }
 
+constexpr int64_t kMostShared = 227 * 1024;  // bytes that a block can have on any GPU
+
 // Of forward_short: 64 or 128; 0 where another kernel takes the call.
 template <typename T, int kD>
 int rows_of_short_forward(const QKArgs& a) {
   if (is_general(a) || a.dim > kD) return 0;
   for (const int rows : {64, 128})
-    if (a.keys <= rows && (rows == 128 || a.queries <= rows))
-      return short_forward_bytes<T, kD>(rows) <= shared_memory_limit() ? rows : 0;
+    if (a.keys <= rows && (rows == 128 || a.queries <= rows)) {
+      const int64_t bytes = short_forward_bytes<T, kD>(rows);
+      return bytes <= kMostShared && bytes <= shared_memory_limit() ? rows : 0;
+    }
   return 0;
 }
 
@@ -51,15 +55,13 @@ template <typename T, int kD>
 const char* QKKernels<T, kD>::forward(const QKArgs& a, void* stream) {
   const int short_rows = rows_of_short_forward<T, kD>(a), rows = short_rows ? short_rows : kOwned;
   const int64_t blocks = a.pairs * a.heads * ((a.queries + rows - 1) / rows);
-  switch (short_rows) {
-    case 64:
-      return launch(&forward_short<T, kD, 64>, blocks, 128, short_forward_bytes<T, kD>(64), stream, a);
-    case 128:
+  if (short_rows == 64)
+    return launch(&forward_short<T, kD, 64>, blocks, 128, short_forward_bytes<T, kD>(64), stream, a);
+  if constexpr (short_forward_bytes<T, kD>(128) <= kMostShared)
+    if (short_rows == 128)
       return launch(&forward_short<T, kD, 128>, blocks, 256, short_forward_bytes<T, kD>(128), stream, a);
-    default:
-      return launch(is_general(a) ? &forward_long<T, kD, true> : &forward_long<T, kD, false>, blocks, kThreads,
-                    Stages<T, kD, kVisited, Role::kQueries>::bytes(chunks_of(a, kD)), stream, a);
-  }
+  return launch(is_general(a) ? &forward_long<T, kD, true> : &forward_long<T, kD, false>, blocks, kThreads,
+                Stages<T, kD, kVisited, Role::kQueries>::bytes(chunks_of(a, kD)), stream, a);
 }
 
 // Starts backward_short with kRows rows if it takes the call.
