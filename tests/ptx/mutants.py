@@ -262,9 +262,6 @@ SURVIVORS = {
     ),
     "descriptor: another leading offset": "Under a swizzle of 128 bytes, rows of 128 bytes do not use it.",
     "gradients: no registers are taken": "It lets ptxas use more registers; PTX has as many as it wants.",
-    "qk_backward, sync_warp number 1: left out": (
-        "The barrier of the block at the end of the last tile already separates the scratch from what lay there."
-    ),
     "qk_backward, sync_warp number 3: left out": (
         "It orders no memory: it keeps the compiler from making both gradients at a time, which takes registers."
     ),
