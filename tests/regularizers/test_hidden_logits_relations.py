@@ -156,6 +156,21 @@ def test_a_projection_of_ones_own() -> None:
     torch.testing.assert_close(loss, expected)
 
 
+def test_parameters_come_once_and_without_those_of_the_model() -> None:
+    """So that an optimiser takes them beside those of the model."""
+    student, teacher, shared = Plain(), Plain().eval(), nn.Linear(8, 8)
+    student.head = nn.Linear(8, 8)
+    pulls = [
+        HiddenPull(1, projection=shared),
+        HiddenPull(2, projection=shared),
+        HiddenPull(2, projection=student.head, name="head"),
+    ]
+    with attach(student, pulls, teacher=teacher) as ear:
+        assert list(ear.parameters()) == list(shared.parameters())
+        optimizer = torch.optim.SGD([*student.parameters(), *ear.parameters()], lr=0.1)
+    assert len(optimizer.param_groups[0]["params"]) == 8
+
+
 # --- logits ---------------------------------------------------------------------------------------------------------
 
 
