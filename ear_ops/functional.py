@@ -21,7 +21,8 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ear_ops.ops.attention_divergences import ATTENTION_DIVERGENCES
-from ear_ops.ops.attention_mse import ATTENTION_MSE, maps_problem
+from ear_ops.ops.attention_mse import ATTENTION_MSE, MapsProblem, maps_problem
+from ear_ops.ops.divergences import InfiniteDivergenceError
 from ear_ops.ops.pooled_distance import POOLED_DISTANCE, pooled_problem
 from ear_ops.ops.problem import attention_problem
 from ear_ops.ops.qk_attention_mse import QK_ATTENTION_MSE
@@ -528,7 +529,8 @@ def _weigh_heads(sums: Tensor, head_weights: Tensor | None) -> Tensor:
             f"head_weights: expected one number for each of the {sums.shape[1]} heads, got shape "
             f"{list(head_weights.shape)}"
         )
-    return sums * head_weights.to(sums.dtype)
+    weights = head_weights.to(sums.dtype)
+    return sums.masked_fill((weights == 0) & torch.isinf(sums), 0.0) * weights
 
 
 def _qk_divergence(
@@ -597,15 +599,18 @@ def _reduce_rows(
     sums: Tensor, name: str, problem: Any, head_weights: Tensor | None, reduction: str, query_length: int
 ) -> Tensor:
     """Reduce the sums ``[B, H]`` of a divergence, of which a row is what counts; raises where KL is infinite."""
+    sums = _weigh_heads(sums, head_weights)
     if sums.is_cpu and not torch.compiler.is_compiling() and not _has_no_values(sums) and torch.isinf(sums).any():
         target, other = ("first view", "second") if name == "reverse_kl" else ("second view", "first")
-        raise ValueError(
-            f"attention_mask: expected the views to have the same keys, got a key that the {target} attends to and the "
-            f"{other} does not, where KL is infinite; use the Jensen-Shannon divergence (qk_attention_js, "
-            f"attention_js) or support='shared'"
+        reason = (
+            f"expected the views to have the same keys, got a key that the {target} attends to and the {other} does "
+            f"not, where KL is infinite"
         )
+        if isinstance(problem, MapsProblem):
+            reason += "; a probability of exactly 0 may also have underflowed, so compute the maps in float32"
+        raise InfiniteDivergenceError(reason)
     counted_rows = None if problem.counted_queries is None else problem.counted_queries.sum(dim=1)
-    return reduce_attention(_weigh_heads(sums, head_weights), reduction, query_length, 1, counted_rows)
+    return reduce_attention(sums, reduction, query_length, 1, counted_rows)
 
 
 def _kl_name(direction: str) -> str:

@@ -16,6 +16,7 @@ from ear_ops.capture.layers import Layers, check_layers, resolve_layers
 from ear_ops.capture.layout import Layout
 from ear_ops.capture.readings import AttentionInputs, AttentionMaps, align_attention, align_maps
 from ear_ops.capture.sites import Site
+from ear_ops.ops.divergences import InfiniteDivergenceError
 from ear_ops.regularizers.base import Regularizer, Weight, scaled
 from ear_ops.regularizers.word_alignment import WordIds, word_attention
 
@@ -141,6 +142,17 @@ class AttentionPull(Regularizer):
         reading: AttentionInputs | AttentionMaps,
         reading_aug: AttentionInputs | AttentionMaps | None,
         word_ids: WordIds | None = None,
+    ) -> Tensor:
+        try:
+            return self._compared(reading, reading_aug, word_ids)
+        except InfiniteDivergenceError as error:
+            raise ValueError(f"{self.name}: {error.reason}; use divergence='js' or support='shared'") from None
+
+    def _compared(
+        self,
+        reading: AttentionInputs | AttentionMaps,
+        reading_aug: AttentionInputs | AttentionMaps | None,
+        word_ids: WordIds | None,
     ) -> Tensor:
         if self._head_weights is not None:  # kept there: a copy to the device in every step would wait for it
             self._head_weights = self._head_weights.to(reading[0].device)

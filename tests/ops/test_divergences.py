@@ -326,12 +326,29 @@ def test_a_key_that_only_the_target_has_makes_kl_infinite(kind: str, direction: 
         gradients = torch.autograd.grad(value.sum(), first)
         assert all(torch.isfinite(gradient).all() and gradient.any() for gradient in gradients)
         assert not gradients[-1].narrow(2 if kind == "qk" else 3, 2, 2)[:1].any()  # keys that it does not have
+    check_a_head_left_out(case)
     shared = replace(case, options={**case.options, "support": "shared"})
     both_fewer = replace(case, masks=masks_of(FEWER, FEWER))
     if kind == "qk":
         assert same_results(shared.run("reference"), both_fewer.run("reference"))
     else:
         assert torch.isfinite(shared.run("reference")[0]).all()
+
+
+def check_a_head_left_out(case: Case) -> None:
+    """A weight of 0 leaves out a head whose KL is infinite, with its gradients, in eager mode and compiled."""
+    for call in (LOSSES[case.op], torch.compile(LOSSES[case.op], fullgraph=True, backend="eager")):
+        inputs = [tensor.requires_grad_() for tensor in case.inputs()]
+        value = call(*inputs, **case.arguments(), head_weights=torch.zeros(inputs[0].shape[1]))
+        assert not value.any()
+        for gradient in torch.autograd.grad(value.sum(), inputs):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_infinite_kl_of_maps_may_come_from_underflow() -> None:
+    first, second = torch.tensor([1.0, 0.0]).reshape(1, 1, 1, 2), torch.full((1, 1, 1, 2), 0.5)
+    with pytest.raises(ValueError, match=r"KL is infinite; a probability of exactly 0 may also have underflowed"):
+        ear_ops.attention_kl(first, second)
 
 
 def test_a_key_that_a_bias_forbids_has_no_gradient() -> None:
