@@ -461,6 +461,21 @@ def test_temperature_divides_the_final_scores(form: str) -> None:
     torch.testing.assert_close(loss_of(form)(query, key, query_aug, key_aug, **options), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@every_divergence
+def test_temperature_leaves_a_finite_bias_finite(form: str, dtype: torch.dtype) -> None:
+    """A row of which every key has the smallest number keeps its keys: as with scores twice as large."""
+    views = [tensor.to(dtype) for tensor in case_of(form, 5).inputs()]
+    zeros = torch.zeros(5, 5, dtype=dtype)
+    bias = zeros.clone()
+    bias[1] = torch.finfo(dtype).min
+    options = {**FORMS[form][1], "attn_bias": bias, "attn_bias_aug": zeros}
+    value = loss_of(form)(*views, temperature=0.5, **options)
+    query, key, query_aug, key_aug = views
+    expected = loss_of(form)(2 * query, key, 2 * query_aug, key_aug, **options)
+    torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-4)
+
+
 @every_form
 def test_head_weights_and_stacked_views(form: str) -> None:
     case = case_of(form, 9, **RAGGED)
@@ -603,9 +618,14 @@ def test_a_backend_that_has_no_kernel_is_refused(form: str, device: str) -> None
         ({"direction": "backward"}, "direction: expected 'forward' or 'reverse', got 'backward'"),
         ({"support": "both"}, "support: expected 'all' or 'shared', got 'both'"),
         ({"temperature": 0.0}, "temperature: expected a positive, finite number, got 0.0"),
+        ({"temperature": "2"}, "temperature: expected a positive, finite number, got '2'"),
+        ({"temperature": None}, "temperature: expected a positive, finite number, got None"),
+        ({"temperature": True}, "temperature: expected a positive, finite number, got True"),
         ({"reduction": "average"}, "reduction: expected one of"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ear_ops.qk_attention_kl(*qk_case(3).inputs(), **options)
+    with pytest.raises(ValueError, match=message):
+        ear_ops.QKAttentionKLLoss(**options)

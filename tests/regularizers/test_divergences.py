@@ -174,6 +174,7 @@ def test_maps_have_no_scores(options: dict[str, Any], words: str) -> None:
         ({"divergence": "l1"}, "divergence: expected one of 'mse', 'kl', 'reverse_kl', 'js', 'scores_mse', got 'l1'"),
         ({"divergence": "kl", "support": "union"}, "support: expected 'all' or 'shared', got 'union'"),
         ({"divergence": "kl", "temperature": 0}, "temperature: expected a positive, finite number, got 0"),
+        ({"divergence": ["kl"]}, r"divergence: expected one of 'mse', .*, got \['kl'\]"),
         ({"temperature": 2.0}, "temperature: divergence='mse' has none; use 'kl', 'reverse_kl' or 'js'"),
         ({"divergence": "scores_mse", "support": "shared"}, "support: divergence='scores_mse' has none"),
         ({"divergence": "scores_mse", "alignment": "word"}, "alignment: 'word' compares probabilities"),

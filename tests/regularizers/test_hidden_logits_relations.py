@@ -304,6 +304,28 @@ def test_a_model_without_predictions() -> None:
             ear.loss()
 
 
+def test_one_class() -> None:
+    from ear_ops.capture.logits import Logits
+
+    with pytest.raises(ValueError, match=r"logits_pull: expected logits of at least 2 classes, got \[2, 1\]"):
+        LogitsPull().term(Logits(torch.zeros(4, 1), None), None)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "js"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_classes_that_neither_view_has_add_nothing(divergence: str, masked: bool) -> None:
+    from ear_ops.capture.logits import Logits
+
+    pull, mask = LogitsPull(divergence=divergence), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool() if masked else None
+    views = [torch.randn(2, 3, 5).requires_grad_() for _ in range(2)]
+    expected = pull.term(*(Logits(view, mask) for view in views))
+    longer = [torch.cat([torch.full((2, 3, 1), -math.inf), view], -1) for view in views]
+    loss = pull.term(*(Logits(view, mask) for view in longer))
+    torch.testing.assert_close(loss, expected)
+    for gradient, wanted in zip(torch.autograd.grad(loss, views), torch.autograd.grad(expected, views), strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
 def test_another_number_of_classes() -> None:
     student, teacher = Plain(8), nn.Sequential(Plain(8), nn.Linear(8, 5)).eval()
     with attach(student, [LogitsPull()], teacher=teacher) as ear:
@@ -388,6 +410,8 @@ def test_relation_heads_that_do_not_divide() -> None:
         (lambda: HiddenPull(1, projection="mlp"), ValueError, "projection: expected None, 'linear' or"),
         (lambda: HiddenPull(1, distance="l1"), ValueError, "distance: expected 'mse' or 'cosine', got 'l1'"),
         (lambda: LogitsPull(temperature=-1), ValueError, "temperature: expected a positive, finite number"),
+        (lambda: LogitsPull(temperature=None), ValueError, "temperature: expected a positive, finite number, got None"),
+        (lambda: LogitsPull(divergence=["kl"]), ValueError, "divergence: expected one of 'kl', 'reverse_kl', 'js'"),
         (lambda: LogitsPull(divergence="mse"), ValueError, "divergence: expected one of 'kl', 'reverse_kl', 'js'"),
         (lambda: RelationPull(1, of="output"), ValueError, "of: expected 'query', 'key' or 'value', got 'output'"),
         (lambda: RelationPull([1, 2]), TypeError, "layer: expected a number or a path"),
