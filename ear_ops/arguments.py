@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -11,6 +12,19 @@ def check_count(argument: str, value: Any) -> None:
         raise TypeError(f"{argument}: expected an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{argument}: expected at least 1 (layers are counted from 1), got {value}")
+
+
+def check_temperature(value: Any) -> None:
+    if not (is_finite_number(value) and value > 0):
+        raise ValueError(f"temperature: expected a positive, finite number, got {value!r}")
+
+
+def check_choice(argument: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises ValueError unless ``value`` is one of ``choices``."""
+    choices = list(choices)  # a value of any type can be looked for in a list
+    if value not in choices:
+        expected = " or ".join(map(repr, choices)) if len(choices) == 2 else f"one of {', '.join(map(repr, choices))}"
+        raise ValueError(f"{argument}: expected {expected}, got {value!r}")
 
 
 def is_finite_number(value: Any) -> bool:

@@ -122,9 +122,16 @@ class Attachment:
         return total
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the regularisers themselves, such as a projection's, for your optimiser."""
+        """The parameters of the regularisers themselves, such as a projection's, for your optimiser.
+
+        Each comes once, and none that the model has too: those are among ``model.parameters()``.
+        """
+        seen = set(self._recorder.root.parameters())
         for regularizer in self.regularizers:
-            yield from regularizer.parameters()
+            for parameter in regularizer.parameters():
+                if parameter not in seen:
+                    seen.add(parameter)
+                    yield parameter
 
     def components(self) -> dict[str, Tensor]:
         """The terms of the last :meth:`loss` by name: unweighted, signed, detached scalars; empty before the first."""

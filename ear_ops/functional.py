@@ -11,7 +11,6 @@ asked for by name and cannot run raises :class:`ear_ops.BackendUnavailableError`
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -20,9 +19,12 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from ear_ops.arguments import check_choice, check_temperature
 from ear_ops.ops.attention_divergences import ATTENTION_DIVERGENCES
-from ear_ops.ops.attention_mse import ATTENTION_MSE, maps_problem
+from ear_ops.ops.attention_mse import ATTENTION_MSE, MapsProblem, maps_problem
+from ear_ops.ops.divergences import InfiniteDivergenceError
 from ear_ops.ops.pooled_distance import POOLED_DISTANCE, pooled_problem
+from ear_ops.ops.probabilities import compute_dtype
 from ear_ops.ops.problem import attention_problem
 from ear_ops.ops.qk_attention_mse import QK_ATTENTION_MSE
 from ear_ops.ops.qk_divergences import QK_DIVERGENCES, QK_SCORES_MSE
@@ -528,7 +530,8 @@ def _weigh_heads(sums: Tensor, head_weights: Tensor | None) -> Tensor:
             f"head_weights: expected one number for each of the {sums.shape[1]} heads, got shape "
             f"{list(head_weights.shape)}"
         )
-    return sums * head_weights.to(sums.dtype)
+    weights = head_weights.to(sums.dtype)
+    return sums.masked_fill((weights == 0) & torch.isinf(sums), 0.0) * weights
 
 
 def _qk_divergence(
@@ -548,14 +551,12 @@ def _qk_divergence(
 ) -> Tensor:
     """The divergence called ``name``; ``masks``: masks and structure, as for :func:`qk_attention_mse`."""
     check_reduction(reduction)
-    _check_choice("support", support, ("all", "shared"))
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a positive, finite number, got {temperature}")
+    check_divergence_options(temperature=temperature, support=support)
     if temperature != 1.0:  # as a scale of everything that the scores are made of, so that kernels need not know of it
         scale = (query.shape[-1] ** -0.5 if scale is None else scale) / temperature
         softcap = None if softcap is None else softcap / temperature
         attn_bias, attn_bias_aug = (
-            bias if bias is None or bias.dtype == torch.bool else bias / temperature
+            None if bias is None else _cooled_bias(bias, temperature, compute_dtype(query.dtype))
             for bias in (attn_bias, attn_bias_aug)
         )
     problem, _ = attention_problem(
@@ -585,7 +586,7 @@ def _maps_divergence(
 ) -> Tensor:
     """The divergence called ``name`` of maps; ``masks`` as for :func:`attention_mse`."""
     check_reduction(reduction)
-    _check_choice("support", support, ("all", "shared"))
+    check_divergence_options(support=support)
     problem, _ = maps_problem(*views, count_padded_queries=reduction == "padded_mean", **masks)
     if support == "shared":
         problem = problem.on_shared_keys()
@@ -597,22 +598,37 @@ def _reduce_rows(
     sums: Tensor, name: str, problem: Any, head_weights: Tensor | None, reduction: str, query_length: int
 ) -> Tensor:
     """Reduce the sums ``[B, H]`` of a divergence, of which a row is what counts; raises where KL is infinite."""
+    sums = _weigh_heads(sums, head_weights)
     if sums.is_cpu and not torch.compiler.is_compiling() and not _has_no_values(sums) and torch.isinf(sums).any():
         target, other = ("first view", "second") if name == "reverse_kl" else ("second view", "first")
-        raise ValueError(
-            f"attention_mask: expected the views to have the same keys, got a key that the {target} attends to and the "
-            f"{other} does not, where KL is infinite; use the Jensen-Shannon divergence (qk_attention_js, "
-            f"attention_js) or support='shared'"
+        reason = (
+            f"expected the views to have the same keys, got a key that the {target} attends to and the {other} does "
+            f"not, where KL is infinite"
         )
+        if isinstance(problem, MapsProblem):
+            reason += "; a probability of exactly 0 may also have underflowed, so compute the maps in float32"
+        raise InfiniteDivergenceError(reason)
     counted_rows = None if problem.counted_queries is None else problem.counted_queries.sum(dim=1)
-    return reduce_attention(_weigh_heads(sums, head_weights), reduction, query_length, 1, counted_rows)
+    return reduce_attention(sums, reduction, query_length, 1, counted_rows)
+
+
+def _cooled_bias(bias: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    """``bias / temperature`` in ``dtype``; what is finite stays finite, since -inf masks."""
+    if not bias.is_floating_point():
+        return bias
+    cooled, limits = bias.to(dtype) / temperature, torch.finfo(dtype)
+    return torch.where(torch.isinf(bias), cooled, cooled.clamp(limits.min, limits.max))
+
+
+def check_divergence_options(
+    *, temperature: float = 1.0, direction: str = "forward", support: str = "all", **others: Any
+) -> None:
+    """Raises ValueError where an option of a divergence is wrong; ``others`` are not looked at."""
+    check_temperature(temperature)
+    check_choice("direction", direction, ("forward", "reverse"))
+    check_choice("support", support, ("all", "shared"))
 
 
 def _kl_name(direction: str) -> str:
-    _check_choice("direction", direction, ("forward", "reverse"))
+    check_divergence_options(direction=direction)
     return "kl" if direction == "forward" else "reverse_kl"
-
-
-def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{argument}: expected {' or '.join(map(repr, choices))}, got {value!r}")

@@ -17,6 +17,7 @@ class _Loss(nn.Module):
     def __init__(self, *, reduction: str, **options: Any) -> None:
         super().__init__()
         check_reduction(reduction)
+        functional.check_divergence_options(**options)
         self.options = {**options, "reduction": reduction}
 
     def extra_repr(self) -> str:

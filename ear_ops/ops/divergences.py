@@ -27,7 +27,19 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ear_ops.errors import EarOpsError
 from ear_ops.ops.probabilities import fill_masked
+
+
+class InfiniteDivergenceError(EarOpsError, ValueError):
+    """KL is infinite; ``reason`` says where, and the message also says what to do about it in a function."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"attention_mask: {reason}; use the Jensen-Shannon divergence (qk_attention_js, attention_js) or "
+            f"support='shared'"
+        )
+        self.reason = reason
 
 
 class Divergence(NamedTuple):
@@ -151,6 +163,7 @@ class _DivergenceOfScores(Function):
         scores, scores_aug, allowed, allowed_aug = ctx.saved_tensors
         p, t, x = _rows_of_scores(scores, scores_aug, allowed, allowed_aug)
         divergence, upstream = DIVERGENCES[ctx.name], grad_sums[..., None, None]
+        x = _finite_where_left_out(x, upstream)
         views = (p, allowed, divergence.slopes), (t, allowed_aug, divergence.slopes_aug)
         gradients: list[Tensor | None] = [None, None]
         for view, (attn, mask, slopes) in enumerate(views):
@@ -176,14 +189,19 @@ class _DivergenceOfMaps(Function):
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
         p, t = ctx.saved_tensors
-        x = _log_ratio(p, t)
         divergence, upstream = DIVERGENCES[ctx.name], grad_sums[..., None, None]
+        x = _finite_where_left_out(_log_ratio(p, t), upstream)
         gradients: list[Tensor | None] = [None, None]
         for view, (attn, slopes) in enumerate(((p, divergence.slopes), (t, divergence.slopes_aug))):
             if ctx.needs_input_grad[1 + view]:
                 empty = attn == 0
                 gradients[view] = upstream * slopes(p, t, x).masked_fill(empty, 0.0) / attn.masked_fill(empty, 1.0)
         return None, *gradients
+
+
+def _finite_where_left_out(x: Tensor, upstream: Tensor) -> Tensor:
+    """``x`` without infinities in heads whose sum does not enter the loss: 0 times infinity would be NaN."""
+    return x.masked_fill(torch.isinf(x) & (upstream == 0), 0.0)
 
 
 def _rows_of_scores(

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ear_ops import functional
-from ear_ops.arguments import check_count, is_finite_number
+from ear_ops.arguments import check_choice, check_count, is_finite_number
 from ear_ops.capture.layers import Layers, check_layers, resolve_layers
 from ear_ops.capture.layout import Layout
 from ear_ops.capture.readings import AttentionInputs, AttentionMaps, align_attention, align_maps
 from ear_ops.capture.sites import Site
+from ear_ops.ops.divergences import InfiniteDivergenceError
 from ear_ops.regularizers.base import Regularizer, Weight, scaled
 from ear_ops.regularizers.word_alignment import WordIds, word_attention
 
@@ -142,6 +143,17 @@ class AttentionPull(Regularizer):
         reading_aug: AttentionInputs | AttentionMaps | None,
         word_ids: WordIds | None = None,
     ) -> Tensor:
+        try:
+            return self._compared(reading, reading_aug, word_ids)
+        except InfiniteDivergenceError as error:
+            raise ValueError(f"{self.name}: {error.reason}; use divergence='js' or support='shared'") from None
+
+    def _compared(
+        self,
+        reading: AttentionInputs | AttentionMaps,
+        reading_aug: AttentionInputs | AttentionMaps | None,
+        word_ids: WordIds | None,
+    ) -> Tensor:
         if self._head_weights is not None:  # kept there: a copy to the device in every step would wait for it
             self._head_weights = self._head_weights.to(reading[0].device)
         of_inputs, of_maps = _COMPARISONS[self.divergence]
@@ -183,12 +195,8 @@ def _arguments(reading: Any, reading_aug: Any | None) -> dict[str, Any]:
 
 def _options_of(divergence: str, temperature: float, support: str, alignment: str) -> dict[str, Any]:
     """What the function of a divergence takes beyond its views; raises where the arguments do not go together."""
-    if divergence not in _COMPARISONS:
-        raise ValueError(f"divergence: expected one of {', '.join(map(repr, _COMPARISONS))}, got {divergence!r}")
-    if support not in ("all", "shared"):
-        raise ValueError(f"support: expected 'all' or 'shared', got {support!r}")
-    if not (is_finite_number(temperature) and temperature > 0):
-        raise ValueError(f"temperature: expected a positive, finite number, got {temperature!r}")
+    check_choice("divergence", divergence, _COMPARISONS)
+    functional.check_divergence_options(temperature=temperature, support=support)
     options: dict[str, Any] = {"temperature": temperature} if temperature != 1.0 else {}
     if support != "all":
         options["support"] = support

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,7 +32,8 @@ class HiddenPull(Regularizer):
         projection: None; or ``"linear"``, an ``nn.Linear`` from the hidden size of the model to that of the teacher,
             which :func:`ear_ops.attach` makes from both configurations; or a module of your own, from ``[B, L, C]`` to
             ``[B, L, C of the teacher]``. It is applied to the first view.
-        distance: ``"mse"`` is the mean squared error, ``"cosine"`` is 1 minus the cosine.
+        distance: ``"mse"`` is the mean squared error, ``"cosine"`` is 1 minus the cosine, where a vector of
+            zeros has the cosine 0 and no gradient.
         reduction: ``"mean"`` divides the sum by the number of counted tokens (for ``"mse"`` times C), ``"padded_mean"``
             counts padded tokens too, ``"equations"`` divides by B, and ``"sum"`` by nothing.
         name: key of the term in ``ear.components()``; ``"hidden_pull.LAYER"`` by default.
@@ -76,37 +79,64 @@ class HiddenPull(Regularizer):
 
     def term(self, reading: HiddenStates, reading_aug: HiddenStates | None) -> Tensor:
         reading, reading_aug = split_reading(reading, reading_aug)
-        if self.projection is not None:
-            reading = reading._replace(states=self._projected(reading.states))
         if reading.states.shape[1] != reading_aug.states.shape[1]:
             raise ValueError(
                 f"{self.name}: expected views of one length, since token is compared with token, got "
                 f"{reading.states.shape[1]} and {reading_aug.states.shape[1]}; pad both to one length"
             )
-        (states, mask), (states_aug, mask_aug) = align_hidden(reading, reading_aug, self.name)
-        pair = [view.to(compute_dtype(view.dtype)) for view in (states, states_aug)]
-        counted = None if mask is None or mask_aug is None or self.reduction == "padded_mean" else mask & mask_aug
+        masks = [view.attention_mask for view in (reading, reading_aug) if view.attention_mask is not None]
+        counted = functools.reduce(torch.logical_and, masks) if masks and self.reduction != "padded_mean" else None
         if counted is not None:  # before anything is computed, so that NaN in padding has no gradient
-            pair = [view.masked_fill(~counted[..., None], 0.0) for view in pair]
-        if self.distance == "cosine":  # half the squared distance of unit vectors: exactly 0 for equal ones
-            pair = [F.normalize(view, dim=-1) for view in pair]
-        total = (pair[0] - pair[1]).square().sum()
-        batch, length, size = states.shape
+            reading, reading_aug = (
+                view._replace(states=view.states.masked_fill(~counted[..., None], 0.0))
+                for view in (reading, reading_aug)
+            )
+        if self.projection is not None:
+            reading = reading._replace(states=self._projected(self.projection, reading.states))
+        aligned = align_hidden(reading, reading_aug, self.name)
+        pair = [view.states.to(compute_dtype(view.states.dtype)) for view in aligned]
+        batch, length, size = pair[0].shape
         if self.distance == "cosine":
-            total, size = total / 2, 1
+            distances, size = _cosine_distances(*pair), 1
+        else:
+            distances = (pair[0] - pair[1]).square().sum(-1)
+        total = (distances if counted is None else distances.masked_fill(~counted, 0.0)).sum()
         if self.reduction == "sum":
             return total
         if self.reduction == "equations":
             return total / max(batch, 1)
         return total / max(batch * length * size, 1) if counted is None else total / (counted.sum() * size).clamp(min=1)
 
-    def _projected(self, states: Tensor) -> Tensor:
-        assert self.projection is not None
-        like = next(self.projection.parameters(), states)
+    def _projected(self, projection: nn.Module, states: Tensor) -> Tensor:
+        like = next(projection.parameters(), states)
         if like.device != states.device:  # the model was moved after attach(); parameters stay the same objects
-            self.projection.to(states.device)
-        projected: Tensor = self.projection(states.to(like.dtype))
+            projection.to(states.device)
+        try:
+            projected: Any = projection(states.to(like.dtype))
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # such as a device without memory
+                raise
+            raise RuntimeError(
+                f"{self.name}: projection: expected a module that takes hidden states {list(states.shape)}, got an "
+                f"error of {projection}: {error}"
+            ) from error
+        if not isinstance(projected, Tensor) or projected.dim() != 3 or projected.shape[:2] != states.shape[:2]:
+            got = f"shape {list(projected.shape)}" if isinstance(projected, Tensor) else type(projected).__name__
+            raise TypeError(
+                f"{self.name}: projection: expected {type(projection).__name__} to return a tensor "
+                f"[{states.shape[0]}, {states.shape[1]}, C of the teacher], got {got}"
+            )
         return projected
+
+
+def _cosine_distances(states: Tensor, states_aug: Tensor) -> Tensor:
+    """1 minus the cosine of each token: half the squared distance of unit vectors, exactly 0 for equal ones.
+
+    A vector of zeros gives 1, without a gradient.
+    """
+    unit, unit_aug = (F.normalize(view, dim=-1) for view in (states, states_aug))
+    zero = (states == 0).all(-1) | (states_aug == 0).all(-1)
+    return ((unit - unit_aug).square().sum(-1) / 2).masked_fill(zero, 1.0)
 
 
 def _hidden_size(model: nn.Module) -> int | None:

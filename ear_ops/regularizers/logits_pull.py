@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
-from ear_ops.arguments import is_finite_number
+from ear_ops.arguments import check_choice, check_temperature
 from ear_ops.capture.layout import Layout
 from ear_ops.capture.logits import Logits
 from ear_ops.capture.readings import split_reading
@@ -35,6 +36,8 @@ class LogitsPull(Regularizer):
             in both views (of ``[B, L, K]``). ``"padded_mean"`` counts padded tokens too, ``"equations"`` divides by B,
             and ``"sum"`` by nothing.
         name: key of the term in ``ear.components()``.
+
+    A class whose logit is -inf in both views adds nothing. Where only the target has a class, KL is +inf.
     """
 
     def __init__(
@@ -46,10 +49,8 @@ class LogitsPull(Regularizer):
         reduction: str = "mean",
         name: str = "logits_pull",
     ) -> None:
-        if not (is_finite_number(temperature) and temperature > 0):
-            raise ValueError(f"temperature: expected a positive, finite number, got {temperature!r}")
-        if divergence not in DIVERGENCES:
-            raise ValueError(f"divergence: expected one of {', '.join(map(repr, DIVERGENCES))}, got {divergence!r}")
+        check_temperature(temperature)
+        check_choice("divergence", divergence, DIVERGENCES)
         super().__init__(name, weight, reduction)
         self.temperature = temperature
         self.divergence = divergence
@@ -62,6 +63,11 @@ class LogitsPull(Regularizer):
         shape, shape_aug = list(reading.logits.shape), list(reading_aug.logits.shape)
         if shape != shape_aug:
             raise ValueError(f"{self.name}: expected logits of one shape in both views, got {shape} and {shape_aug}")
+        if shape[-1] < 2:
+            raise ValueError(
+                f"{self.name}: expected logits of at least 2 classes, got {shape}: the softmax of one number is always "
+                f"1; for the output of a regression, write a Regularizer that compares the numbers themselves"
+            )
         dtype = compute_dtype(torch.promote_types(reading.logits.dtype, reading_aug.logits.dtype))
         batch, classes = shape[0], shape[-1]
         scores, scores_aug = (  # [B, 1, L, K], as one head whose keys are the classes
@@ -72,8 +78,11 @@ class LogitsPull(Regularizer):
 
         def sums_of(rows: slice) -> Tensor:
             views = scores[:, :, rows], scores_aug[:, :, rows]
-            allowed = None if counted is None else counted[:, None, rows, None].expand(views[0].shape)
-            return divergence_of_scores(self.divergence, *views, allowed, allowed)
+            allowed = [view != -math.inf for view in views]  # a class without a probability, as a key without one
+            if counted is not None:
+                allowed = [classes & counted[:, None, rows, None] for classes in allowed]
+            finite = [view.masked_fill(view == -math.inf, 0.0) for view in views]
+            return divergence_of_scores(self.divergence, *finite, *allowed)
 
         length = scores.shape[2]
         sums = sum_over_blocks(sums_of, length, batch * classes)

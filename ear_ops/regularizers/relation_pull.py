@@ -44,6 +44,8 @@ class RelationPull(Regularizer):
         if not isinstance(layer, (int, str)):
             raise TypeError(f"layer: expected a number or a path, got {layer!r}; write a RelationPull for each layer")
         check_layers(layer)
+        if layer in ("all", "middle"):
+            raise ValueError(f"layer: expected a number or a path, got {layer!r}; write a RelationPull for each layer")
         if of not in ("query", "key", "value"):
             raise ValueError(f"of: expected 'query', 'key' or 'value', got {of!r}")
         if relation_heads is not None:

@@ -232,6 +232,19 @@ def test_the_trainer_trains_the_projection_of_a_regulariser(tmp_path: Path) -> N
     assert not torch.equal(pull.projection.weight, before)
 
 
+def test_the_trainer_takes_each_parameter_of_regularisers_once(tmp_path: Path) -> None:
+    """A projection that regularisers share, and one that is a frozen part of the model."""
+    student, shared = model(), torch.nn.Linear(16, 16)
+    student.pooling = torch.nn.Linear(16, 16).requires_grad_(False)
+    pulls = [ear_ops.HiddenPull(layer, projection=shared) for layer in (1, 2)]
+    pulls.append(ear_ops.HiddenPull(1, projection=student.pooling, name="pooling"))
+    options = {"teacher": model(seed=1), "data_collator": one_view, "regularizers": pulls}
+    groups = trainer(tmp_path, of=student, options=options).create_optimizer().param_groups
+    taken = [parameter for group in groups for parameter in group["params"]]
+    assert len(set(taken)) == len(taken) and set(shared.parameters()) < set(taken)
+    assert student.pooling.weight not in set(taken)
+
+
 @pytest.mark.parametrize(
     "placed",
     [

@@ -326,12 +326,29 @@ def test_a_key_that_only_the_target_has_makes_kl_infinite(kind: str, direction: 
         gradients = torch.autograd.grad(value.sum(), first)
         assert all(torch.isfinite(gradient).all() and gradient.any() for gradient in gradients)
         assert not gradients[-1].narrow(2 if kind == "qk" else 3, 2, 2)[:1].any()  # keys that it does not have
+    check_a_head_left_out(case)
     shared = replace(case, options={**case.options, "support": "shared"})
     both_fewer = replace(case, masks=masks_of(FEWER, FEWER))
     if kind == "qk":
         assert same_results(shared.run("reference"), both_fewer.run("reference"))
     else:
         assert torch.isfinite(shared.run("reference")[0]).all()
+
+
+def check_a_head_left_out(case: Case) -> None:
+    """A weight of 0 leaves out a head whose KL is infinite, with its gradients, in eager mode and compiled."""
+    for call in (LOSSES[case.op], torch.compile(LOSSES[case.op], fullgraph=True, backend="eager")):
+        inputs = [tensor.requires_grad_() for tensor in case.inputs()]
+        value = call(*inputs, **case.arguments(), head_weights=torch.zeros(inputs[0].shape[1]))
+        assert not value.any()
+        for gradient in torch.autograd.grad(value.sum(), inputs):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_infinite_kl_of_maps_may_come_from_underflow() -> None:
+    first, second = torch.tensor([1.0, 0.0]).reshape(1, 1, 1, 2), torch.full((1, 1, 1, 2), 0.5)
+    with pytest.raises(ValueError, match=r"KL is infinite; a probability of exactly 0 may also have underflowed"):
+        ear_ops.attention_kl(first, second)
 
 
 def test_a_key_that_a_bias_forbids_has_no_gradient() -> None:
@@ -442,6 +459,21 @@ def test_temperature_divides_the_final_scores(form: str) -> None:
     expected = loss_of(form)(finite[0], eye, finite[1], eye, scale=1.0, attn_bias=bias > -math.inf, **FORMS[form][1])
     options = {**case.arguments(), "temperature": 3.0}
     torch.testing.assert_close(loss_of(form)(query, key, query_aug, key_aug, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@every_divergence
+def test_temperature_leaves_a_finite_bias_finite(form: str, dtype: torch.dtype) -> None:
+    """A row of which every key has the smallest number keeps its keys: as with scores twice as large."""
+    views = [tensor.to(dtype) for tensor in case_of(form, 5).inputs()]
+    zeros = torch.zeros(5, 5, dtype=dtype)
+    bias = zeros.clone()
+    bias[1] = torch.finfo(dtype).min
+    options = {**FORMS[form][1], "attn_bias": bias, "attn_bias_aug": zeros}
+    value = loss_of(form)(*views, temperature=0.5, **options)
+    query, key, query_aug, key_aug = views
+    expected = loss_of(form)(2 * query, key, 2 * query_aug, key_aug, **options)
+    torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-4)
 
 
 @every_form
@@ -586,9 +618,14 @@ def test_a_backend_that_has_no_kernel_is_refused(form: str, device: str) -> None
         ({"direction": "backward"}, "direction: expected 'forward' or 'reverse', got 'backward'"),
         ({"support": "both"}, "support: expected 'all' or 'shared', got 'both'"),
         ({"temperature": 0.0}, "temperature: expected a positive, finite number, got 0.0"),
+        ({"temperature": "2"}, "temperature: expected a positive, finite number, got '2'"),
+        ({"temperature": None}, "temperature: expected a positive, finite number, got None"),
+        ({"temperature": True}, "temperature: expected a positive, finite number, got True"),
         ({"reduction": "average"}, "reduction: expected one of"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ear_ops.qk_attention_kl(*qk_case(3).inputs(), **options)
+    with pytest.raises(ValueError, match=message):
+        ear_ops.QKAttentionKLLoss(**options)

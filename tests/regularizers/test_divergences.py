@@ -132,7 +132,7 @@ def test_temperature(divergence: str) -> None:
 
 def test_views_of_different_lengths() -> None:
     """KL of them is infinite in one direction, and its error says what to do."""
-    with pytest.raises(ValueError, match=r"KL is infinite.*support='shared'"):
+    with pytest.raises(ValueError, match=r"^pull: .*KL is infinite; use divergence='js' or support='shared'$"):
         term(SHORTER, divergence="reverse_kl")
     shared = [term(SHORTER, divergence=name, support="shared") for name in WRITTEN_OUT]
     assert all(torch.isfinite(value) and value > 0 for value in (*shared, term(SHORTER, divergence="js")))
@@ -174,6 +174,7 @@ def test_maps_have_no_scores(options: dict[str, Any], words: str) -> None:
         ({"divergence": "l1"}, "divergence: expected one of 'mse', 'kl', 'reverse_kl', 'js', 'scores_mse', got 'l1'"),
         ({"divergence": "kl", "support": "union"}, "support: expected 'all' or 'shared', got 'union'"),
         ({"divergence": "kl", "temperature": 0}, "temperature: expected a positive, finite number, got 0"),
+        ({"divergence": ["kl"]}, r"divergence: expected one of 'mse', .*, got \['kl'\]"),
         ({"temperature": 2.0}, "temperature: divergence='mse' has none; use 'kl', 'reverse_kl' or 'js'"),
         ({"divergence": "scores_mse", "support": "shared"}, "support: divergence='scores_mse' has none"),
         ({"divergence": "scores_mse", "alignment": "word"}, "alignment: 'word' compares probabilities"),

@@ -128,6 +128,50 @@ def test_equal_hidden_states_and_padding(distance: str) -> None:
     assert torch.equal(torch.autograd.grad(loss, states)[0], torch.zeros(2, 3, 4))
 
 
+@pytest.mark.parametrize("distance", ["mse", "cosine"])
+def test_padding_gives_a_projection_no_gradient(distance: str) -> None:
+    from ear_ops.capture import HiddenStates
+
+    mask, projection, gradients = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool(), nn.Linear(4, 5), []
+    states, other = torch.randn(2, 3, 4), torch.randn(2, 3, 5)
+    for padding in (0.0, math.nan, math.inf):
+        first = states.masked_fill(~mask[..., None], padding).requires_grad_()
+        pull = HiddenPull(1, projection=projection, distance=distance)
+        loss = pull.term(HiddenStates(first, mask), HiddenStates(other.masked_fill(~mask[..., None], padding), mask))
+        gradients.append([loss, *torch.autograd.grad(loss, [first, *pull.parameters()])])
+    assert all(torch.equal(a, b) for rest in gradients[1:] for a, b in zip(rest, gradients[0], strict=True))
+    assert all(torch.isfinite(tensor).all() and tensor.any() for tensor in gradients[0])
+
+
+def test_the_cosine_of_a_vector_of_zeros_is_0() -> None:
+    from ear_ops.capture import HiddenStates
+
+    states, other = torch.randn(1, 3, 4), torch.randn(1, 3, 4).requires_grad_()
+    states[0, 1] = 0.0
+    states.requires_grad_()
+    loss = HiddenPull(1, distance="cosine").term(HiddenStates(states, None), HiddenStates(other, None))
+    torch.testing.assert_close(loss, (1 - F.cosine_similarity(states, other, dim=-1)).mean())
+    for gradient in torch.autograd.grad(loss, [states, other]):
+        assert not gradient[0, 1].any() and gradient[0, [0, 2]].all() and torch.isfinite(gradient).all()
+
+
+class Pair(nn.Module):
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        return states, states
+
+
+@pytest.mark.parametrize(
+    ("projection", "message"),
+    [
+        (nn.Linear(6, 8), r"hidden_pull.1: projection: expected a module that takes hidden states \[2, 7, 32\]"),
+        (Pair(), r"hidden_pull.1: projection: expected Pair to return a tensor \[2, 7, C of the teacher\], got tuple"),
+    ],
+)
+def test_a_projection_that_does_not_fit(projection: nn.Module, message: str) -> None:
+    with pytest.raises((RuntimeError, TypeError), match=message):
+        of_views(bert(), HiddenPull(1, projection=projection))
+
+
 class Plain(nn.Module):
     """Blocks without a configuration; returns logits by themselves."""
 
@@ -154,6 +198,21 @@ def test_a_projection_of_ones_own() -> None:
         assert list(ear.parameters()) == list(projection.parameters())
     expected = F.mse_loss(projection(student.blocks[0](vectors)), teacher.blocks[0](vectors))
     torch.testing.assert_close(loss, expected)
+
+
+def test_parameters_come_once_and_without_those_of_the_model() -> None:
+    """So that an optimiser takes them beside those of the model."""
+    student, teacher, shared = Plain(), Plain().eval(), nn.Linear(8, 8)
+    student.head = nn.Linear(8, 8)
+    pulls = [
+        HiddenPull(1, projection=shared),
+        HiddenPull(2, projection=shared),
+        HiddenPull(2, projection=student.head, name="head"),
+    ]
+    with attach(student, pulls, teacher=teacher) as ear:
+        assert list(ear.parameters()) == list(shared.parameters())
+        optimizer = torch.optim.SGD([*student.parameters(), *ear.parameters()], lr=0.1)
+    assert len(optimizer.param_groups[0]["params"]) == 8
 
 
 # --- logits ---------------------------------------------------------------------------------------------------------
@@ -245,6 +304,28 @@ def test_a_model_without_predictions() -> None:
             ear.loss()
 
 
+def test_one_class() -> None:
+    from ear_ops.capture.logits import Logits
+
+    with pytest.raises(ValueError, match=r"logits_pull: expected logits of at least 2 classes, got \[2, 1\]"):
+        LogitsPull().term(Logits(torch.zeros(4, 1), None), None)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "js"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_classes_that_neither_view_has_add_nothing(divergence: str, masked: bool) -> None:
+    from ear_ops.capture.logits import Logits
+
+    pull, mask = LogitsPull(divergence=divergence), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool() if masked else None
+    views = [torch.randn(2, 3, 5).requires_grad_() for _ in range(2)]
+    expected = pull.term(*(Logits(view, mask) for view in views))
+    longer = [torch.cat([torch.full((2, 3, 1), -math.inf), view], -1) for view in views]
+    loss = pull.term(*(Logits(view, mask) for view in longer))
+    torch.testing.assert_close(loss, expected)
+    for gradient, wanted in zip(torch.autograd.grad(loss, views), torch.autograd.grad(expected, views), strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
 def test_another_number_of_classes() -> None:
     student, teacher = Plain(8), nn.Sequential(Plain(8), nn.Linear(8, 5)).eval()
     with attach(student, [LogitsPull()], teacher=teacher) as ear:
@@ -329,9 +410,12 @@ def test_relation_heads_that_do_not_divide() -> None:
         (lambda: HiddenPull(1, projection="mlp"), ValueError, "projection: expected None, 'linear' or"),
         (lambda: HiddenPull(1, distance="l1"), ValueError, "distance: expected 'mse' or 'cosine', got 'l1'"),
         (lambda: LogitsPull(temperature=-1), ValueError, "temperature: expected a positive, finite number"),
+        (lambda: LogitsPull(temperature=None), ValueError, "temperature: expected a positive, finite number, got None"),
+        (lambda: LogitsPull(divergence=["kl"]), ValueError, "divergence: expected one of 'kl', 'reverse_kl', 'js'"),
         (lambda: LogitsPull(divergence="mse"), ValueError, "divergence: expected one of 'kl', 'reverse_kl', 'js'"),
         (lambda: RelationPull(1, of="output"), ValueError, "of: expected 'query', 'key' or 'value', got 'output'"),
         (lambda: RelationPull([1, 2]), TypeError, "layer: expected a number or a path"),
+        (lambda: RelationPull("all"), ValueError, "got 'all'; write a RelationPull for each layer"),
         (lambda: RelationPull(1, relation_heads=0), ValueError, "relation_heads: expected at least 1"),
     ],
 )
