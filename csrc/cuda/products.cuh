@@ -6,8 +6,8 @@
 
 namespace ear_ops::cuda {
 
-// How vectors of kD features lie in shared memory. The padding spreads those that are read together over all banks. That
-// of floats also holds a power of two (split_products.cuh).
+// How vectors of kD features lie in shared memory. The padding spreads those that are read together over all banks.
+// That of floats also holds a power of two (split_products.cuh).
 template <typename T, int kD>
 struct SharedVectors {
   static constexpr int kVectorBytes = kD * sizeof(T) + 16;
