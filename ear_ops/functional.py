@@ -379,7 +379,7 @@ def qk_word_attention(
     """
     check_reduction(reduction)
     check_choice("divergence", divergence, QK_WORD_ATTENTION)
-    check_choice("support", support, ("all", "shared"))
+    check_choice("support", support, ("all",) if divergence == "mse" else ("all", "shared"))
     if reduction == "padded_mean":
         raise ValueError("reduction: 'padded_mean' counts padded tokens, which words do not have; use 'mean'")
     tokens, _ = attention_problem(
@@ -426,7 +426,7 @@ def qk_word_attention(
         stacked=True,
         count_padded_queries=False,
     )
-    operators = QK_WORD_ATTENTION if support == "all" else QK_WORD_ATTENTION_ON_SHARED_WORDS
+    operators = QK_WORD_ATTENTION if support == "all" else QK_WORD_ATTENTION_ON_SHARED_WORDS  # which have no "mse"
     sums = operators[divergence].sums(problem, backend, problem.unsupported)
     if divergence == "mse":
         return reduce_attention(_weigh_heads(sums, head_weights), reduction, words, words, masks.counted_pairs)

@@ -48,6 +48,13 @@ struct LaneStats {
   A d[2][kLanes];                        // sum P (P - T), sum T (T - P)
 };
 
+// What kLanes queries of one view have seen of their keys, for sums over the keys of each word.
+template <typename A>
+struct WordRows {
+  A max[kLanes], sum[kLanes];  // the largest score, and the sum of exp(score - max)
+  A alive[kLanes];             // 1 once there was a key that the query may attend to, else 0
+};
+
 // Rows of attention maps of both views, the elements of each side by side.
 struct RowPairs {
   Kind kind;
@@ -81,6 +88,21 @@ struct Kernels {
   A (*finish_rows)(const A* alive, const RunningRows<A>& rows, LaneStats<A>* stats);
   // Raw scores become gradient * P ((P - T) - d), those of x^a gradient * T ((T - P) - d_a).
   void (*gradient_tile)(const LaneGroup<A>& group, const LaneStats<A>& stats, A gradient);
+
+  // Attention between words, a view at a time, which takes the first place in the group. Row word[j] of `sums`, laid out
+  // as the scores, is of the word of key j. Adds exp(score - max) of one more tile to them, under the largest score so
+  // far: all `words` rows of what was summed before go to it. The scores are lost.
+  void (*add_words)(const LaneGroup<A>& group, const int32_t* word, int64_t words, WordRows<A>* rows, A* sums);
+  // Raw scores become exp(score - max), which `sums` also gets added, unless it is null.
+  void (*word_exponentials)(const LaneGroup<A>& group, const int32_t* word, const A* max, A* sums);
+  // Exponentials e become e (gradients[word] - d), the gradients laid out as the sums.
+  void (*word_gradient)(const LaneGroup<A>& group, const int32_t* word, const A* gradients, const A* d);
+  // d [kLanes] = factor [kLanes] times the sums over `words` rows of gradients * sums, both with rows `ld` apart.
+  void (*word_dots)(const A* gradients, const A* sums, int64_t words, int64_t ld, const A* factor, A* d);
+  // Row to[i] of dst += factor[i] * row i of src, for `rows` rows of n elements, n padded.
+  void (*add_to_rows)(const A* src, int64_t rows, int64_t n, const int32_t* to, const A* factor, A* dst);
+  // Row i of dst = factor[i] * row from[i] of src, likewise.
+  void (*copy_from_rows)(const A* src, int64_t rows, int64_t n, const int32_t* from, const A* factor, A* dst);
 
   // The sum of (a - b)^2 over all elements.
   double (*squared_difference)(const RowPairs& pairs);

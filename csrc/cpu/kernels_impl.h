@@ -8,6 +8,7 @@
 #include "row_loops.h"
 #include "score_loops.h"
 #include "vec.h"
+#include "word_loops.h"
 
 namespace {
 
@@ -38,6 +39,12 @@ constexpr Kernels<A> table() {
       .add_tile = add_tile<A>,
       .finish_rows = finish_rows<A>,
       .gradient_tile = gradient_tile<A>,
+      .add_words = add_words<A>,
+      .word_exponentials = word_exponentials<A>,
+      .word_gradient = word_gradient<A>,
+      .word_dots = word_dots<A>,
+      .add_to_rows = add_to_rows<A>,
+      .copy_from_rows = copy_from_rows<A>,
       .squared_difference = squared_difference<A>,
       .difference_gradient = difference_gradient<A>,
       .add_rows = add_rows<A>,

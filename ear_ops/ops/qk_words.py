@@ -21,8 +21,8 @@ from ear_ops.ops.attention_mse import on_shared_keys, squared_difference_sums
 from ear_ops.ops.blocks import sum_over_blocks
 from ear_ops.ops.divergences import DIVERGENCES, divergence_of_maps
 from ear_ops.ops.masks import split_views
-from ear_ops.ops.operator import ReferenceOperator
-from ear_ops.ops.probabilities import attention_probabilities
+from ear_ops.ops.operator import Operator, ReferenceOperator
+from ear_ops.ops.probabilities import attention_probabilities, compute_dtype
 
 
 class WordsProblem(NamedTuple):
@@ -157,23 +157,39 @@ def reference(compare: Callable[[Tensor, Tensor], Tensor], problem: WordsProblem
     return sum_over_blocks(sums_of, problem.words, problem.pairs * problem.query.shape[1] * problem.words)
 
 
-_COMPARISONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mse": squared_difference_sums,
-    **{name: functools.partial(divergence_of_maps, name) for name in DIVERGENCES},
-}
+def _on_shared_words(name: str, attn: Tensor, attn_aug: Tensor) -> Tensor:
+    return divergence_of_maps(name, *on_shared_keys(attn, attn_aug))
 
 
-def _over_shared_words(compare: Callable[[Tensor, Tensor], Tensor], attn: Tensor, attn_aug: Tensor) -> Tensor:
-    return compare(*on_shared_keys(attn, attn_aug))
+ROW_STATS = 4  # of a query: maximum and 1 / sum of exponentials, each of both views
+
+
+def _fake(problem: WordsProblem) -> tuple[Tensor, Tensor]:
+    pairs, (_, heads, length, _) = problem.pairs, problem.query.shape
+    dtype = compute_dtype(problem.query.dtype)
+    sums = problem.query.new_empty((pairs, heads), dtype=dtype)
+    return sums, problem.query.new_empty((ROW_STATS, pairs, heads, length), dtype=dtype)
 
 
 QK_WORD_ATTENTION: dict[str, ReferenceOperator] = {
-    name: ReferenceOperator(f"qk_word_attention_{name}", functools.partial(reference, compare))
-    for name, compare in _COMPARISONS.items()
+    "mse": Operator(
+        "qk_word_attention_mse",
+        WordsProblem,
+        reference=functools.partial(reference, squared_difference_sums),
+        fake=_fake,
+        saved=("row_stats",),
+        differentiable=4,
+    ),
+    **{
+        name: ReferenceOperator(
+            f"qk_word_attention_{name}", functools.partial(reference, functools.partial(divergence_of_maps, name))
+        )
+        for name in DIVERGENCES
+    },
 }
-QK_WORD_ATTENTION_ON_SHARED_WORDS: dict[str, ReferenceOperator] = {
+QK_WORD_ATTENTION_ON_SHARED_WORDS = {
     name: ReferenceOperator(
-        f"qk_word_attention_{name}", functools.partial(reference, functools.partial(_over_shared_words, compare))
+        f"qk_word_attention_{name}", functools.partial(reference, functools.partial(_on_shared_words, name))
     )
-    for name, compare in _COMPARISONS.items()
+    for name in DIVERGENCES
 }

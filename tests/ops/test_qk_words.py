@@ -287,7 +287,7 @@ def test_mistakes() -> None:
         ({"word_ids": SPLIT[:2]}, r"word_ids: expected \[4, 11\] to go with 11 queries and 11 keys .* got \[2, 11\]"),
         ({"word_ids": SPLIT.int()}, "word_ids: expected int64, got torch.int32"),
         ({"divergence": "l1"}, "divergence: expected one of 'mse', 'kl', 'reverse_kl', 'js', got 'l1'"),
-        ({"support": "both"}, "support: expected 'all' or 'shared', got 'both'"),
+        ({"support": "both", "divergence": "js"}, "support: expected 'all' or 'shared', got 'both'"),
         ({"reduction": "padded_mean"}, "reduction: 'padded_mean' counts padded tokens"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
@@ -391,3 +391,114 @@ def test_error_rule(dtype: torch.dtype, closeness: float | None, backend: str, m
     check_value(value, eager[0], oracle[0])
     for name, actual, eager_gradient, expected in zip(("query", "key"), gradients, eager[1:], oracle[1:], strict=True):
         check_gradient(name, actual, eager_gradient, expected)
+
+
+# --- the operator and its kernel ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernel() -> None:
+    if "cpu" not in qk_words.QK_WORD_ATTENTION["mse"].kernels:
+        pytest.skip("no kernel compares words: the CPU extension was not built")
+
+
+def operator_arguments(stacked: bool, optional: bool) -> tuple[list[Any], list[Any]]:
+    """Forward and backward arguments, with and without everything that is optional."""
+    query, key = (view.float() for view in views(SPLIT, heads=4))
+    tensors = [query, key, None, None] if stacked else [query[:2], key[:2], query[2:], key[2:]]
+    bias = BIAS.float().repeat(1, 2, 1, 1).expand(2, 4, 11, 11)
+    biases = [bias, -bias] if optional else [None, None]
+    mask = MASK.bool() if optional else None
+    forward = [*tensors, mask, SPLIT, *biases, 0.5, optional, 4 if optional else 0, None, 8]
+    _, saved = torch.ops.ear_ops.qk_word_attention_mse(*forward)
+    return forward, [torch.randn(2, 4), *forward, saved, [True, True, False, not stacked]]
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["two tensors", "one tensor"])
+@pytest.mark.parametrize("optional", [False, True], ids=["plain", "all options"])
+def test_opcheck(stacked: bool, optional: bool, kernel: None) -> None:
+    forward, backward = operator_arguments(stacked, optional)
+    torch.library.opcheck(torch.ops.ear_ops.qk_word_attention_mse.default, tuple(forward))
+    torch.library.opcheck(torch.ops.ear_ops.qk_word_attention_mse_backward.default, tuple(backward))
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["two tensors", "one tensor"])
+def test_the_backward_returns_what_is_needed_and_nothing_else(stacked: bool, kernel: None) -> None:
+    _, backward = operator_arguments(stacked, True)
+    run = torch.ops.ear_ops.qk_word_attention_mse_backward
+    count = 2 if stacked else 4
+    every = run(*backward[:-1], [True] * count + [False] * (4 - count))
+    for number in range(2**count):
+        needs = [bool(number >> i & 1) for i in range(count)] + [False] * (4 - count)
+        gradients = run(*backward[:-1], needs)
+        expected = [gradient for gradient, needed in zip(every, needs, strict=False) if needed]
+        assert all(torch.equal(*both) for both in zip(gradients, expected, strict=True))
+
+
+def test_the_operator_refuses_what_would_touch_foreign_memory(kernel: None) -> None:
+    forward, _ = operator_arguments(True, True)
+    for place, wrong, message in (
+        (5, SPLIT[:2], r"word_ids: expected shape \[4, 11\], got \[2, 11\]"),
+        (5, SPLIT.int(), "word_ids: expected dtype Long, got Int"),
+        (5, SPLIT + 1, "word_ids: expected numbers of less than words, 8, got 8"),
+        (12, 0, "words: expected a positive number .* got 0"),
+        (1, forward[1][:, :, :10], "key"),
+    ):
+        arguments = [*forward[:place], wrong, *forward[place + 1 :]]
+        with pytest.raises((ValueError, TypeError), match=message):
+            torch.ops.ear_ops.qk_word_attention_mse(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, kernel: None) -> None:
+    ids = torch.tensor([ids_of([1, 2, 1, 1, 3] * 20, 160), ids_of([1, 1, 2, 1, 2] * 20, 160)]).repeat_interleave(3, 0)
+    inputs = [view.to(dtype) for view in views(ids, heads=4, key_heads=2, dim=32)]
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.append(results(loss_of, inputs, ids, attention_mask=(ids >= 0).long()))
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(torch.equal(*both) for both in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["two tensors", "one tensor"])
+def test_full_graph(stacked: bool, kernel: None) -> None:
+    torch.compiler.reset()
+    inputs = [view.float() for view in views(SPLIT)]
+
+    def call(query: Tensor, key: Tensor) -> Tensor:
+        tensors = (query, key) if stacked else (query[:2], key[:2], query[2:], key[2:])
+        return qk_word_attention(*tensors, word_ids=SPLIT, words=8, is_causal=True)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager_decomp_partition")
+    assert_equal(results(compiled, inputs), results(call, inputs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["mse", "js"])
+def test_the_reference_in_a_full_graph(divergence: str) -> None:
+    torch.compiler.reset()
+    inputs = [view.float() for view in views(SPLIT)]
+    options = {"divergence": divergence, "backend": "reference", "words": 8, "word_ids": SPLIT}
+    compiled = torch.compile(qk_word_attention, fullgraph=True, backend="aot_eager_decomp_partition")
+    found = results(compiled, inputs, **options)
+    assert_equal(found, results(qk_word_attention, inputs, **options), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["length first", "every second", "expanded"])
+def test_strides_change_no_bit(layout: str, kernel: None) -> None:
+    ids = SPLIT
+    inputs = [view.float() for view in views(ids, dim=16)]
+    if layout == "expanded":
+        inputs = [view[:, :1].expand(view.shape).contiguous() for view in inputs]
+    laid = {
+        "length first": [view.transpose(1, 2).contiguous().transpose(1, 2) for view in inputs],
+        "every second": [torch.stack([view, view * torch.nan], -1)[..., 0] for view in inputs],
+        "expanded": [view[:, :1].expand(view.shape) for view in inputs],
+    }[layout]
+    found = results(loss_of, laid, ids, attention_mask=MASK)
+    expected = results(loss_of, inputs, ids, attention_mask=MASK)
+    assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
