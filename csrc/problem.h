@@ -64,7 +64,8 @@ struct WordsProblem {
   // The same queries and keys without their words; refers to the tensors that this refers to.
   AttentionProblem tokens() const {
     static const OptionalTensor none;
-    return {query, key, query_aug, key_aug, key_mask, none, attn_bias, attn_bias_aug, scale, is_causal, window, softcap};
+    return {query,     key,           query_aug, key_aug,   key_mask, none,
+            attn_bias, attn_bias_aug, scale,     is_causal, window,   softcap};
   }
 };
 

@@ -3,10 +3,14 @@
 // library. Entries are filled by name, in the order of kernels.h; one that is left out would be null.
 #pragma once
 
+#include "compare/js.h"
+#include "compare/kl.h"
+#include "compare/maps.h"
+#include "compare/mse.h"
+#include "compare/scores.h"
 #include "kernels.h"
 #include "pack_loops.h"
 #include "row_loops.h"
-#include "score_loops.h"
 #include "vec.h"
 #include "word_loops.h"
 
@@ -35,16 +39,14 @@ constexpr Kernels<A> table() {
       .scatter_rows = scatter_rows<A>,
       .transpose = transpose<A>,
       .product = product<A>,
-      .start_rows = start_rows<A>,
-      .add_tile = add_tile<A>,
-      .finish_rows = finish_rows<A>,
-      .gradient_tile = gradient_tile<A>,
+      .compare = {score_loops<Mse<A>>(), score_loops<Kl<A>>(), score_loops<Js<A>>(), score_loops<Scores<A>>()},
       .add_words = add_words<A>,
       .word_exponentials = word_exponentials<A>,
       .word_gradient = word_gradient<A>,
       .word_dots = word_dots<A>,
       .add_to_rows = add_to_rows<A>,
       .copy_from_rows = copy_from_rows<A>,
+      .compare_maps = {map_loops<MapMse<A>>(), map_loops<MapKl<A>>(), map_loops<MapJs<A>>()},
       .squared_difference = squared_difference<A>,
       .difference_gradient = difference_gradient<A>,
       .add_rows = add_rows<A>,

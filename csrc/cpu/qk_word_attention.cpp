@@ -12,7 +12,8 @@
 //   memory     sums [B, H]; row_stats [4, B, H, L]
 //   scratch                                              dM [words, 64] over the queries; d = sum P dP
 //                                                          | with the exponentials, which are made again
-//   scratch                                              dS in place of the scores --> dQ^T of the block, dK of the head
+//   scratch                                              dS in place of the scores --> dQ^T of the block, dK of the
+//   head
 //
 // A strip is as many words as have at most 64 queries in each view. A word with more has a strip of its own, of several
 // blocks. One thread makes all of a key head, so that sums run in one order on any number of threads.
@@ -27,8 +28,6 @@
 namespace ear_ops::cpu {
 
 namespace {
-
-constexpr const char* kMse = "qk_word_attention_mse";
 
 template <typename P>
 struct WordForward : WordTask<P> {
@@ -75,17 +74,6 @@ void make_maps(WordForward<P>& task, int64_t b, int64_t head, int64_t begin, int
   }
 }
 
-template <typename P>
-RowPairs both_maps(const WordTask<P>& task, int64_t words) {
-  return {PlainProducts<typename P::Accumulator>::kOperand,
-          {task.maps[0], task.maps[1]},
-          {task.words.rows, task.words.rows},
-          words,
-          task.words.rows,
-          {},
-          nullptr};
-}
-
 // Calls body(head, begin, end) for the strips of all heads of a key head.
 template <typename P, typename Body>
 void for_strips(const WordTask<P>& task, const Share& share, const Body& body) {
@@ -98,7 +86,7 @@ void for_strips(const WordTask<P>& task, const Share& share, const Body& body) {
 }
 
 template <typename P>
-void forward(const WordInputs& p, Tensor& sums, Tensor& row_stats) {
+void make_sums(const WordInputs& p, Tensor& sums, Tensor& row_stats) {
   using A = typename P::Accumulator;
   const P products(selection());
   A *saved = row_stats.data_ptr<A>(), *sum = sums.data_ptr<A>();
@@ -107,7 +95,7 @@ void forward(const WordInputs& p, Tensor& sums, Tensor& row_stats) {
     std::vector<double> totals(p.group());
     for_strips(task, share, [&](int64_t head, int64_t begin, int64_t end) {
       make_maps(task, share.b, head, begin, end, saved);
-      totals[head % p.group()] += task.table.squared_difference(both_maps(task, end - begin));
+      totals[head % p.group()] += task.loops.value(task.maps[0], task.maps[1], end - begin, task.words.rows);
     });
     std::copy(totals.begin(), totals.end(), sum + share.b * p.heads + share.key_head * p.group());
   });
@@ -119,12 +107,11 @@ struct WordBackward : WordTask<P> {
   using Operand = typename P::Operand;
 
   A *grad_queries_t, *grad_queries, *grad_keys[2];
-  A *of_maps[2];   // [kBlock, rows], gradients of maps
-  A* of_sums;      // [rows, kScoresLd], gradients of sums over the keys of a word
-  A* d;            // [kBlock]
+  A* of_maps[2];  // [kBlock, rows], gradients of maps
+  A* of_sums;     // [rows, kScoresLd], gradients of sums over the keys of a word
+  A* d;           // [kBlock]
 
-  WordBackward(const WordInputs& inputs, const P& products, Arena& arena)
-      : WordTask<P>(inputs, products, arena, true) {
+  WordBackward(const WordInputs& inputs, const P& products, Arena& arena) : WordTask<P>(inputs, products, arena, true) {
     const int64_t rows = round_up(std::min(inputs.queries, kBlock), P::kPadding);
     const int64_t all = round_up(inputs.keys, P::kPadding), ld = this->ld, of_words = inputs.max_rows();
     grad_queries_t = arena.take<A>(rows * ld);
@@ -213,7 +200,7 @@ void backward_block(WordBackward<P>& task, int v, int64_t b, int64_t head, int64
 }
 
 template <typename P>
-void backward(const WordInputs& p, const Tensor& grad_sums, const Tensor& row_stats, const QKGradients& out) {
+void make_gradients_of(const WordInputs& p, const Tensor& grad_sums, const Tensor& row_stats, const QKGradients& out) {
   using A = typename P::Accumulator;
   const P products(selection());
   const A *upstream = grad_sums.data_ptr<A>(), *saved = row_stats.data_ptr<A>();
@@ -231,8 +218,8 @@ void backward(const WordInputs& p, const Tensor& grad_sums, const Tensor& row_st
         });
       }
       const bool wanted[2] = {out.query[0].data || out.key[0].data, out.query[1].data || out.key[1].data};
-      task.table.difference_gradient(both_maps(task, end - begin), 2 * upstream[b * p.heads + head],
-                                     wanted[0] ? task.of_maps[0] : nullptr, wanted[1] ? task.of_maps[1] : nullptr);
+      task.loops.gradients(task.maps[0], task.maps[1], end - begin, task.words.rows, upstream[b * p.heads + head],
+                           wanted[0] ? task.of_maps[0] : nullptr, wanted[1] ? task.of_maps[1] : nullptr);
       for (int v = 0; v < 2; ++v) {
         if (!wanted[v]) continue;
         if (task.in_one_block(v, begin, end)) {
@@ -259,37 +246,60 @@ void check_ids(const char* op, const WordInputs& inputs) {
                       ", got ", ids[i]);
 }
 
-std::tuple<Tensor, Tensor> qk_word_attention_mse(const WordsProblem& problem) {
-  const WordInputs inputs(problem, check(kMse, problem, kLimits));
-  check_ids(kMse, inputs);
-  const auto options = problem.query.options().dtype(accumulator_of(problem.query));
-  Tensor sums = at::zeros({inputs.pairs, inputs.heads}, options);
-  Tensor row_stats = at::zeros({kWordRowStats, inputs.pairs, inputs.heads, inputs.queries}, options);
-  with_products(inputs.kind, [&]<typename P>() { forward<P>(inputs, sums, row_stats); });
-  return {sums, row_stats};
-}
-
-std::vector<Tensor> qk_word_attention_mse_backward(const Tensor& grad_sums, const WordsProblem& problem,
-                                                   const Tensor& row_stats, const c10::List<bool>& needs) {
-  const WordInputs inputs(problem, check_backward(kMse, problem, kLimits, grad_sums, row_stats, needs));
-  check_ids(kMse, inputs);
-  Gradients gradients =
-      make_gradients({{problem.query, problem.query_aug}, {problem.key, problem.key_aug}}, needs, inputs.pairs,
-                     [](const Tensor& like) { return at::zeros(like.sizes(), like.options()); });
-  QKGradients out;
-  for (int v = 0; v < 2; ++v) {
-    out.query[v] = HeadsPointer(gradients.views[0][v]);
-    out.key[v] = HeadsPointer(gradients.views[1][v]);
+// One operator. kExchanged: the comparison takes the second view as its first one.
+template <Comparison kComparison, bool kExchanged = false>
+struct WordAttention {
+  static const char* name() {
+    switch (kComparison) {
+      case Comparison::kMse:
+        return "qk_word_attention_mse";
+      case Comparison::kKl:
+        return kExchanged ? "qk_word_attention_reverse_kl" : "qk_word_attention_kl";
+      default:
+        return "qk_word_attention_js";
+    }
   }
-  const Tensor upstream = grad_sums.to(accumulator_of(problem.query)).contiguous(), saved = row_stats.contiguous();
-  with_products(inputs.kind, [&]<typename P>() { backward<P>(inputs, upstream, saved, out); });
-  return gradients.returned;
-}
+
+  static std::tuple<Tensor, Tensor> forward(const WordsProblem& problem) {
+    const WordInputs inputs(problem, check(name(), problem, kLimits), kComparison, kExchanged);
+    check_ids(name(), inputs);
+    const auto options = problem.query.options().dtype(accumulator_of(problem.query));
+    Tensor sums = at::zeros({inputs.pairs, inputs.heads}, options);
+    Tensor row_stats = at::zeros({kWordRowStats, inputs.pairs, inputs.heads, inputs.queries}, options);
+    with_products(inputs.kind, [&]<typename P>() { make_sums<P>(inputs, sums, row_stats); });
+    return {sums, row_stats};
+  }
+
+  static std::vector<Tensor> backward(const Tensor& grad_sums, const WordsProblem& problem, const Tensor& row_stats,
+                                      const c10::List<bool>& needs) {
+    const AttentionSizes sizes = check_backward(name(), problem, kLimits, grad_sums, row_stats, needs);
+    const WordInputs inputs(problem, sizes, kComparison, kExchanged);
+    check_ids(name(), inputs);
+    Gradients gradients =
+        make_gradients({{problem.query, problem.query_aug}, {problem.key, problem.key_aug}}, needs, inputs.pairs,
+                       [](const Tensor& like) { return at::zeros(like.sizes(), like.options()); });
+    QKGradients out;
+    for (int v = 0; v < 2; ++v) {
+      out.query[v] = HeadsPointer(gradients.views[0][inputs.view_of_problem(v)]);
+      out.key[v] = HeadsPointer(gradients.views[1][inputs.view_of_problem(v)]);
+    }
+    const Tensor upstream = grad_sums.to(accumulator_of(problem.query)).contiguous(), saved = row_stats.contiguous();
+    with_products(inputs.kind, [&]<typename P>() { make_gradients_of<P>(inputs, upstream, saved, out); });
+    return gradients.returned;
+  }
+
+  static void add_to(torch::Library& library) {
+    register_operator<&forward, &backward>(library, name(), c10::DispatchKey::CPU);
+  }
+};
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ear_ops, m) {
-  register_operator<&qk_word_attention_mse, &qk_word_attention_mse_backward>(m, kMse, c10::DispatchKey::CPU);
+  WordAttention<Comparison::kMse>::add_to(m);
+  WordAttention<Comparison::kKl>::add_to(m);
+  WordAttention<Comparison::kKl, true>::add_to(m);
+  WordAttention<Comparison::kJs>::add_to(m);
 }
 
 }  // namespace ear_ops::cpu

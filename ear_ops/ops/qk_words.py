@@ -171,21 +171,20 @@ def _fake(problem: WordsProblem) -> tuple[Tensor, Tensor]:
     return sums, problem.query.new_empty((ROW_STATS, pairs, heads, length), dtype=dtype)
 
 
-QK_WORD_ATTENTION: dict[str, ReferenceOperator] = {
-    "mse": Operator(
-        "qk_word_attention_mse",
+def _operator(name: str, compare: Callable[[Tensor, Tensor], Tensor]) -> Operator:
+    return Operator(
+        f"qk_word_attention_{name}",
         WordsProblem,
-        reference=functools.partial(reference, squared_difference_sums),
+        reference=functools.partial(reference, compare),
         fake=_fake,
         saved=("row_stats",),
         differentiable=4,
-    ),
-    **{
-        name: ReferenceOperator(
-            f"qk_word_attention_{name}", functools.partial(reference, functools.partial(divergence_of_maps, name))
-        )
-        for name in DIVERGENCES
-    },
+    )
+
+
+QK_WORD_ATTENTION = {
+    "mse": _operator("mse", squared_difference_sums),
+    **{name: _operator(name, functools.partial(divergence_of_maps, name)) for name in DIVERGENCES},
 }
 QK_WORD_ATTENTION_ON_SHARED_WORDS = {
     name: ReferenceOperator(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,13 @@ import torch
 from support import plain
 from support.memory import peak_memory
 from support.rules import check_gradient, check_value
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from ear_ops.capture import AttentionInputs
+from ear_ops.data import PairCollator, PairViews, SynonymAugmenter, get_task, load_split, load_synonyms
+from ear_ops.data.mini import mini_data_dir
 from ear_ops.functional import qk_word_attention
 from ear_ops.ops import blocks, qk_words
 from ear_ops.regularizers.word_alignment import compare_words
@@ -39,6 +45,7 @@ SPLIT = torch.tensor(
     ]
 )
 SAME = torch.cat([SPLIT[:2], SPLIT[:2]])
+ALIKE = torch.cat([SPLIT[::2], SPLIT[:1].flip(1), SPLIT[:1]])  # both views have the same words, in other pieces
 
 
 def views(ids: Tensor, *, heads: int = 2, key_heads: int = 2, dim: int = 4, closeness: float | None = None) -> Any:
@@ -102,11 +109,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-def backend_of(backend: str, divergence: str) -> str:
-    """``backend`` where it has a kernel for this divergence, else the reference."""
-    return backend if backend in qk_words.QK_WORD_ATTENTION[divergence].kernels else "reference"
-
-
 MASK = (SPLIT >= 0).long()
 BIAS = torch.linspace(-1.0, 1.0, 2 * 11 * 11, dtype=torch.float64).view(1, 2, 11, 11)
 FEATURES: dict[str, dict[str, Any]] = {
@@ -153,11 +155,10 @@ def test_equal_to_plain_pytorch(features: str, key_heads: int, two_tensors: bool
 @every_divergence
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_every_divergence_equal_to_plain_pytorch(divergence: str, reduction: str, backend: str) -> None:
-    """KL needs the same words in both views: each pair has them here, in other pieces."""
-    ids = torch.cat([SPLIT[::2], SPLIT[:1].flip(1), SPLIT[:1]])
+    ids = ALIKE
     options = {"attention_mask": (ids >= 0).long(), "divergence": divergence, "reduction": reduction}
     expected = results(plain_loss, views(ids), ids, **options)
-    assert_equal(results(loss_of, views(ids), ids, **options, backend=backend_of(backend, divergence)), expected)
+    assert_equal(results(loss_of, views(ids), ids, **options, backend=backend), expected)
 
 
 @pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "js"])
@@ -203,6 +204,37 @@ def test_texts_longer_than_a_tile_of_keys(backend: str, monkeypatch: pytest.Monk
     assert_equal(results(loss_of, inputs, ids, **options, backend=backend), expected)
 
 
+def real_word_ids(examples: list[Any], synonyms: dict[str, list[str]], pieces: int) -> Tensor:
+    """Word ids ``[2B, L]`` of pairs and their augmentation, by a tokenizer trained on them."""
+    trained = Tokenizer(models.BPE(unk_token="[UNK]"))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    texts = [text for example in examples for text in example[:2]]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=pieces, special_tokens=special))
+    trained.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained, model_max_length=128, pad_token="[PAD]", unk_token="[UNK]", sep_token="[SEP]"
+    )
+    collate = PairCollator(tokenizer, max_length=128, word_ids=True)
+    pairs = PairViews(examples, SynonymAugmenter(synonyms), seed=1)
+    return collate([pairs[number] for number in range(len(examples))])["word_ids"]
+
+
+@pytest.mark.parametrize("source", ["mini", "XNLI"])
+def test_words_of_real_pairs(source: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", 100_000)
+    if source == "XNLI" and "XTREME_DATA" not in os.environ:
+        pytest.skip("XTREME_DATA names no folder with XNLI")
+    folder = mini_data_dir() if source == "mini" else Path(os.environ["XTREME_DATA"])
+    dictionary = "synonyms.json" if source == "mini" else "synonyms/counterfitted_neighbors.json"
+    examples = load_split(folder, get_task("xnli"), "train", "en")[:6]
+    ids = real_word_ids(examples, load_synonyms(folder / dictionary), 300)
+    assert any((first != second).any() for first, second in zip(*ids.chunk(2), strict=True))
+    options = {"attention_mask": (ids >= 0).long(), "reduction": "none"}
+    expected = results(plain_loss, views(ids), ids, **options)
+    assert_equal(results(loss_of, views(ids), ids, **options, backend=backend), expected)
+
+
 @pytest.mark.parametrize("case", ["one view is padding", "no shared word", "no words", "a real token without a word"])
 def test_empty_rows(case: str, backend: str) -> None:
     ids, mask = SPLIT.clone(), MASK.clone()
@@ -225,7 +257,7 @@ def test_empty_rows(case: str, backend: str) -> None:
 @every_divergence
 def test_equal_views_give_exactly_zero(divergence: str, backend: str) -> None:
     query, key = (torch.cat([view.chunk(2)[0]] * 2) for view in views(SAME))
-    found = results(loss_of, [query, key], SAME, divergence=divergence, backend=backend_of(backend, divergence))
+    found = results(loss_of, [query, key], SAME, divergence=divergence, backend=backend)
     assert not any(tensor.any() for tensor in found)
 
 
@@ -234,7 +266,7 @@ def test_gradients_by_differences(divergence: str, backend: str) -> None:
     ids = SPLIT[::2, :6]
     inputs = [view[:, :, :6].requires_grad_() for view in views(SPLIT[::2], heads=1, key_heads=1, dim=2)]
     options = {"attention_mask": (ids >= 0).long(), "divergence": divergence, "reduction": "none"}
-    options["backend"] = backend_of(backend, divergence)
+    options["backend"] = backend
     if "kl" in divergence:
         options["support"], options["backend"] = "shared", "reference"
     assert torch.autograd.gradcheck(lambda query, key: loss_of(query, key, ids, **options), inputs)
@@ -279,6 +311,38 @@ def test_head_weights(backend: str) -> None:
 def test_kl_of_words_that_only_the_target_has_is_infinite() -> None:
     with pytest.raises(ValueError, match=r"expected the views to have the same keys.*support='shared'"):
         loss_of(*views(SPLIT), SPLIT, attention_mask=MASK, divergence="kl")
+
+
+def test_where_kl_is_infinite_a_head_weight_of_zero_leaves_it_out(backend: str) -> None:
+    query, key = views(SPLIT)
+    query, key = (torch.cat([view, view], 1) for view in (query, key))
+    bias = torch.zeros(4, 4, 11, 11, dtype=torch.float64)
+    ids = ALIKE
+    bias[:2, 1].masked_fill_((ids[:2] == 2)[:, None], -torch.inf)  # head 1 of x does not see word 2
+    weights = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    options = {"attention_mask": (ids >= 0).long(), "attn_bias": bias, "divergence": "kl", "backend": backend}
+    found = results(loss_of, [query, key], ids, head_weights=weights, **options)
+    assert all(tensor.isfinite().all() for tensor in found) and not found[1][:, 1].any()
+    with pytest.raises(ValueError, match="where KL is infinite"):
+        loss_of(query, key, ids, **options)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "js"])
+@pytest.mark.parametrize("view", [0, 1])
+def test_a_query_that_sees_no_key_in_one_view(divergence: str, view: int, backend: str) -> None:
+    """Its word has a row of zeros there. Of KL it counts nothing if that is the target's, else it is infinite."""
+    ids = ALIKE
+    bias = torch.zeros(4, 2, 11, 11, dtype=torch.float64)
+    bias[2 * view, :, ids[2 * view] == 0] = -torch.inf
+    options = {"attention_mask": (ids >= 0).long(), "attn_bias": bias, "divergence": divergence}
+    if {("kl", 0), ("reverse_kl", 1)} & {(divergence, view)}:
+        with pytest.raises(ValueError, match="where KL is infinite"):
+            loss_of(*views(ids), ids, **options, backend=backend)
+        return
+    found = results(loss_of, views(ids), ids, **options, backend=backend)
+    expected = results(loss_of, views(ids), ids, **options, backend="reference")
+    assert all(tensor.isfinite().all() for tensor in found)
+    assert_equal(found, expected)
 
 
 def test_mistakes() -> None:
@@ -378,16 +442,21 @@ def test_a_teacher_of_another_structure_or_size() -> None:
 # --- precision ------------------------------------------------------------------------------------------------------
 
 
+@every_divergence
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("closeness", [None, 1e-2])
-def test_error_rule(dtype: torch.dtype, closeness: float | None, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_rule(
+    divergence: str, dtype: torch.dtype, closeness: float | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(blocks, "BLOCK_ENTRIES", 5000)
-    ids = torch.tensor([ids_of([1, 2, 1, 1, 3] * 8, 70), ids_of([1, 1, 2, 1, 2] * 8, 70)])
+    pieces = [1, 2, 1, 1, 3], [1, 1, 2, 1, 2] if closeness is None else [1, 2, 1, 1, 3]
+    ids = torch.tensor([ids_of(of_view * 8, 70) for of_view in pieces])
     mask = (ids >= 0).long()
     inputs = [view.to(dtype) for view in views(ids, dim=16, closeness=closeness)]
-    oracle = results(plain_loss, [view.double() for view in inputs], ids, attention_mask=mask)
-    eager = results(plain_loss, inputs, ids, attention_mask=mask)
-    value, *gradients = results(loss_of, inputs, ids, attention_mask=mask, backend=backend)
+    options = {"attention_mask": mask, "divergence": divergence}
+    oracle = results(loss_of, [view.double() for view in inputs], ids, **options, backend="reference")
+    eager = results(plain_loss, inputs, ids, **options)
+    value, *gradients = results(loss_of, inputs, ids, **options, backend=backend)
     check_value(value, eager[0], oracle[0])
     for name, actual, eager_gradient, expected in zip(("query", "key"), gradients, eager[1:], oracle[1:], strict=True):
         check_gradient(name, actual, eager_gradient, expected)
@@ -402,24 +471,28 @@ def kernel() -> None:
         pytest.skip("no kernel compares words: the CPU extension was not built")
 
 
-def operator_arguments(stacked: bool, optional: bool) -> tuple[list[Any], list[Any]]:
+def operator_arguments(stacked: bool, optional: bool, divergence: str = "mse") -> tuple[list[Any], list[Any]]:
     """Forward and backward arguments, with and without everything that is optional."""
-    query, key = (view.float() for view in views(SPLIT, heads=4))
+    query, key = (view.float() for view in views(ALIKE, heads=4))
     tensors = [query, key, None, None] if stacked else [query[:2], key[:2], query[2:], key[2:]]
     bias = BIAS.float().repeat(1, 2, 1, 1).expand(2, 4, 11, 11)
     biases = [bias, -bias] if optional else [None, None]
-    mask = MASK.bool() if optional else None
-    forward = [*tensors, mask, SPLIT, *biases, 0.5, optional, 4 if optional else 0, None, 8]
-    _, saved = torch.ops.ear_ops.qk_word_attention_mse(*forward)
+    mask = ALIKE >= 0 if optional else None
+    structure = optional and "kl" not in divergence  # with it the views would not see the same words
+    forward = [*tensors, mask, ALIKE, *biases, 0.5, structure, 4 if structure else 0, None, 8]
+    _, saved = getattr(torch.ops.ear_ops, f"qk_word_attention_{divergence}")(*forward)
     return forward, [torch.randn(2, 4), *forward, saved, [True, True, False, not stacked]]
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["two tensors", "one tensor"])
 @pytest.mark.parametrize("optional", [False, True], ids=["plain", "all options"])
-def test_opcheck(stacked: bool, optional: bool, kernel: None) -> None:
-    forward, backward = operator_arguments(stacked, optional)
-    torch.library.opcheck(torch.ops.ear_ops.qk_word_attention_mse.default, tuple(forward))
-    torch.library.opcheck(torch.ops.ear_ops.qk_word_attention_mse_backward.default, tuple(backward))
+@every_divergence
+def test_opcheck(divergence: str, stacked: bool, optional: bool, kernel: None) -> None:
+    forward, backward = operator_arguments(stacked, optional, divergence)
+    torch.library.opcheck(getattr(torch.ops.ear_ops, f"qk_word_attention_{divergence}").default, tuple(forward))
+    torch.library.opcheck(
+        getattr(torch.ops.ear_ops, f"qk_word_attention_{divergence}_backward").default, tuple(backward)
+    )
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["two tensors", "one tensor"])
@@ -438,9 +511,9 @@ def test_the_backward_returns_what_is_needed_and_nothing_else(stacked: bool, ker
 def test_the_operator_refuses_what_would_touch_foreign_memory(kernel: None) -> None:
     forward, _ = operator_arguments(True, True)
     for place, wrong, message in (
-        (5, SPLIT[:2], r"word_ids: expected shape \[4, 11\], got \[2, 11\]"),
-        (5, SPLIT.int(), "word_ids: expected dtype Long, got Int"),
-        (5, SPLIT + 1, "word_ids: expected numbers of less than words, 8, got 8"),
+        (5, ALIKE[:2], r"word_ids: expected shape \[4, 11\], got \[2, 11\]"),
+        (5, ALIKE.int(), "word_ids: expected dtype Long, got Int"),
+        (12, 5, "word_ids: expected numbers of less than words, 5, got 5"),
         (12, 0, "words: expected a positive number .* got 0"),
         (1, forward[1][:, :, :10], "key"),
     ):
@@ -449,8 +522,8 @@ def test_the_operator_refuses_what_would_touch_foreign_memory(kernel: None) -> N
             torch.ops.ear_ops.qk_word_attention_mse(*arguments)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, kernel: None) -> None:
+@pytest.mark.parametrize(("divergence", "dtype"), [("mse", torch.float32), ("js", torch.bfloat16)])
+def test_the_number_of_threads_changes_no_bit(divergence: str, dtype: torch.dtype, kernel: None) -> None:
     ids = torch.tensor([ids_of([1, 2, 1, 1, 3] * 20, 160), ids_of([1, 1, 2, 1, 2] * 20, 160)]).repeat_interleave(3, 0)
     inputs = [view.to(dtype) for view in views(ids, heads=4, key_heads=2, dim=32)]
     before = torch.get_num_threads()
@@ -458,7 +531,7 @@ def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, kernel: None) 
         found = []
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            found.append(results(loss_of, inputs, ids, attention_mask=(ids >= 0).long()))
+            found.append(results(loss_of, inputs, ids, attention_mask=(ids >= 0).long(), divergence=divergence))
     finally:
         torch.set_num_threads(before)
     for others in found[1:]:

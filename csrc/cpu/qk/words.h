@@ -12,65 +12,71 @@ struct WordInputs : QKInputs {
   Tensor word_ids;  // contiguous [2B, L]
   int64_t words;    // every word id is less
 
-  WordInputs(const WordsProblem& problem, const AttentionSizes& sizes)
-      : QKInputs(problem.tokens(), sizes), word_ids(problem.word_ids.contiguous()), words(problem.words) {}
+  WordInputs(const WordsProblem& problem, const AttentionSizes& sizes, Comparison comparison, bool exchanged)
+      : QKInputs(problem.tokens(), sizes, comparison, exchanged),
+        word_ids(problem.word_ids.contiguous()),
+        words(problem.words) {}
 
-  const int64_t* ids(int v, int64_t b) const { return word_ids.data_ptr<int64_t>() + (v * pairs + b) * queries; }
+  const int64_t* ids(int v, int64_t b) const {
+    return word_ids.data_ptr<int64_t>() + (view_of_problem(v) * pairs + b) * queries;
+  }
   // Rows of sums over the keys of a word: at most one for each token of both views, and one for keys without a word.
   int64_t max_rows() const { return round_up(std::min(words, 2 * queries) + 1, kLanes); }
 };
 
-// The words of one pair. Each word that either view has gets a number, in the order of the ids. A word of both views is
-// shared; shared words have numbers of their own. Between calls of select, the queries of view v that belong to the
-// k-th shared word are query[v][begin[v][k], begin[v][k + 1]).
+// The words of one pair. Every word that either view has is numbered, in the order of the ids; a word of both views is
+// shared. Between calls of select, the queries of view v that belong to the k-th shared word are
+// query[v][begin[v][k], begin[v][k + 1]).
 struct PairWords {
   int64_t n_shared = 0;
-  int64_t rows = 0;       // of sums: the number of words, and one more for keys without a word, padded to kLanes
-  int32_t* key_word[2];   // of each counted key, its word's number; that of the last row where it has none in the view
-  int32_t* query[2];      // positions in the tensors
+  int64_t no_word = 0;   // what stands for the number of a word where a key has none
+  int64_t rows = 0;      // of sums over the keys of a word: one for each number and for no_word, padded to kLanes
+  int32_t* key_word[2];  // of each counted key, the number of its word in the view
+  int32_t* query[2];     // positions in the tensors
   int32_t* begin[2];
-  int64_t no_word = 0;
 
   PairWords(const WordInputs& inputs, Arena& arena) : number_(arena.take<int32_t>(inputs.words)) {
     for (int v = 0; v < 2; ++v) {
       key_word[v] = arena.take<int32_t>(inputs.keys);
       query[v] = arena.take<int32_t>(inputs.queries);
-      begin[v] = arena.take<int32_t>(inputs.queries + 2);
+      begin[v] = arena.take<int32_t>(inputs.queries + 1);
       pieces_[v] = arena.take<int32_t>(inputs.words);
+      next_[v] = arena.take<int32_t>(inputs.words);
     }
   }
 
   void select(const WordInputs& inputs, const Counted& counted, int64_t b) {
-    const int64_t *ids[2] = {inputs.ids(0, b), inputs.ids(1, b)};
-    const uint8_t* real[2] = {mask_row(inputs.key_mask, b), mask_row(inputs.key_mask, inputs.pairs + b)};
+    const int64_t* ids[2] = {inputs.ids(0, b), inputs.ids(1, b)};
+    const uint8_t* real[2] = {inputs.key_mask_of(0, b), inputs.key_mask_of(1, b)};
     const auto has_word = [&](int v, int64_t i) { return ids[v][i] >= 0 && (!real[v] || real[v][i]); };
     for (int v = 0; v < 2; ++v) {
       std::fill_n(pieces_[v], inputs.words, 0);
       for (int64_t i = 0; i < inputs.queries; ++i)
         if (has_word(v, i)) ++pieces_[v][ids[v][i]];
     }
-    int32_t next = 0;
+    int32_t words = 0;
     n_shared = 0;
     begin[0][0] = begin[1][0] = 0;
     for (int64_t w = 0; w < inputs.words; ++w) {
-      number_[w] = next;
-      if (pieces_[0][w] || pieces_[1][w]) ++next;
-      const bool shared = pieces_[0][w] && pieces_[1][w];
-      for (int v = 0; shared && v < 2; ++v) {
+      number_[w] = words;
+      words += pieces_[0][w] || pieces_[1][w];
+      next_[0][w] = next_[1][w] = kNotShared;
+      if (!pieces_[0][w] || !pieces_[1][w]) continue;
+      for (int v = 0; v < 2; ++v) {
+        next_[v][w] = begin[v][n_shared];
         begin[v][n_shared + 1] = begin[v][n_shared] + pieces_[v][w];
-        pieces_[v][w] = begin[v][n_shared];  // from now on: where the word's next query goes
       }
-      if (!shared) pieces_[0][w] = pieces_[1][w] = -1;
-      n_shared += shared;
+      ++n_shared;
     }
-    no_word = next;
-    rows = round_up(next + 1, kLanes);
+    no_word = words;
+    rows = round_up(words + 1, kLanes);
     for (int v = 0; v < 2; ++v) {
       for (int64_t i = 0; i < inputs.queries; ++i)
-        if (has_word(v, i) && pieces_[v][ids[v][i]] >= 0) query[v][pieces_[v][ids[v][i]]++] = static_cast<int32_t>(i);
+        if (has_word(v, i) && next_[v][ids[v][i]] != kNotShared)
+          query[v][next_[v][ids[v][i]]++] = static_cast<int32_t>(i);
       for (int64_t j = 0; j < counted.n_keys; ++j) {
         const int64_t position = counted.key[j];
-        key_word[v][j] = has_word(v, position) ? number_[ids[v][position]] : next;
+        key_word[v][j] = has_word(v, position) ? number_[ids[v][position]] : words;
       }
     }
   }
@@ -87,8 +93,10 @@ struct PairWords {
   }
 
  private:
+  static constexpr int32_t kNotShared = -1;
   int32_t* number_;     // [words]
   int32_t* pieces_[2];  // [words]
+  int32_t* next_[2];    // [words], where in `query` the word's next one goes
 };
 
 // The working memory of one thread. select(b) comes first, then pack_keys, then blocks of queries: those of view v are
@@ -102,7 +110,8 @@ class WordTask {
   const WordInputs& inputs;
   const P& products;
   const Kernels<A>& table;
-  const int64_t ld;  // of packed rows
+  const MapLoops<A>& loops;  // of the comparison
+  const int64_t ld;          // of packed rows
   Counted counted;
   PairWords words;
   PackedKeys<P> keys;
@@ -115,8 +124,8 @@ class WordTask {
     int64_t first_key[kBlock], last_key[kBlock];  // by position alone, a query may attend to the keys between
     Operand *rows, *columns, *paired;
     A *scores, *bias, *sums;
-    A *max, *inverse;          // [kBlock] of the softmax
-    const Operand* as_rows;    // right operand of a product, rows `ld` apart
+    A *max, *inverse;        // [kBlock] of the softmax
+    const Operand* as_rows;  // right operand of a product, rows `ld` apart
   };
   Block blocks[2];
   WordRows<A>* stats;  // [kBlock / kLanes]
@@ -127,6 +136,7 @@ class WordTask {
       : inputs(in),
         products(p),
         table(kernels<A>(*selection().isa)),
+        loops(table.compare_maps[static_cast<int>(in.comparison)]),
         ld(round_up(in.dim, P::kWidth)),
         counted(in, arena),
         words(in, arena),
@@ -244,8 +254,8 @@ class WordTask {
     table.add_to_rows(token_rows, block.n, words.rows, word_, factor_, maps[v]);
   }
 
-  // Spreads gradients of the rows of maps[v] over the queries of its block, times `scale` and the softmax' inverse: from
-  // of_maps [words of the strip, rows] to of_sums [rows, kScoresLd].
+  // Spreads gradients of the rows of maps[v] over the queries of its block, times `scale` and the softmax' inverse:
+  // from of_maps [words of the strip, rows] to of_sums [rows, kScoresLd].
   void spread(int v, int64_t begin, const A* of_maps, double scale, A* of_sums) {
     Block& block = blocks[v];
     find_words(v, begin, scale);
