@@ -34,6 +34,7 @@ if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
 from sass import counts, issue  # noqa: E402
+from sass.counts import Case  # noqa: E402
 from sass.listing import Kernel, parse  # noqa: E402
 
 OTHERS = ("attention_mse.cu", "pooled_distance.cu")
@@ -87,8 +88,18 @@ class Built:
         """The element type and the features of a file in instances/, or what is counted of those for Hopper."""
         if self.source.name == HOPPER:
             return "bfloat16", 64
-        name = re.fullmatch(r"qk_(\w+)_(\d+)", self.source.stem)
+        name = re.fullmatch(r"qk_(?:divergences_)?(\w+)_(\d+)", self.source.stem)
         return (name[1], int(name[2])) if name else None
+
+    @property
+    def cases(self) -> list[tuple[str, str, Case]]:
+        """What is counted: the comparison, a name of the call, and the call."""
+        if self.source.name == HOPPER:
+            return [(counts.MSE, case.name, case) for case in counts.HOPPER_CASES]
+        if not self.source.name.startswith("qk_divergences_"):
+            return [(counts.MSE, case.name, case) for case in counts.CASES]
+        pairs = [(comparison, case) for comparison in counts.DIVERGENCES for case in counts.DIVERGENCE_CASES]
+        return [(comparison, f"{comparison} {case.name}", case) for comparison, case in pairs]
 
 
 @contextlib.contextmanager
@@ -148,14 +159,17 @@ def counted(file: Built) -> tuple[dict[str, Any], list[str]]:
     element, features = file.instance
     device, started = issue.DEVICES[file.architecture], set()
     hopper = file.source.name == HOPPER
-    launcher = counts.build_launcher(element, features, file.objects, file.objects.parent, hopper)
-    for case in counts.HOPPER_CASES if hopper else counts.CASES:
-        launches = counts.launches_of(launcher, case, features, device)
+    launchers: dict[str, Path] = {}
+    for comparison, name, case in file.cases:
+        if comparison not in launchers:
+            folder = file.objects.parent
+            launchers[comparison] = counts.build_launcher(element, features, file.objects, folder, hopper, comparison)
+        launches = counts.launches_of(launchers[comparison], case, features, device)
         started |= {launch.kernel for launch in launches}
         result = counts.count(case, launches, file.kernels, file.registers, file.architecture)
         row = result.row(device)
         row["kernels"] = [demangled(name) for name in row["kernels"]]
-        rows[f"{file.source.name}, sm_{file.architecture}, {case.name}"] = row
+        rows[f"{file.source.name}, sm_{file.architecture}, {name}"] = row
     of_products = {
         name
         for name, kernel in file.kernels.items()

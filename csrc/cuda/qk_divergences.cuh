@@ -1,0 +1,266 @@
+// Divergences of two rows of probabilities, P of the first view and T of the second: Kullback-Leibler and
+// Jensen-Shannon. Where the views are nearly equal, x = log T - log P is small. A divergence is then of the order x^2,
+// so that every entry is made from x, or from (T - P) / (T + P), by a form in which no digits cancel.
+#pragma once
+
+#include "qk_scores.cuh"
+
+namespace ear_ops::cuda {
+
+constexpr float kLogOf2 = 0.6931471805599453f;
+
+// log(a / b) of two positive numbers. It keeps its digits where they are nearly equal.
+EAR_OPS_DEVICE float log_of_ratio(float a, float b) {
+  const float inverse = 1 / b, change = (a - b) * inverse;
+  if (!(fabsf(change) < 0.25f)) return kLogOf2 * log2_fast(a * inverse);
+  const float z = change / (2 + change), w = z * z;  // log(1 + change) = 2 atanh(z)
+  return 2 * z * (1 + w * (1 / 3.0f + w * (1 / 5.0f + w * (1 / 7.0f))));
+}
+
+// exp(-x) - 1 + x, for |x| < 1/2.
+EAR_OPS_DEVICE float excess(float x) {
+  const float fourth = 1 / 24.0f + x * (-1 / 120.0f + x * (1 / 720.0f + x * (-1 / 5040.0f + x * (1 / 40320.0f))));
+  return x * x * (0.5f + x * (-1 / 6.0f + x * fourth));
+}
+
+// KL(T || P) = sum T f(x) with f(x) = exp(-x) - 1 + x, which is P - T + T x. dS = g (P - T), and g T (x - KL) of the
+// second view. A key that only the second view has makes it infinite. A row without a key in the second view gives 0.
+struct Kl {
+  static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kKl));
+  static constexpr bool kSweepsTwice = false, kMayBeInfinite = true, kSharesSlopes = false;
+  static constexpr float kFactor = 1;
+  static EAR_OPS_CONSTANT float range(int v) { return v == 0 ? 16384 : 256; }  // |P - T| is at most 1
+
+  // What a lane sums of its two rows, over the keys that it has seen. With P^ = exp(s - max) of the first view, T^ of
+  // the second, r = sum T^ / sum P^ and x the logarithm of T^ / (r P^), it keeps sum P^, sum T^, A = sum T^ f(x) and
+  // B = sum T^ x. Under the maxima and the ratio r' of more keys, P^ is p P^, T^ is t T^ and x is x - e:
+  //
+  //   A' = p r'/r A - (q + t e) B + q sum T^ with q = t f(-e)
+  //   B' = t (B - e sum T^)
+  //
+  // Nearly equal views have small x, e and q, so all of A' keeps its digits. What is infinite shows in B.
+  struct Rows {
+    float maximum[2][2], sum[2][2];  // of each view and half
+    float ratio[2], logarithm[2];    // r and its logarithm; 1 and 0 where one view has no key yet
+    float entries[2], weighted[2];   // A and B
+    uint32_t alive;
+
+    EAR_OPS_DEVICE Rows() : alive(0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        maximum[0][half] = maximum[1][half] = -infinity();
+        ratio[half] = 1;
+        sum[0][half] = sum[1][half] = logarithm[half] = entries[half] = weighted[half] = 0;
+      }
+    }
+
+    // Brings A and B of a half under other maxima and under the ratio of other sums. `factor` is p and t, and `risen`
+    // by how much the maximum of the second view has risen more than that of the first. sum T^ is still that of before.
+    EAR_OPS_DEVICE void rebase(int half, const float (&factor)[2], float risen, const float (&sums)[2]) {
+      const bool both = sums[0] != 0 && sums[1] != 0;
+      const float before = ratio[half], log_before = logarithm[half], target = sum[1][half];
+      ratio[half] = both ? sums[1] / sums[0] : 1.0f;
+      logarithm[half] = both ? log_of_ratio(sums[1], sums[0]) : 0.0f;
+      const float change = kLogOf2 * risen + (logarithm[half] - log_before);  // e
+      const float changed = factor[1] == 0 ? 0.0f : factor[1] * change;       // never 0 times infinity
+      const float of_first = factor[0] * (ratio[half] / before);
+      const float q = fabsf(change) < 0.5f ? factor[1] * excess(-change) : of_first - factor[1] - changed;
+      entries[half] = of_first * entries[half] - (q + changed) * weighted[half] + q * target;
+      weighted[half] = factor[1] * weighted[half] - changed * target;
+    }
+
+    // Adds the scores of a tile. They become exponentials.
+    template <int kN>
+    EAR_OPS_DEVICE void add(float (&scores)[2][kN / 8][4]) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float factor[2], shift[2], risen[2], sums[2];
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+          const float before = maximum[v][half];
+#pragma unroll
+          for (int n = 0; n < kN / 8; ++n)
+            maximum[v][half] = fmaxf(maximum[v][half], fmaxf(scores[v][n][2 * half], scores[v][n][2 * half + 1]));
+          shift[v] = shift_of(maximum[v][half]);
+          risen[v] = shift[v] - shift_of(before);
+          factor[v] = exponential(before, shift[v]);
+          sums[v] = sum[v][half] * factor[v];
+        }
+        float x[kN / 8][2];  // in units of log 2, before log r is subtracted
+#pragma unroll
+        for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+          for (int odd = 0; odd < 2; ++odd) {
+            float (&first)[4] = scores[0][n];
+            float (&second)[4] = scores[1][n];
+            const int e = 2 * half + odd;
+            const float logs[2] = {first[e] - shift[0], second[e] - shift[1]};
+            // A key that the second view does not have must not make 0 times infinity, nor NaN one that neither has.
+            x[n][odd] = fmaxf(logs[1] - logs[0], -1e30f);
+            first[e] = exp2_fast(logs[0]), second[e] = exp2_fast(logs[1]);
+            sums[0] += first[e], sums[1] += second[e];
+          }
+        rebase(half, factor, risen[1] - risen[0], sums);
+        sum[0][half] = sums[0], sum[1][half] = sums[1];
+#pragma unroll
+        for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+          for (int odd = 0; odd < 2; ++odd) {
+            const float p = scores[0][n][2 * half + odd], t = scores[1][n][2 * half + odd];
+            const float log = kLogOf2 * x[n][odd] - logarithm[half], product = t * log;
+            const float far = ratio[half] * p - t + product, near = t * excess(log);
+            entries[half] += fmaxf(fabsf(log) < 0.5f ? near : far, 0.0f);
+            weighted[half] += product;
+          }
+      }
+    }
+
+    // Puts the parts of the four lanes of a row together. Gives the row's statistics and returns the divergence.
+    EAR_OPS_DEVICE float finish(int half, float (&stats)[cuda::kRowStats]) {
+      float factor[2], risen[2], totals[2];
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        stats[v] = shift_of(quad_max(maximum[v][half]));
+        risen[v] = stats[v] - shift_of(maximum[v][half]);
+        factor[v] = exponential(maximum[v][half], stats[v]);
+        totals[v] = quad_sum(sum[v][half] * factor[v]);
+        stats[2 + v] = inverse_of_row(totals[v], alive >> (half + 2 * v) & 1);
+      }
+      rebase(half, factor, risen[1] - risen[0], totals);
+      const float total = quad_sum(entries[half]), of_logs = quad_sum(weighted[half]);
+      stats[4] = logarithm[half];
+      stats[5] = fabsf(of_logs) < infinity() ? fmaxf(total, 0.0f) * stats[3] : infinity();
+      stats[5] += 0 * (stats[2] + stats[3]);  // NaN where a row is
+      if (stats[3] == 0)
+#pragma unroll
+        for (int k = 0; k < kRowStats; ++k) stats[k] = 0;
+      return stats[5];
+    }
+  };
+
+  // Of scores and statistics (maximum, 1 / sum of exponentials, log r and KL).
+  template <bool kOfSecond>
+  static EAR_OPS_DEVICE void slopes(const float (&score)[2], const float (&stats)[3][2], float (&slope)[2]) {
+    const float logs[2] = {score[0] - stats[0][0], score[1] - stats[0][1]};
+    const float p = product(exp2_fast(logs[0]), stats[1][0]), t = product(exp2_fast(logs[1]), stats[1][1]);
+    slope[0] = p - t;
+    if (kOfSecond) slope[1] = t == 0 ? 0.0f : t * (kLogOf2 * (logs[1] - logs[0]) - stats[2][0] - stats[2][1]);
+  }
+};
+
+// JS = (KL(P || M) + KL(T || M)) / 2 with M = (P + T) / 2. With z = (T - P) / (T + P) its entries are
+// (P log(1 - z) + T log(1 + z)) / 2 = f of P + f of T. dS = g (f - P sum f), and likewise of the second view. A row
+// that is empty in one view gives log(2) / 2 and no gradient.
+struct Js {
+  static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kJs));
+  static constexpr bool kSweepsTwice = true;  // z needs the sums of whole rows
+  static constexpr bool kMayBeInfinite = false, kSharesSlopes = false;
+  static constexpr float kFactor = 1;
+  static EAR_OPS_CONSTANT float range(int) { return 16384; }  // f is at most 1
+
+  struct Entry {
+    float value, f[2];
+  };
+  template <bool kOfSecond>
+  static EAR_OPS_DEVICE Entry entry(float p, float t) {
+    constexpr float kTiny = 1e-37f;  // is added, so that nothing is infinite where both are 0, and NaN stays
+    const float total = p + t, inverse = reciprocal_fast(total + kTiny), z = (t - p) * inverse, w = z * z;
+    // For small z: log(1 + z) = z odd - w even, log(1 - z) = -z odd - w even.
+    const float odd = 1 + w * (1 / 3.0f + w * (1 / 5.0f + w * (1 / 7.0f + w * (1 / 9.0f + w * (1 / 11.0f)))));
+    const float even = 0.5f + w * (1 / 4.0f + w * (1 / 6.0f + w * (1 / 8.0f + w * (1 / 10.0f + w * (1 / 12.0f)))));
+    const bool near = w < 0.0625f;
+    const auto log_of = [&](float number, float sign) {  // of 1 + sign z = 2 number / (P + T)
+      return near ? sign * z * odd - w * even : kLogOf2 * log2_fast(2 * number * inverse + kTiny);
+    };
+    Entry made;
+    made.f[0] = 0.5f * p * log_of(p, -1);
+    made.f[1] = kOfSecond ? 0.5f * t * log_of(t, 1) : 0.0f;
+    made.value = near ? 0.5f * total * w * (odd - even) : made.f[0] + made.f[1];
+    return made;
+  }
+
+  // What a lane knows of its two rows: the maxima and sums of exponentials of whole rows, which the first sweep over
+  // the keys makes, and its part of the sums of the second sweep.
+  struct Rows {
+    float maximum[2][2], sum[2][2];  // of each view and half
+    float values[2], f[2][2];
+    uint32_t alive;
+
+    EAR_OPS_DEVICE Rows() : alive(0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        values[half] = 0;
+#pragma unroll
+        for (int v = 0; v < 2; ++v) maximum[v][half] = -infinity(), sum[v][half] = f[v][half] = 0;
+      }
+    }
+
+    // Of the first sweep: puts the scores of a tile into the maxima and sums of the rows.
+    template <int kN>
+    EAR_OPS_DEVICE void measure(const float (&scores)[2][kN / 8][4]) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+          float largest = scores[v][0][2 * half], total = 0;
+#pragma unroll
+          for (int n = 0; n < kN / 8; ++n)
+            largest = fmaxf(largest, fmaxf(scores[v][n][2 * half], scores[v][n][2 * half + 1]));
+          const float before = maximum[v][half];
+          maximum[v][half] = fmaxf(before, quad_max(largest));
+          const float shift = shift_of(maximum[v][half]);
+#pragma unroll
+          for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+            for (int e = 2 * half; e < 2 * half + 2; ++e) total += exponential(scores[v][n][e], shift);
+          sum[v][half] = sum[v][half] * exponential(before, shift) + quad_sum(total);
+        }
+    }
+
+    // Of the second sweep: adds the entries of a tile.
+    template <int kN>
+    EAR_OPS_DEVICE void add(const float (&scores)[2][kN / 8][4]) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float shift[2], inverse[2];
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+          shift[v] = shift_of(maximum[v][half]);
+          inverse[v] = inverse_of_row(sum[v][half], false);
+        }
+#pragma unroll
+        for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) {
+            const Entry made = entry<true>(product(exponential(scores[0][n][e], shift[0]), inverse[0]),
+                                           product(exponential(scores[1][n][e], shift[1]), inverse[1]));
+            values[half] += made.value, f[0][half] += made.f[0], f[1][half] += made.f[1];
+          }
+      }
+    }
+
+    EAR_OPS_DEVICE float finish(int half, float (&stats)[cuda::kRowStats]) {
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        stats[v] = shift_of(maximum[v][half]);
+        stats[2 + v] = inverse_of_row(sum[v][half], alive >> (half + 2 * v) & 1);
+        stats[4 + v] = quad_sum(f[v][half]);
+      }
+      const float total = quad_sum(values[half]) + 0 * (stats[2] + stats[3]);  // NaN where a row is
+      if (stats[2] == 0 || stats[3] == 0) stats[2] *= 0, stats[3] *= 0;        // no gradient, or NaN
+      return total;
+    }
+  };
+
+  // Of scores and statistics (maximum, 1 / sum of exponentials, sum f).
+  template <bool kOfSecond>
+  static EAR_OPS_DEVICE void slopes(const float (&score)[2], const float (&stats)[3][2], float (&slope)[2]) {
+    const float p = product(exponential(score[0], stats[0][0]), stats[1][0]);
+    const float t = product(exponential(score[1], stats[0][1]), stats[1][1]);
+    const Entry made = entry<kOfSecond>(p, t);
+    slope[0] = made.f[0] - p * stats[2][0];
+    if (kOfSecond) slope[1] = made.f[1] - t * stats[2][1];
+  }
+};
+
+}  // namespace ear_ops::cuda
