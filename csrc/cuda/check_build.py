@@ -1,6 +1,7 @@
 """What nvcc made of the kernels: registers, spills, the instructions that speed depends on and how many of them run.
 
-    python csrc/cuda/check_build.py            the core set: head dimension 64 in bfloat16 and float32; the others
+    python csrc/cuda/check_build.py            the core set: head dimension 64 in bfloat16 and float32 (divergences:
+                                               bfloat16); the others
     python csrc/cuda/check_build.py --all      every instance
     python csrc/cuda/check_build.py FILE ...   these
     python csrc/cuda/check_build.py --record   and write down what was counted, in counts.json
@@ -39,7 +40,8 @@ from sass.listing import Kernel, parse  # noqa: E402
 
 OTHERS = ("attention_mse.cu", "pooled_distance.cu")
 HOPPER = "qk_hopper.cu"  # for sm_90a alone
-CORE = ("instances/qk_bfloat16_64.cu", "instances/qk_float_64.cu", HOPPER, *OTHERS)
+CORE = tuple(f"instances/qk_{name}.cu" for name in ("bfloat16_64", "float_64", "divergences_bfloat16_64"))
+CORE += (HOPPER, *OTHERS)
 ARCHITECTURES = ("80", "90")
 RECORD = HERE / "counts.json"
 INSTRUCTIONS = {
@@ -98,7 +100,8 @@ class Built:
             return [(counts.MSE, case.name, case) for case in counts.HOPPER_CASES]
         if not self.source.name.startswith("qk_divergences_"):
             return [(counts.MSE, case.name, case) for case in counts.CASES]
-        pairs = [(comparison, case) for comparison in counts.DIVERGENCES for case in counts.DIVERGENCE_CASES]
+        comparisons = re.findall(r"Comparison::(\w+)", self.source.read_text())
+        pairs = [(comparison, case) for comparison in comparisons for case in counts.DIVERGENCE_CASES]
         return [(comparison, f"{comparison} {case.name}", case) for comparison, case in pairs]
 
 

@@ -1,5 +1,7 @@
 // Picks the instance of the kernels of a comparison: the narrowest chunk that holds the head dimension, or the widest
 // one that the device's shared memory holds.
+#include <type_traits>
+
 #include "primitives.cuh"
 #include "qk_hopper.h"
 #include "qk_kernels.h"
@@ -23,7 +25,11 @@ auto with_kernels_of(const QKArgs& a, const Use& use) {
   if (a.dim <= 32) return with_widest<kComparison, T, 32>(a, limit, use);
   if (a.dim <= 64) return with_widest<kComparison, T, 64, 32>(a, limit, use);
   if (a.dim <= 96) return with_widest<kComparison, T, 96, 64, 32>(a, limit, use);
-  return with_widest<kComparison, T, 128, 64, 32>(a, limit, use);
+  // Registers do not hold the gradients of 128 features beside squared scores of floats.
+  if constexpr (kComparison == Comparison::kScores && std::is_same<T, float>::value)
+    return with_widest<kComparison, T, 64, 32>(a, limit, use);
+  else
+    return with_widest<kComparison, T, 128, 64, 32>(a, limit, use);
 }
 
 template <Comparison kComparison, typename Use>

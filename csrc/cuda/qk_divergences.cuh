@@ -7,8 +7,6 @@
 
 namespace ear_ops::cuda {
 
-constexpr float kLogOf2 = 0.6931471805599453f;
-
 // log(a / b) of two positive numbers. It keeps its digits where they are nearly equal.
 EAR_OPS_DEVICE float log_of_ratio(float a, float b) {
   const float inverse = 1 / b, change = (a - b) * inverse;

@@ -15,7 +15,7 @@
 
 namespace ear_ops::cuda {
 
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLog2E = 1.4426950408889634f, kLogOf2 = 0.6931471805599453f;
 
 EAR_OPS_DEVICE int warp_index() { return thread_index() / kWarp; }
 EAR_OPS_DEVICE int owned_of_lane(int half) { return warp_index() * 16 + thread_index() % kWarp / 4 + 8 * half; }

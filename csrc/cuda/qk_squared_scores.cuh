@@ -8,12 +8,12 @@ namespace ear_ops::cuda {
 struct SquaredScores {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kScores));  // none
   static constexpr bool kSweepsTwice = false, kMayBeInfinite = false, kSharesSlopes = true;
-  static constexpr float kFactor = 2;
+  static constexpr float kFactor = 2 * kLogOf2;
   static EAR_OPS_CONSTANT float range(int) { return 64; }  // scores of 16-bit models differ by less than 1000
 
-  // s - t in natural units; 0 where a view masks the pair.
+  // s - t in units of log 2; 0 where a view masks the pair.
   static EAR_OPS_DEVICE float difference(float first, float second) {
-    return fminf(first, second) == -infinity() ? 0.0f : (first - second) / kLog2E;
+    return fminf(first, second) == -infinity() ? 0.0f : first - second;
   }
 
   struct Rows {
@@ -30,7 +30,9 @@ struct SquaredScores {
           squares[e / 2] += of_pair * of_pair;
         }
     }
-    EAR_OPS_DEVICE float finish(int half, float (&)[cuda::kRowStats]) { return quad_sum(squares[half]); }
+    EAR_OPS_DEVICE float finish(int half, float (&)[cuda::kRowStats]) {
+      return quad_sum(squares[half]) * (kLogOf2 * kLogOf2);
+    }
   };
 
   template <bool>

@@ -2,4 +2,3 @@
 
 template struct ear_ops::cuda::QKKernels<ear_ops::Comparison::kKl, float, 128>;
 template struct ear_ops::cuda::QKKernels<ear_ops::Comparison::kJs, float, 128>;
-template struct ear_ops::cuda::QKKernels<ear_ops::Comparison::kScores, float, 128>;

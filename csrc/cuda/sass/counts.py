@@ -24,7 +24,7 @@ TILE = 64  # queries and keys of a tile
 WARPS_OF_TILE = 4  # that share a tile: 16 queries each
 WORSE = 0.03  # what is allowed
 ELEMENT_BYTES = {"float": 4, "bfloat16": 2, "float16": 2}
-MSE, DIVERGENCES = "kMse", ("kKl", "kJs", "kScores")  # of csrc/comparison.h
+MSE = "kMse"  # of csrc/comparison.h
 MASKS = 0x01010101  # every key real, every query counted
 
 
