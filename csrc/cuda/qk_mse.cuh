@@ -11,11 +11,11 @@ struct Mse {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kMse));
   static constexpr bool kSweepsTwice = false;    // over the keys: the first time for the statistics of a row alone
   static constexpr bool kMayBeInfinite = false;  // so that a head without upstream gradient has to be passed over
-  static constexpr bool kSharesSlopes = true;    // of the second view costs nothing beside that of the first
+  static constexpr bool kSharesSlopes = true;    // dS of the second view is made even where nobody wants it
   static constexpr float kFactor = 2;            // of dS, multiplied in at the end
 
   // What dS is multiplied by before it is rounded to float16, in which it would vanish long before that matters
-  // elsewhere. It is at most 2.
+  // elsewhere. dS is at most 2.
   static EAR_OPS_CONSTANT float range(int) { return 16384; }
 
   // What a lane sums of its two rows, over the keys that it has seen. With P^ = exp(s - max) of the first view, T^ of
