@@ -19,10 +19,10 @@
 
 namespace ear_ops::cuda {
 
-// What dS of a view is multiplied by before it is rounded for the product.
+// What dS is multiplied by before it is rounded for the product.
 template <typename T, typename Compared>
-EAR_OPS_CONSTANT float gradient_range(int v) {
-  return std::is_same<T, float16>::value ? Compared::range(v) : 1.0f;
+EAR_OPS_CONSTANT float gradient_range() {
+  return std::is_same<T, float16>::value ? Compared::kRange : 1.0f;
 }
 
 // How many vectors of a tile a block visits. Registers hold the scores and the gradients of kD features: wide gradients
@@ -118,7 +118,8 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
           uint32_t alive = 0;
           finish_scores<kN, kOwner, kGeneral>(a, pair, step.head, first_owned, step.first_visited, owned_real,
                                               Real<kN>(step.visited(), step.first_visited), scores, &alive);
-          const float share = load_global(a.grad_sums + pair * a.heads + step.head) / upstream;
+          const float share =
+              load_global(a.grad_sums + pair * a.heads + step.head) / upstream * gradient_range<T, Compared>();
           if (Compared::kMayBeInfinite && share == 0) return;  // for 0 times infinity would be NaN
           const auto make_slopes = [&](auto of_second) {
             constexpr bool kOfSecond = decltype(of_second)::value;
@@ -138,8 +139,7 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
                 Compared::template slopes<kOfSecond>(score, stats, slope);
 #pragma unroll
                 for (int v = 0; v < (kOfSecond ? 2 : 1); ++v)
-                  scores[v][n][e] =
-                      kGeneral && score[v] == -infinity() ? 0.0f : share * gradient_range<T, Compared>(v) * slope[v];
+                  scores[v][n][e] = kGeneral && score[v] == -infinity() ? 0.0f : share * slope[v];
               }
           };
           if (Compared::kSharesSlopes || wanted[1]) {
@@ -160,10 +160,10 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
   }
   real_owned(owned, first_owned, owned_real);
   const int first_of_warp = first_owned + warp_index() * 16, feature = own_chunk * kD;
+  const float factor = Compared::kFactor * a.scale * upstream / gradient_range<T, Compared>();
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
     if (!wanted[v]) continue;
-    const float factor = Compared::kFactor * a.scale * upstream / gradient_range<T, Compared>(v);
     const int64_t heads = kQueries ? a.heads : a.key_heads;
     T* to = static_cast<T*>(pointers[v].gradient) + ((pair * heads + head) * owned.count() + first_of_warp) * a.dim +
             feature;

@@ -1,6 +1,6 @@
 // Divergences of two rows of probabilities, P of the first view and T of the second: Kullback-Leibler and
-// Jensen-Shannon. Where the views are nearly equal, x = log T - log P is small. A divergence is then of the order x^2,
-// so that every entry is made from x, or from (T - P) / (T + P), by a form in which no digits cancel.
+// Jensen-Shannon. Where the views are nearly equal, x = log T - log P is small, and a divergence is of the order x^2.
+// So x comes from the scores, and every entry from x by a form in which no digits cancel.
 #pragma once
 
 #include "qk_scores.cuh"
@@ -27,7 +27,7 @@ struct Kl {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kKl));
   static constexpr bool kSweepsTwice = false, kMayBeInfinite = true, kSharesSlopes = false;
   static constexpr float kFactor = 1;
-  static EAR_OPS_CONSTANT float range(int v) { return v == 0 ? 16384 : 256; }  // |P - T| is at most 1
+  static constexpr float kRange = 1024;  // P - T is at most 1, T (x - KL) more where scores differ by hundreds
 
   // What a lane sums of its two rows, over the keys that it has seen. With P^ = exp(s - max) of the first view, T^ of
   // the second, r = sum T^ / sum P^ and x the logarithm of T^ / (r P^), it keeps sum P^, sum T^, A = sum T^ f(x) and
@@ -105,10 +105,10 @@ struct Kl {
 #pragma unroll
           for (int odd = 0; odd < 2; ++odd) {
             const float p = scores[0][n][2 * half + odd], t = scores[1][n][2 * half + odd];
-            const float log = kLogOf2 * x[n][odd] - logarithm[half], product = t * log;
-            const float far = ratio[half] * p - t + product, near = t * excess(log);
-            entries[half] += fmaxf(fabsf(log) < 0.5f ? near : far, 0.0f);
-            weighted[half] += product;
+            const float log = kLogOf2 * x[n][odd] - logarithm[half];
+            const float far = t * log + (ratio[half] * p - t), near = t * excess(log);
+            entries[half] += fabsf(log) < 0.5f ? near : far;
+            weighted[half] += t * log;
           }
       }
     }
@@ -142,40 +142,55 @@ struct Kl {
     const float logs[2] = {score[0] - stats[0][0], score[1] - stats[0][1]};
     const float p = product(exp2_fast(logs[0]), stats[1][0]), t = product(exp2_fast(logs[1]), stats[1][1]);
     slope[0] = p - t;
-    if (kOfSecond) slope[1] = t == 0 ? 0.0f : t * (kLogOf2 * (logs[1] - logs[0]) - stats[2][0] - stats[2][1]);
+    if (kOfSecond) slope[1] = t * (kLogOf2 * (logs[1] - logs[0]) - stats[2][0] - stats[2][1]);
   }
 };
 
-// JS = (KL(P || M) + KL(T || M)) / 2 with M = (P + T) / 2. With z = (T - P) / (T + P) its entries are
-// (P log(1 - z) + T log(1 + z)) / 2 = f of P + f of T. dS = g (f - P sum f), and likewise of the second view. A row
-// that is empty in one view gives log(2) / 2 and no gradient.
+// JS = (KL(P || M) + KL(T || M)) / 2 with M = (P + T) / 2. Its entries are f of P + f of T with f = P log(P / M) / 2
+// and f = T log(T / M) / 2. dS = g (f - P sum f), and likewise of the second view. A row that is empty in one view
+// gives log(2) / 2 and no gradient.
 struct Js {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kJs));
-  static constexpr bool kSweepsTwice = true;  // z needs the sums of whole rows
+  static constexpr bool kSweepsTwice = true;  // entries need the sums of whole rows
   static constexpr bool kMayBeInfinite = false, kSharesSlopes = false;
-  static constexpr float kFactor = 1;
-  static EAR_OPS_CONSTANT float range(int) { return 16384; }  // f is at most 1
+  static constexpr float kFactor = 0.5f * kLogOf2;  // entries and f are made in units of log(2) / 2
+  static constexpr float kRange = 16384;            // f is at most 2
 
+  // All of an entry follows from P, T and x. The larger of log(P / M) and log(T / M) is log 2 - log(1 + exp(-|x|)), and
+  // the smaller one is less by |x|. For small x the larger one is |x| / 2 - log cosh(x / 2), and the whole entry
+  // (P + T) (x tanh(x / 2) / 2 - log cosh(x / 2)) / 2: both are series.
   struct Entry {
     float value, f[2];
   };
-  template <bool kOfSecond>
-  static EAR_OPS_DEVICE Entry entry(float p, float t) {
-    constexpr float kTiny = 1e-37f;  // is added, so that nothing is infinite where both are 0, and NaN stays
-    const float total = p + t, inverse = reciprocal_fast(total + kTiny), z = (t - p) * inverse, w = z * z;
-    // For small z: log(1 + z) = z odd - w even, log(1 - z) = -z odd - w even.
-    const float odd = 1 + w * (1 / 3.0f + w * (1 / 5.0f + w * (1 / 7.0f + w * (1 / 9.0f + w * (1 / 11.0f)))));
-    const float even = 0.5f + w * (1 / 4.0f + w * (1 / 6.0f + w * (1 / 8.0f + w * (1 / 10.0f + w * (1 / 12.0f)))));
-    const bool near = w < 0.0625f;
-    const auto log_of = [&](float number, float sign) {  // of 1 + sign z = 2 number / (P + T)
-      return near ? sign * z * odd - w * even : kLogOf2 * log2_fast(2 * number * inverse + kTiny);
-    };
+  template <bool kOfSecond, bool kWithValue>
+  static EAR_OPS_DEVICE Entry entry(float p, float t, float log2) {  // log2: x in units of log 2
+    constexpr float k = kLogOf2 * kLogOf2;
+    const float size = fminf(fabsf(log2), 40.0f), w = size * size;  // beyond 40 one of the two does not matter
+    const bool near = size < 0.75f;
+    const float log_cosh = kLogOf2 / 8 * w * (1 + w * (-k / 24 + w * (k * k / 360 - w * (17 * k * k * k / 80640))));
+    const float larger = near ? 0.5f * size - log_cosh : 1 - log2_fast(1 + exp2_fast(-size));
+    const float smaller = larger - size;
     Entry made;
-    made.f[0] = 0.5f * p * log_of(p, -1);
-    made.f[1] = kOfSecond ? 0.5f * t * log_of(t, 1) : 0.0f;
-    made.value = near ? 0.5f * total * w * (odd - even) : made.f[0] + made.f[1];
+    made.f[0] = p * (log2 < 0 ? larger : smaller);
+    if (kOfSecond || kWithValue) made.f[1] = t * (log2 < 0 ? smaller : larger);
+    if (kWithValue) {
+      const float series =
+          1 + w * (-k / 8 + w * (k * k / 72 + w * (-17 * k * k * k / 11520 + w * (31 * k * k * k * k / 201600))));
+      made.value = near ? (p + t) * (kLogOf2 / 8 * w) * series : made.f[0] + made.f[1];
+    }
     return made;
   }
+
+  // P, T and x in units of log 2, of scores and of a row's maxima, `inverse` and `log_ratio`. T has the sum of the
+  // first view for its own: log_ratio, of both sums, is subtracted before.
+  struct Probabilities {
+    float p, t, log2;
+
+    EAR_OPS_DEVICE Probabilities(const float (&score)[2], const float (&shift)[2], float inverse, float log_ratio) {
+      const float logs[2] = {score[0] - shift[0], score[1] - shift[1] - log_ratio};
+      p = product(exp2_fast(logs[0]), inverse), t = product(exp2_fast(logs[1]), inverse), log2 = logs[1] - logs[0];
+    }
+  };
 
   // What a lane knows of its two rows: the maxima and sums of exponentials of whole rows, which the first sweep over
   // the keys makes, and its part of the sums of the second sweep.
@@ -215,49 +230,56 @@ struct Js {
         }
     }
 
+    // 1 over the sum of the first view, or of the second where the first is empty.
+    EAR_OPS_DEVICE float inverse(int half) const {
+      return inverse_of_row(sum[0][half] == 0 ? sum[1][half] : sum[0][half], false);
+    }
+    EAR_OPS_DEVICE float log_ratio(int half) const {  // of the second sum to the first, in units of log 2
+      const bool both = sum[0][half] != 0 && sum[1][half] != 0;
+      return both ? kLog2E * log_of_ratio(sum[1][half], sum[0][half]) : 0.0f;
+    }
+
     // Of the second sweep: adds the entries of a tile.
     template <int kN>
     EAR_OPS_DEVICE void add(const float (&scores)[2][kN / 8][4]) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float shift[2], inverse[2];
-#pragma unroll
-        for (int v = 0; v < 2; ++v) {
-          shift[v] = shift_of(maximum[v][half]);
-          inverse[v] = inverse_of_row(sum[v][half], false);
-        }
+        const float shift[2] = {shift_of(maximum[0][half]), shift_of(maximum[1][half])};
+        const float of_row = inverse(half), ratio_of_row = log_ratio(half);
 #pragma unroll
         for (int n = 0; n < kN / 8; ++n)
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            const Entry made = entry<true>(product(exponential(scores[0][n][e], shift[0]), inverse[0]),
-                                           product(exponential(scores[1][n][e], shift[1]), inverse[1]));
+            const float score[2] = {scores[0][n][e], scores[1][n][e]};
+            const Probabilities of(score, shift, of_row, ratio_of_row);
+            const Entry made = entry<true, true>(of.p, of.t, of.log2);
             values[half] += made.value, f[0][half] += made.f[0], f[1][half] += made.f[1];
           }
       }
     }
 
     EAR_OPS_DEVICE float finish(int half, float (&stats)[cuda::kRowStats]) {
+      const float of_first = inverse_of_row(sum[0][half], alive >> half & 1);
+      const float of_second = inverse_of_row(sum[1][half], alive >> (half + 2) & 1);
+      const float no_number = 0 * (of_first + of_second);  // or NaN, where a row is
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
         stats[v] = shift_of(maximum[v][half]);
-        stats[2 + v] = inverse_of_row(sum[v][half], alive >> (half + 2 * v) & 1);
-        stats[4 + v] = quad_sum(f[v][half]);
+        stats[4 + v] = quad_sum(f[v][half]) + no_number;
       }
-      const float total = quad_sum(values[half]) + 0 * (stats[2] + stats[3]);  // NaN where a row is
-      if (stats[2] == 0 || stats[3] == 0) stats[2] *= 0, stats[3] *= 0;        // no gradient, or NaN
-      return total;
+      stats[2] = of_second == 0 ? 0.0f : of_first;  // without gradient where one view is empty
+      stats[3] = log_ratio(half);
+      return kFactor * quad_sum(values[half]) + no_number;
     }
   };
 
-  // Of scores and statistics (maximum, 1 / sum of exponentials, sum f).
+  // Of scores and statistics (maximum; 1 / sum of exponentials, and the logarithm of the sums' ratio; sum f).
   template <bool kOfSecond>
   static EAR_OPS_DEVICE void slopes(const float (&score)[2], const float (&stats)[3][2], float (&slope)[2]) {
-    const float p = product(exponential(score[0], stats[0][0]), stats[1][0]);
-    const float t = product(exponential(score[1], stats[0][1]), stats[1][1]);
-    const Entry made = entry<kOfSecond>(p, t);
-    slope[0] = made.f[0] - p * stats[2][0];
-    if (kOfSecond) slope[1] = made.f[1] - t * stats[2][1];
+    const Probabilities of(score, stats[0], stats[1][0], stats[1][1]);
+    const Entry made = entry<kOfSecond, false>(of.p, of.t, of.log2);
+    slope[0] = made.f[0] - of.p * stats[2][0];
+    if (kOfSecond) slope[1] = made.f[1] - of.t * stats[2][1];
   }
 };
 

@@ -16,7 +16,7 @@ struct Mse {
 
   // What dS is multiplied by before it is rounded to float16, in which it would vanish long before that matters
   // elsewhere. dS is at most 2.
-  static EAR_OPS_CONSTANT float range(int) { return 16384; }
+  static constexpr float kRange = 16384;
 
   // What a lane sums of its two rows, over the keys that it has seen. With P^ = exp(s - max) of the first view, T^ of
   // the second, r = sum P^ / sum T^ and D^ = P^ - r T^, it keeps sum P^, sum T^, sum D^ D^, sum D^ T^ and sum T^ T^.

@@ -9,7 +9,7 @@ struct SquaredScores {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kScores));  // none
   static constexpr bool kSweepsTwice = false, kMayBeInfinite = false, kSharesSlopes = true;
   static constexpr float kFactor = 2 * kLogOf2;
-  static EAR_OPS_CONSTANT float range(int) { return 64; }  // scores of 16-bit models differ by less than 1000
+  static constexpr float kRange = 64;  // scores of 16-bit models differ by less than 1000
 
   // s - t in units of log 2; 0 where a view masks the pair.
   static EAR_OPS_DEVICE float difference(float first, float second) {
