@@ -111,53 +111,49 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
   const float upstream = largest_upstream(a, pair, first_head, end_head);
 
   const Stages<T, kD, kN, kOwner, Compared::kRowStats> stages{owned, first_owned, chunks};
-  if (Real<kOwned>(owned, first_owned).any()) {
-    for_tiles<true>(
-        stages, Steps<kN, kOwner>(a, pair, first_owned, first_head, end_head, chunks, own_chunk),
-        [&](const auto& step, auto& scores, int stage) {
-          uint32_t alive = 0;
-          finish_scores<kN, kOwner, kGeneral>(a, pair, step.head, first_owned, step.first_visited, owned_real,
-                                              Real<kN>(step.visited(), step.first_visited), scores, &alive);
-          const float share =
-              load_global(a.grad_sums + pair * a.heads + step.head) / upstream * gradient_range<T, Compared>();
-          if (Compared::kMayBeInfinite && share == 0) return;  // for 0 times infinity would be NaN
-          const auto make_slopes = [&](auto of_second) {
-            constexpr bool kOfSecond = decltype(of_second)::value;
+  const auto add_tile = [&](const auto& step, auto& scores, int stage) {
+    uint32_t alive = 0;
+    finish_scores<kN, kOwner, kGeneral>(a, pair, step.head, first_owned, step.first_visited, owned_real,
+                                        Real<kN>(step.visited(), step.first_visited), scores, &alive);
+    const float share =
+        load_global(a.grad_sums + pair * a.heads + step.head) / upstream * gradient_range<T, Compared>();
+    if (Compared::kMayBeInfinite && share == 0) return;  // for 0 times infinity would be NaN
+    const auto make_slopes = [&](auto of_second) {
+      constexpr bool kOfSecond = decltype(of_second)::value;
 #pragma unroll
-            for (int n = 0; n < kN / 8; ++n)
+      for (int n = 0; n < kN / 8; ++n)
 #pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const float score[2] = {scores[0][n][e], scores[1][n][e]};
-                float stats[3][2], slope[2];
-#pragma unroll
-                for (int v = 0; v < 2; ++v)
-#pragma unroll
-                  for (int k = 0; k < kStats; ++k)
-                    stats[k][v] = kQueries ? row_stats[k][v][e / 2]
-                                           : load_shared<float>(stages.stats(stage) +
-                                                                ((2 * k + v) * kN + n * 8 + visited_of_lane(e)) * 4);
-                Compared::template slopes<kOfSecond>(score, stats, slope);
-#pragma unroll
-                for (int v = 0; v < (kOfSecond ? 2 : 1); ++v)
-                  scores[v][n][e] = kGeneral && score[v] == -infinity() ? 0.0f : share * slope[v];
-              }
+        for (int e = 0; e < 4; ++e) {
+          const float score[2] = {scores[0][n][e], scores[1][n][e]};
+          const auto stat = [&](int k, int v) {
+            return kQueries
+                       ? row_stats[k][v][e / 2]
+                       : load_shared<float>(stages.stats(stage) + ((2 * k + v) * kN + n * 8 + visited_of_lane(e)) * 4);
           };
-          if (Compared::kSharesSlopes || wanted[1]) {
-            make_slopes(std::true_type{});
-          } else {
-            make_slopes(std::false_type{});
-          }
-          const auto add = [&](int v) {
-            Products<T>::template add_weighted<kD, kN>(
-                scores[v], stages.visited(stage) + v * SharedVectors<T, kD>::bytes(kN), gradient[v]);
-          };
+          float slope[2];
+          Compared::template slopes<kOfSecond>(share, score, stat, slope);
 #pragma unroll
-          for (int v = 0; v < 2; ++v) {
-            if (wanted[v]) add(v);
-            if (v == 0) sync_warp();  // both at a time would need more registers than there are
-          }
-        });
-  }
+          for (int v = 0; v < (kOfSecond ? 2 : 1); ++v)
+            scores[v][n][e] = kGeneral && score[v] == -infinity() ? 0.0f : slope[v];
+        }
+    };
+    if (Compared::kSharesSlopes || wanted[1]) {
+      make_slopes(std::true_type{});
+    } else {
+      make_slopes(std::false_type{});
+    }
+    const auto add = [&](int v) {
+      Products<T>::template add_weighted<kD, kN>(scores[v], stages.visited(stage) + v * SharedVectors<T, kD>::bytes(kN),
+                                                 gradient[v]);
+    };
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      if (wanted[v]) add(v);
+      if (v == 0) sync_warp();  // both at a time would need more registers than there are
+    }
+  };
+  if (Real<kOwned>(owned, first_owned).any())
+    for_tiles<true>(stages, Steps<kN, kOwner>(a, pair, first_owned, first_head, end_head, chunks, own_chunk), add_tile);
   real_owned(owned, first_owned, owned_real);
   const int first_of_warp = first_owned + warp_index() * 16, feature = own_chunk * kD;
   const float factor = Compared::kFactor * a.scale * upstream / gradient_range<T, Compared>();

@@ -137,12 +137,12 @@ struct Kl {
   };
 
   // Of scores and statistics (maximum, 1 / sum of exponentials, log r and KL).
-  template <bool kOfSecond>
-  static EAR_OPS_DEVICE void slopes(const float (&score)[2], const float (&stats)[3][2], float (&slope)[2]) {
-    const float logs[2] = {score[0] - stats[0][0], score[1] - stats[0][1]};
-    const float p = product(exp2_fast(logs[0]), stats[1][0]), t = product(exp2_fast(logs[1]), stats[1][1]);
-    slope[0] = p - t;
-    if (kOfSecond) slope[1] = t * (kLogOf2 * (logs[1] - logs[0]) - stats[2][0] - stats[2][1]);
+  template <bool kOfSecond, typename Stat>
+  static EAR_OPS_DEVICE void slopes(float share, const float (&score)[2], const Stat& stat, float (&slope)[2]) {
+    const float logs[2] = {score[0] - stat(0, 0), score[1] - stat(0, 1)};
+    const float p = product(exp2_fast(logs[0]), stat(1, 0)), t = product(exp2_fast(logs[1]), stat(1, 1));
+    slope[0] = share * (p - t);
+    if (kOfSecond) slope[1] = share * t * (kLogOf2 * (logs[1] - logs[0]) - stat(2, 0) - stat(2, 1));
   }
 };
 
@@ -274,12 +274,13 @@ struct Js {
   };
 
   // Of scores and statistics (maximum; 1 / sum of exponentials, and the logarithm of the sums' ratio; sum f).
-  template <bool kOfSecond>
-  static EAR_OPS_DEVICE void slopes(const float (&score)[2], const float (&stats)[3][2], float (&slope)[2]) {
-    const Probabilities of(score, stats[0], stats[1][0], stats[1][1]);
+  template <bool kOfSecond, typename Stat>
+  static EAR_OPS_DEVICE void slopes(float share, const float (&score)[2], const Stat& stat, float (&slope)[2]) {
+    const float shift[2] = {stat(0, 0), stat(0, 1)};
+    const Probabilities of(score, shift, stat(1, 0), stat(1, 1));
     const Entry made = entry<kOfSecond, false>(of.p, of.t, of.log2);
-    slope[0] = made.f[0] - of.p * stats[2][0];
-    if (kOfSecond) slope[1] = made.f[1] - of.t * stats[2][1];
+    slope[0] = share * (made.f[0] - of.p * stat(2, 0));
+    if (kOfSecond) slope[1] = share * (made.f[1] - of.t * stat(2, 1));
   }
 };
 

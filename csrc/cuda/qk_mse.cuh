@@ -6,7 +6,7 @@
 namespace ear_ops::cuda {
 
 // A comparison, as the kernels take it. `Rows` is what a lane of the forward sums of its two rows, and `slopes` gives
-// dS of one pair of a query and a key for the backward.
+// dS of one pair of a query and a key for the backward, times `share` of the upstream gradient.
 struct Mse {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kMse));
   static constexpr bool kSweepsTwice = false;    // over the keys: the first time for the statistics of a row alone
@@ -108,14 +108,18 @@ struct Mse {
     }
   };
 
-  // Of scores and statistics (maximum, 1 / sum of exponentials, d) of both views.
-  template <bool kOfSecond>
-  static EAR_OPS_DEVICE void slopes(const float (&score)[2], const float (&stats)[3][2], float (&slope)[2]) {
-    float p[2];
+  // Of scores and statistics stat(k, v) of view v: maximum, 1 / sum of exponentials, d.
+  template <bool kOfSecond, typename Stat>
+  static EAR_OPS_DEVICE void slopes(float share, const float (&score)[2], const Stat& stat, float (&slope)[2]) {
+    float p[2], d[2];
 #pragma unroll
-    for (int v = 0; v < 2; ++v) p[v] = product(exponential(score[v], stats[0][v]), stats[1][v]);
+    for (int v = 0; v < 2; ++v) {
+      const float maximum = stat(0, v), inverse = stat(1, v);
+      d[v] = stat(2, v);
+      p[v] = product(exponential(score[v], maximum), inverse);
+    }
 #pragma unroll
-    for (int v = 0; v < 2; ++v) slope[v] = p[v] * ((p[v] - p[1 - v]) - stats[2][v]);
+    for (int v = 0; v < 2; ++v) slope[v] = share * (p[v] * ((p[v] - p[1 - v]) - d[v]));
   }
 };
 

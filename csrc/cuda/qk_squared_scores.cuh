@@ -35,9 +35,9 @@ struct SquaredScores {
     }
   };
 
-  template <bool>
-  static EAR_OPS_DEVICE void slopes(const float (&score)[2], const float (&)[3][2], float (&slope)[2]) {
-    slope[0] = difference(score[0], score[1]);
+  template <bool, typename Stat>
+  static EAR_OPS_DEVICE void slopes(float share, const float (&score)[2], const Stat&, float (&slope)[2]) {
+    slope[0] = share * difference(score[0], score[1]);
     slope[1] = -slope[0];
   }
 };
