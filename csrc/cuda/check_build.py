@@ -93,16 +93,16 @@ class Built:
         name = re.fullmatch(r"qk_(?:divergences_)?(\w+)_(\d+)", self.source.stem)
         return (name[1], int(name[2])) if name else None
 
-    @property
-    def cases(self) -> list[tuple[str, str, Case]]:
-        """What is counted: the comparison, a name of the call, and the call."""
-        if self.source.name == HOPPER:
-            return [(counts.MSE, case.name, case) for case in counts.HOPPER_CASES]
-        if not self.source.name.startswith("qk_divergences_"):
-            return [(counts.MSE, case.name, case) for case in counts.CASES]
-        comparisons = re.findall(r"Comparison::(\w+)", self.source.read_text())
-        pairs = [(comparison, case) for comparison in comparisons for case in counts.DIVERGENCE_CASES]
-        return [(comparison, f"{comparison} {case.name}", case) for comparison, case in pairs]
+
+def cases_of(source: Path) -> list[tuple[str, str, Case]]:
+    """What is counted of a file: the comparison, a name of the call, and the call."""
+    if source.name == HOPPER:
+        return [(counts.MSE, case.name, case) for case in counts.HOPPER_CASES]
+    comparisons = re.findall(r"Comparison::(\w+)", source.read_text())
+    if comparisons == [counts.MSE]:
+        return [(counts.MSE, case.name, case) for case in counts.CASES]
+    pairs = [(comparison, case) for comparison in comparisons for case in counts.DIVERGENCE_CASES]
+    return [(comparison, f"{comparison} {case.name}", case) for comparison, case in pairs]
 
 
 @contextlib.contextmanager
@@ -163,7 +163,7 @@ def counted(file: Built) -> tuple[dict[str, Any], list[str]]:
     device, started = issue.DEVICES[file.architecture], set()
     hopper = file.source.name == HOPPER
     launchers: dict[str, Path] = {}
-    for comparison, name, case in file.cases:
+    for comparison, name, case in cases_of(file.source):
         if comparison not in launchers:
             folder = file.objects.parent
             launchers[comparison] = counts.build_launcher(element, features, file.objects, folder, hopper, comparison)
