@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from support import cuda_on_host
 from support.cases import LAYOUTS, Case, attention_case, lengths_mask, pooled_case, qk_case
 from support.rules import check_case, check_pairs_without_upstream, check_strides_and_forms, l2_error
-from support.strategies import MASK_KINDS, REDUCTIONS, cases
+from support.strategies import MASK_KINDS, OPS, REDUCTIONS, cases
 
 import ear_ops
 from ear_ops.ops.problem import AttentionProblem
@@ -503,7 +503,7 @@ def test_strides_and_forms_of_the_others(make, layout: str, stacked: bool) -> No
     check_strides_and_forms(case, layout, stacked, torch.bfloat16, "cpu")
 
 
-@pytest.mark.parametrize("op", ["qk_attention_mse", "attention_mse", "pooled_distance"])
+@pytest.mark.parametrize("op", OPS)
 @given(data=st.data())
 @settings(max_examples=10)
 def test_anything(op: str, data: st.DataObject) -> None:
