@@ -126,9 +126,9 @@ struct Kl {
       }
       rebase(half, factor, risen[1] - risen[0], totals);
       const float total = quad_sum(entries[half]), of_logs = quad_sum(weighted[half]);
-      stats[4] = logarithm[half];
       stats[5] = fabsf(of_logs) < infinity() ? fmaxf(total, 0.0f) * stats[3] : infinity();
       stats[5] += 0 * (stats[2] + stats[3]);  // NaN where a row is
+      stats[4] = logarithm[half] + stats[5];
       if (stats[3] == 0)
 #pragma unroll
         for (int k = 0; k < kRowStats; ++k) stats[k] = 0;
@@ -136,13 +136,13 @@ struct Kl {
     }
   };
 
-  // Of scores and statistics (maximum, 1 / sum of exponentials, log r and KL).
+  // Of scores and statistics (maximum, 1 / sum of exponentials; log r + KL, and KL, which is not read).
   template <bool kOfSecond, typename Stat>
   static EAR_OPS_DEVICE void slopes(float share, const float (&score)[2], const Stat& stat, float (&slope)[2]) {
     const float logs[2] = {score[0] - stat(0, 0), score[1] - stat(0, 1)};
     const float p = product(exp2_fast(logs[0]), stat(1, 0)), t = product(exp2_fast(logs[1]), stat(1, 1));
     slope[0] = share * (p - t);
-    if (kOfSecond) slope[1] = share * t * (kLogOf2 * (logs[1] - logs[0]) - stat(2, 0) - stat(2, 1));
+    if (kOfSecond) slope[1] = share * t * (kLogOf2 * (logs[1] - logs[0]) - stat(2, 0));
   }
 };
 
