@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "mean_loops.h"
 #include "pack_loops.h"
 #include "row_loops.h"
 #include "score_loops.h"
@@ -38,6 +39,7 @@ constexpr Kernels<A> table() {
       .add_tile = add_tile<A>,
       .finish_rows = finish_rows<A>,
       .gradient_tile = gradient_tile<A>,
+      .mean = mean_loops<A>(),
       .squared_difference = squared_difference<A>,
       .difference_gradient = difference_gradient<A>,
       .add_rows = add_rows<A>,
