@@ -53,6 +53,7 @@ template <typename A>
 struct Averages {
   A* sum[2];  // of e_h over the heads
   A* top[2];  // M; null where the comparison takes no logarithm
+  A divisor[2];
   int64_t ld, keys;
 };
 

@@ -97,7 +97,7 @@ void forward(const MeanInputs& p, Tensor& sums, std::array<Tensor, 2>& row_stats
           A* to = saved[v] + task.saved_at(v, head, i);
           to[0] = task.of_head(view.max, head)[i];
           to[all] = task.of_head(view.inverse, head)[i];
-          to[2 * all] = static_cast<A>(task.of_head(view.d, head)[i] / p.weight(v, head));
+          to[2 * all] = static_cast<A>(task.of_head(view.d, head)[i] / p.weight(head));
         }
       });
     });

@@ -1,9 +1,10 @@
 // The loops over scores where the averages over the heads of two views are compared. kernels_impl.h includes this, so
 // that it is compiled once for each instruction set.
 //
-// Head h with the weight w has P_h = exp(S_h - max_h) / sum_h. With M = the largest S_h - max_h of all heads it becomes
+// Head h has P_h = exp(S_h - max_h) / sum_h. With M = the largest S_h - max_h of all heads, a weight w of 1 and the
+// divisor H, or weights that add up to 1 and the divisor 1, it becomes
 //
-//   e_h = (w / sum_h) exp(S_h - max_h - M),   and the average is   P = E sum e_h   with   E = exp(M)
+//   e_h = (w / sum_h) exp(S_h - max_h - M),   and the average is   P = E sum e_h / divisor   with   E = exp(M)
 //
 // so that the logarithm of P is known where P underflows. Where no logarithm is needed, M = 0. The slope F of an
 // average is P dv/dP / sum e_h. So a head has the part e_h F of it, and the gradient of its scores is
@@ -126,16 +127,16 @@ void head_gradient(const LaneGroup<A>& c, const A* slopes, const A* peak, const 
   }
 }
 
-// Comparisons of averages. make() returns the value of an entry and turns the sums of e_h into slopes.
+// Comparisons of averages. make() returns the value of an entry, and turns the sums of e_h into F and M into E.
 
 template <typename A>
 struct MeanMse {
   using V = typename Vec<A>::type;
   static constexpr bool kLogarithms = false;
 
-  static V make(V*, V* sum) {
-    const V difference = sum[0] - sum[1];
-    sum[0] = 2 * difference, sum[1] = -2 * difference;
+  static V make(V*, V* sum, const A* divisor) {
+    const V difference = sum[0] / divisor[0] - sum[1] / divisor[1];
+    sum[0] = 2 * difference / divisor[0], sum[1] = -2 * difference / divisor[1];
     return difference * difference;
   }
 };
@@ -153,7 +154,7 @@ A compare_averages(const Averages<A>& c) {
         V sum[2] = {vload<A>(c.sum[0] + at), vload<A>(c.sum[1] + at)}, top[2] = {};
         if constexpr (C<A>::kLogarithms)
           for (int view = 0; view < 2; ++view) top[view] = vload<A>(c.top[view] + at);
-        part += C<A>::make(top, sum);
+        part += C<A>::make(top, sum, c.divisor);
         for (int view = 0; view < 2; ++view) {
           vstore<A>(c.sum[view] + at, sum[view]);
           if constexpr (C<A>::kLogarithms) vstore<A>(c.top[view] + at, top[view]);

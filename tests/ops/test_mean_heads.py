@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support import plain
 from support.cases import LOSSES, Case, lengths_mask, qk_case
 from support.changes import fill_padding, same_results
-from support.rules import check_gradient, check_value, l2_error
+from support.memory import peak_memory
+from support.rules import check_case, l2_error
 from support.strategies import MASK_KINDS, cases
 from torch import Tensor
 
 import ear_ops
 from ear_ops.capture import AttentionInputs
 from ear_ops.ops import blocks
+from ear_ops.ops.mean_heads import QK_MEAN_HEADS
 
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "mse": ("qk_attention_mse", {}),
@@ -31,6 +31,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 every_divergence = pytest.mark.parametrize("form", [form for form in FORMS if form != "mse"])
+FORM_NAMES = {"mse": "mse", "forward": "kl", "reverse": "reverse_kl", "js": "js"}  # of operators
 Result = tuple[Tensor, list[Tensor]]
 
 
@@ -62,49 +63,9 @@ def run(case: Case, backend: str | None = "reference", upstream: Tensor | None =
     return value.detach(), list(torch.autograd.grad(value, inputs, upstream))
 
 
-def upstream_of(case: Case) -> Tensor:
-    """Like :meth:`Case.upstream`; ``"none"`` gives ``[B]``."""
-    upstream = case.upstream()
-    return upstream[:, 0] if case.reduction == "none" else upstream
-
-
-def written_out(case: Case, upstream: Tensor | None = None, weights: Sequence[float] | None = None) -> Result:
+def written_out(case: Case, upstream: Tensor | None = None, weights: Tensor | None = None) -> Result:
     """Value and gradients by plain PyTorch, in the dtype of the case."""
-    two = replace(case, stacked=False)
-    views = [tensor.requires_grad_() for tensor in two.inputs()]
-    masks, options = plain._split(two.arguments())
-    reduction = options.pop("reduction")
-    (scores, allowed), (scores_aug, allowed_aug) = plain._scores_and_allowed(tuple(views), masks, options)
-    present = [mask.any(1, keepdim=True) for mask in (allowed, allowed_aug)]
-    if options.get("support") == "shared":
-        shared = present[0] & present[1]
-        allowed, allowed_aug, present = allowed & shared, allowed_aug & shared, [shared, shared]
-    lowest = torch.finfo(scores.dtype).min
-    logs = []
-    for view, mask in ((scores, allowed), (scores_aug, allowed_aug)):
-        heads = view.shape[1]
-        normalized = torch.tensor(weights or [1.0] * heads, dtype=torch.float64)
-        log_weights = (normalized / normalized.sum()).to(view.dtype).log()[:, None, None]
-        of_heads = torch.where(mask, view, lowest).log_softmax(-1) + log_weights
-        logs.append(torch.where(mask, of_heads, lowest / 2).logsumexp(1, keepdim=True))
-    p, t = (torch.where(mask, log.exp(), 0.0) for mask, log in zip(present, logs, strict=True))
-    name = {"qk_attention_mse": "mse", "qk_attention_kl": "kl", "qk_attention_js": "js"}[case.op]
-    if name == "mse":
-        reduce = [masks.get(f"{mask}{s}") for mask in ("attention_mask", "query_mask") for s in ("", "_aug")]
-        value = plain.reduce_squares((p - t).square(), *reduce, reduction)
-    else:
-        direction = options.get("direction", "forward")
-        entries = plain._divergence(*logs, *present, name, direction)
-        if name == "kl":  # an average does not sum to 1 where a bias leaves a head without keys
-            p, t = (p, t) if direction == "forward" else (t, p)
-            entries = entries + torch.where(t.sum(-1, keepdim=True) > 0, p - t, 0.0)
-        value = plain._reduce_rows(entries, masks, reduction)
-    value = value[:, 0] if reduction == "none" else value
-    upstream = torch.ones_like(value) if upstream is None else upstream.to(value.dtype)
-    gradients = torch.autograd.grad(value, views, upstream)
-    if case.stacked:
-        gradients = tuple(torch.cat(pair) for pair in zip(gradients[:2], gradients[2:], strict=True))
-    return value.detach(), list(gradients)
+    return replace(case, options={**case.options, "head_weights": weights}).run_plain(upstream)
 
 
 def check_close(found: Result, expected: Result, rtol: float = 1e-9, atol: float = 1e-11) -> None:
@@ -139,7 +100,7 @@ def test_equal_to_plain_pytorch(form: str, data: st.DataObject) -> None:
     if form != "mse":
         options["temperature"] = data.draw(st.sampled_from([1.0, 2.5]))
     case = replace(case, options={**case.options, **options})
-    upstream = upstream_of(case)
+    upstream = case.upstream()
     check_close(run(case, upstream=upstream), written_out(case, upstream))
 
 
@@ -209,18 +170,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("feature", FEATURES)
 @every_form
 def test_the_error_rule(form: str, feature: str, dtype: torch.dtype) -> None:
-    check_error_rule(case_of(form, 33, reduction="sum", **FEATURES[feature]).to(dtype), "reference")
-
-
-def check_error_rule(case: Case, backend: str, slack: float = 1.0) -> None:
-    upstream = upstream_of(case)
-    value, gradients = run(case, backend, upstream)
-    plain_value, plain_gradients = written_out(case, upstream)
-    exact_value, exact_gradients = written_out(case.to(torch.float64), upstream)
-    assert value.dtype == (torch.float64 if case.x[0].dtype == torch.float64 else torch.float32)
-    check_value(value, plain_value, exact_value, slack=slack)
-    for n, gradient in enumerate(gradients):
-        check_gradient(f"gradient {n}", gradient, plain_gradients[n], exact_gradients[n], slack=slack)
+    check_case(case_of(form, 33, reduction="sum", **FEATURES[feature]), dtype, "reference")
 
 
 @every_form
@@ -383,7 +333,8 @@ def test_the_average_counts_as_one_head(form: str) -> None:
 def test_head_weights_weight_the_average(form: str) -> None:
     case = case_of(form, 9, lengths=([9, 6], [9, 6]), heads=3, heads_aug=None)
     for weights in ([1.0, 3.0, 0.5], [0.0, 2.0, 1.0]):
-        check_close(run(case, head_weights=torch.tensor(weights)), written_out(case, weights=weights))
+        of_heads = torch.tensor(weights)
+        check_close(run(case, head_weights=of_heads), written_out(case, weights=of_heads))
     check_close(run(case, head_weights=torch.full((3,), 7)), run(case))
     first = [tuple(tensor[:, 1:2] for tensor in view) for view in (case.x, case.x_aug)]
     value, gradients = run(case, head_weights=torch.tensor([0.0, 1.0, 0.0]))
@@ -479,6 +430,156 @@ def test_the_target_needs_no_gradient(form: str) -> None:
     value = case.call([query.requires_grad_(), key.requires_grad_(), *target], None)
     for found, expected in zip(torch.autograd.grad(value, [query, key]), run(case, None)[1][:2], strict=True):
         assert torch.equal(found, expected)
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+KERNELS = [form for form in FORMS if "cpu" in QK_MEAN_HEADS[FORM_NAMES[form]].kernels]
+every_kernel = pytest.mark.parametrize("form", KERNELS)
+KERNEL_FEATURES: dict[str, dict[str, Any]] = {
+    **FEATURES,
+    "several blocks and tiles": {"queries": 130, "keys": 333, "heads": 4, "key_heads": 2},
+    "causal": {"queries": 70, "keys": 90, "options": {"is_causal": True}},
+    "window": {"queries": 70, "options": {"window": 9}, "side": "left", "lengths": ([70, 40], [70, 40])},
+    "many pairs": {"queries": 7, "pairs": 5},
+    "many heads": {"queries": 9, "heads": 30},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("feature", KERNEL_FEATURES)
+@every_kernel
+def test_the_error_rule_of_kernels(form: str, feature: str, dtype: torch.dtype) -> None:
+    sizes = {"queries": 33, **KERNEL_FEATURES[feature]}
+    slack = 4.0 if "closeness" in sizes else 1.0  # what cancels leaves chance, in the yardstick too
+    check_case(case_of(form, reduction="sum", **sizes), dtype, "cpu", slack=slack)
+
+
+@every_kernel
+@given(data=st.data())
+def test_kernels_equal_the_reference(form: str, data: st.DataObject) -> None:
+    case = drawn(data, form, dtypes=(torch.float64,))
+    weights = None
+    if case.x[0].shape[1] == case.x_aug[0].shape[1]:
+        weights = data.draw(st.sampled_from([None, torch.arange(case.x[0].shape[1]) + 1.0]))
+    upstream = case.upstream()
+    found, expected = (run(case, backend, upstream, head_weights=weights) for backend in ("cpu", "reference"))
+    check_close(found, expected)
+
+
+@every_kernel
+@given(data=st.data())
+def test_kernels_in_single_precision(form: str, data: st.DataObject) -> None:
+    case = drawn(data, form, dtypes=(torch.float32, torch.bfloat16, torch.float16), empty=False)
+    check_case(case, case.x[0].dtype, "cpu", slack=4.0)
+
+
+@every_kernel
+@given(data=st.data())
+def test_kernels_are_exactly_zero_for_equal_views(form: str, data: st.DataObject) -> None:
+    case = in_form(data.draw(cases("qk_attention_mse", dtypes=(torch.float32, torch.bfloat16))), form)
+    masks = {name: case.masks[name.removesuffix("_aug")] for name in case.masks}
+    biases = {name: case.biases["attn_bias"] for name in case.biases}
+    value, gradients = run(replace(case, x_aug=case.x, masks=masks, biases=biases), "cpu")
+    assert torch.equal(value, torch.zeros_like(value))
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
+
+
+@every_kernel
+@given(data=st.data())
+def test_kernels_never_look_at_padding_and_repeat_bit_for_bit(form: str, data: st.DataObject) -> None:
+    case = drawn(data, form, dtypes=(torch.float32, torch.bfloat16), mask_kinds=MASK_KINDS, layouts=("contiguous",))
+    value = data.draw(st.sampled_from([math.nan, math.inf, -math.inf, 1e4]))
+    assert same_results(run(fill_padding(case, 0.0), "cpu"), run(fill_padding(case, value), "cpu"))
+
+
+@every_kernel
+def test_kernels_do_not_depend_on_threads_and_forms(form: str) -> None:
+    case = case_of(form, 130, lengths=([130, 70], [130, 70]), heads_aug=None).to(torch.float32)
+    expected = run(case, "cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    try:
+        assert same_results(run(case, "cpu"), expected)
+    finally:
+        torch.set_num_threads(threads)
+    value, gradients = run(replace(case, stacked=True), "cpu")
+    assert torch.equal(value, expected[0])
+    for gradient, *views in zip(gradients, expected[1][:2], expected[1][2:], strict=True):
+        assert torch.equal(gradient, torch.cat(views))
+
+
+@every_kernel
+def test_a_head_without_weight_has_no_gradient_in_kernels(form: str) -> None:
+    case = case_of(form, 9, heads_aug=None).to(torch.float32)
+    weights = torch.tensor([0.0, 2.0])
+    value, gradients = run(case, "cpu", head_weights=weights)
+    expected, _ = run(case, "reference", head_weights=weights)
+    torch.testing.assert_close(value, expected)
+    assert all(gradient[:, 1].any() and not gradient[:, 0].any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+@every_kernel
+def test_bad_numbers_show_in_kernels(form: str, bad: float) -> None:
+    case = case_of(form, 9, pairs=2, lengths=([9, 6], [9, 6]), reduction="none").to(torch.float32)
+    query = case.x[0].clone()
+    query[0, 1, 3, 5] = bad
+    expected, _ = run(case, "cpu")
+    value, gradients = run(replace(case, x=(query, case.x[1])), "cpu")
+    assert value[0].isnan() and torch.equal(value[1], expected[1])
+    assert gradients[0][0, 1].isnan().any() and not gradients[0][1].isnan().any()
+
+
+@every_kernel
+def test_a_part_of_the_gradients_and_pairs_without_upstream(form: str) -> None:
+    case = case_of(form, 9, lengths=([9, 6], [9, 6]), reduction="none").to(torch.float32)
+    _, gradients = run(case, "cpu")
+    for n in range(4):
+        inputs = [tensor.requires_grad_(n == m) for m, tensor in enumerate(case.inputs())]
+        value = case.call(inputs, "cpu")
+        (gradient,) = torch.autograd.grad(value, inputs[n], torch.tensor([1.0, 0.0]))
+        assert torch.equal(gradient[0], gradients[n][0]) and not gradient[1].any()
+
+
+@every_kernel
+def test_memory_of_kernels_grows_with_the_length(form: str) -> None:
+    peaks = []
+    for length in (256, 512):
+        case = case_of(form, length, None, 8, pairs=1).to(torch.float32)
+        peaks.append(peak_memory(lambda case=case: run(case, "cpu")))
+    assert peaks[1] < 2.2 * peaks[0]
+
+
+@every_kernel
+def test_opcheck(form: str) -> None:
+    case = case_of(form, 5, lengths=([5, 3], [5, 3])).to(torch.float32)
+    name = f"qk_mean_attention_{FORM_NAMES[form]}"
+    mask = torch.cat([case.masks["attention_mask"], case.masks["attention_mask_aug"]]).bool()
+    problem = (*case.inputs(), mask, None, None, None, None, 0.25, 0.2, False, 0, None)
+    forward = getattr(torch.ops.ear_ops, name).default
+    torch.library.opcheck(forward, problem)
+    stats = forward(*problem)[1:]
+    backward = getattr(torch.ops.ear_ops, f"{name}_backward").default
+    arguments = (torch.ones(2), *problem[:9], *problem[9:], *stats, [True, True, False, True])
+    torch.library.opcheck(backward, arguments)
+
+
+@every_kernel
+def test_the_operator_checks_its_inputs(form: str) -> None:
+    forward = getattr(torch.ops.ear_ops, f"qk_mean_attention_{FORM_NAMES[form]}")
+    query, key, query_aug, key_aug = case_of(form, 5).to(torch.float32).inputs()
+    rest = (None, None, None, None, 0.25, 0.2, False, 0, None)
+    for problem, message in (
+        ((query, key, query_aug, key_aug[:, :, :4], None, *rest), r"key_aug: expected shape \[2, 1, 5, 32\]"),
+        ((query, key, query_aug[:, :, :4], key_aug, None, *rest), r"query_aug: expected shape \[2, 3, 5, 32\]"),
+        ((query, key, query_aug, key_aug.repeat(1, 2, 1, 1), None, *rest), "key_aug: expected a number of heads"),
+        ((query, key, query_aug, None, None, *rest), "query_aug, key_aug: expected both or neither"),
+        ((query, key, query_aug, key_aug, torch.ones(2, 5), *rest), "key_mask: expected shape"),
+        ((query, key, query_aug, key_aug, None, *rest[:-1], 2.0), "softcap: computed by the reference only"),
+    ):
+        with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+            forward(*problem)
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------

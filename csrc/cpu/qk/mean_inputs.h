@@ -67,7 +67,11 @@ struct MeanInputs {
 
   int view_of_problem(int v) const { return exchanged ? 1 - v : v; }
   const uint8_t* key_mask_of(int v, int64_t b) const { return mask_row(key_mask, view_of_problem(v) * pairs + b); }
-  double weight(int v, int64_t head) const { return weights.empty() ? 1.0 / view[v].heads : weights[head]; }
+
+  // An average is the sum of weight times P_h over the heads, over the divisor. Without weights of the user that is
+  // rounded once, so that rows of one key are equal however many heads there are.
+  double weight(int64_t head) const { return weights.empty() ? 1.0 : weights[head]; }
+  double divisor(int v) const { return weights.empty() ? view[v].heads : 1.0; }
 };
 
 }  // namespace ear_ops::cpu

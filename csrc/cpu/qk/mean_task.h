@@ -185,6 +185,7 @@ class MeanTask {
       for (int v = 0; v < 2; ++v) {
         averages.sum[v] = views[v].sum + c * kLanes;
         if (logarithms) averages.top[v] = views[v].top + c * kLanes;
+        averages.divisor[v] = static_cast<A>(inputs.divisor(v));
       }
       averages.ld = kMeanLd, averages.keys = real_keys(t, n);
       total += loops.compare[static_cast<int>(inputs.comparison)](averages);
@@ -204,7 +205,7 @@ class MeanTask {
   void for_heads(const Body& body) const {
     for (int v = 0; v < 2; ++v)
       for (int64_t head = 0; head < inputs.view[v].heads; ++head)
-        if (inputs.weight(v, head) != 0) body(v, head);
+        if (inputs.weight(head) != 0) body(v, head);
   }
   template <typename Body>
   void for_tiles(const Body& body) const {
@@ -234,7 +235,7 @@ class MeanTask {
   void set_row(int v, int64_t head, int64_t i, A max, A inverse) {
     of_head(views[v].max, head)[i] = max;
     of_head(views[v].inverse, head)[i] = inverse;
-    of_head(views[v].factors, head)[i] = static_cast<A>(inputs.weight(v, head)) * inverse;
+    of_head(views[v].factors, head)[i] = static_cast<A>(inputs.weight(head)) * inverse;
   }
 
   // KL is 0 in a row in which no head of the target has a key.
