@@ -6,6 +6,7 @@
 #include <ATen/core/List.h>
 #include <c10/util/Exception.h>
 
+#include "comparison.h"
 #include "problem.h"
 
 namespace ear_ops {
@@ -87,8 +88,6 @@ class Checker {
 
 // The checked sizes of a problem, and the checker for what a backward gets beside it.
 
-constexpr int64_t kRowStats = 6;  // of a query: maximum, 1 / sum of exponentials, and d, each of both views
-
 struct AttentionSizes {
   int64_t pairs, heads, key_heads, queries, keys, dim;
 
@@ -133,19 +132,14 @@ inline AttentionSizes check(const char* op, const AttentionProblem& p, const Dev
 }
 
 inline AttentionSizes check_backward(const char* op, const AttentionProblem& p, const DeviceLimits& limits,
-                                     const Tensor& grad_sums, const c10::List<bool>& needs) {
+                                     Comparison comparison, const Tensor& grad_sums, const Tensor& row_stats,
+                                     const c10::List<bool>& needs) {
   const AttentionSizes sizes = check(op, p, limits);
   const Checker checker(op, "query", p.query, 4, "[B, H, L, D]", limits);
   checker.check_shape("grad_sums", grad_sums, {sizes.pairs, sizes.heads});
+  checker.check("row_stats", row_stats, {row_stats_of(comparison), sizes.pairs, sizes.heads, sizes.queries},
+                accumulator_of(p.query));
   checker.check_needs(needs, 4);
-  return sizes;
-}
-
-inline AttentionSizes check_backward(const char* op, const AttentionProblem& p, const DeviceLimits& limits,
-                                     const Tensor& grad_sums, const Tensor& row_stats, const c10::List<bool>& needs) {
-  const AttentionSizes sizes = check_backward(op, p, limits, grad_sums, needs);
-  const Checker checker(op, "query", p.query, 4, "[B, H, L, D]", limits);
-  checker.check("row_stats", row_stats, {kRowStats, sizes.pairs, sizes.heads, sizes.queries}, accumulator_of(p.query));
   return sizes;
 }
 

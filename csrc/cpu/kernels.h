@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../comparison.h"
+
 namespace ear_ops::cpu {
 
 constexpr int64_t kLanes = 16;  // elements that packed rows are padded to
@@ -23,21 +25,12 @@ struct LaneGroup {
   const A* last;           //   window), counted from the tile's first key; null: to all
 };
 
-// What kLanes queries have of the keys that they have seen. With P^ = exp(score - max) of the first view, T^ of the
-// second, r = sum P^ / sum T^ and D^ = P^ - r T^, these are sum P^, sum T^, sum D^ D^, sum D^ P^, sum D^ T^ and
-// sum T^ T^. Where the softmax of the whole row is P = a P^ and T = b T^, all else follows:
-//
-//   P - T           = a D^ + c T^ with c = a r - b, which is near 0 where the row's own ratio is near r
-//   sum (P - T)^2   = a^2 sum D^ D^ + 2 a c sum D^ T^ + c^2 sum T^ T^
-//   sum T (P - T)   = b (a sum D^ T^ + c sum T^ T^)
-//   sum P (P - T)   = a (a sum D^ P^ + c sum P^ T^), where sum P^ T^ = sum D^ T^ + r sum T^ T^
-//
-// (P - T)^2 is never expanded into its three products, whose difference would lose the digits of close views.
-// sum D^ P^ could be had of the others, but would lose those of a row in which one key has all of P.
+// What kLanes queries have of the keys that they have seen: P^ = exp(score - max) of the first view and T^ of the
+// second are summed, and what the comparison makes of them.
 template <typename A>
 struct RunningRows {
   A max[2][kLanes], sum[2][kLanes];  // of each view
-  A ratio[kLanes], squares[kLanes], with_first[kLanes], with_second[kLanes], targets[kLanes];
+  A of_comparison[5][kLanes];
 };
 
 // The statistics of kLanes queries. P = exp(score - max) * inverse; the inverse of a query without keys is 0. They are
@@ -45,7 +38,7 @@ struct RunningRows {
 template <typename A>
 struct LaneStats {
   A max[2][kLanes], inverse[2][kLanes];  // of each view
-  A d[2][kLanes];                        // sum P (P - T), sum T (T - P)
+  A of_comparison[2][kLanes];            // what its gradient takes beside P and T
 };
 
 // The averages over the heads of kLanes queries in one tile, laid out as the scores; mean_loops.h has the symbols.
@@ -85,6 +78,26 @@ struct RowPairs {
   const uint8_t* counted;  // [rows]; null: all count
 };
 
+// The loops of one comparison of two views.
+template <typename A>
+struct ScoreLoops {
+  // Rows that have seen no key yet.
+  void (*start_rows)(RunningRows<A>* rows);
+  // Adds one more tile of raw scores. They are lost unless add_values follows.
+  void (*add_tile)(const LaneGroup<A>& group, RunningRows<A>* rows);
+  // After the last tile: the statistics, with an inverse of 0 where `alive` [2][kLanes] is 0 (null: all alive). Returns
+  // the sum of the comparison over the rows, as far as it is known.
+  A (*finish_rows)(const A* alive, const RunningRows<A>& rows, LaneStats<A>* stats);
+  // Null, or a second sweep, for what takes the softmax of the whole row: returns the sum of a tile of raw scores and
+  // adds to the statistics.
+  A (*add_values)(const LaneGroup<A>& group, LaneStats<A>* stats);
+  // Raw scores of both views become their gradients, times `gradient`, the upstream one. Those of the second view may
+  // be anything where they are not `wanted`.
+  void (*gradient_tile)(const LaneGroup<A>& group, const LaneStats<A>& stats, A gradient, bool wanted);
+};
+
+constexpr int kComparisons = 4;
+
 template <typename A>
 struct Kernels {
   // dst [padded rows, ld] = rows `index` of src (row stride in elements). A row whose `real` byte is 0 is zero, and so
@@ -99,15 +112,7 @@ struct Kernels {
   // C [m, n] (+)= A [m, k] B [k, n]; n padded.
   void (*product)(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc,
                   bool accumulate);
-  // Rows that have seen no key yet.
-  void (*start_rows)(RunningRows<A>* rows);
-  // Adds one more tile of raw scores, which are lost.
-  void (*add_tile)(const LaneGroup<A>& group, RunningRows<A>* rows);
-  // After the last tile: the statistics, with an inverse of 0 where `alive` [2][kLanes] is 0 (null: all alive). Returns
-  // the sum of (P - T)^2 over the rows.
-  A (*finish_rows)(const A* alive, const RunningRows<A>& rows, LaneStats<A>* stats);
-  // Raw scores become gradient * P ((P - T) - d), those of x^a gradient * T ((T - P) - d_a).
-  void (*gradient_tile)(const LaneGroup<A>& group, const LaneStats<A>& stats, A gradient);
+  ScoreLoops<A> compare[kComparisons];  // by Comparison
 
   MeanLoops<A> mean;
 

@@ -3,11 +3,14 @@
 // library. Entries are filled by name, in the order of kernels.h; one that is left out would be null.
 #pragma once
 
+#include "compare/js.h"
+#include "compare/kl.h"
+#include "compare/mse.h"
+#include "compare/scores.h"
 #include "kernels.h"
 #include "mean_loops.h"
 #include "pack_loops.h"
 #include "row_loops.h"
-#include "score_loops.h"
 #include "vec.h"
 
 namespace {
@@ -35,10 +38,7 @@ constexpr Kernels<A> table() {
       .scatter_rows = scatter_rows<A>,
       .transpose = transpose<A>,
       .product = product<A>,
-      .start_rows = start_rows<A>,
-      .add_tile = add_tile<A>,
-      .finish_rows = finish_rows<A>,
-      .gradient_tile = gradient_tile<A>,
+      .compare = {score_loops<Mse<A>>(), score_loops<Kl<A>>(), score_loops<Js<A>>(), score_loops<Scores<A>>()},
       .mean = mean_loops<A>(),
       .squared_difference = squared_difference<A>,
       .difference_gradient = difference_gradient<A>,

@@ -240,7 +240,8 @@ void backward(const MeanInputs& p, const Tensor& grad_sums, const std::array<Ten
   });
 }
 
-template <Comparison kComparison, bool kExchanged>
+// One operator. kExchanged: the comparison takes the second view as its first one.
+template <Comparison kComparison, bool kExchanged = false>
 struct MeanHeads {
   static constexpr const char* kOp = kComparison == Comparison::kMse  ? "qk_mean_attention_mse"
                                      : kComparison == Comparison::kJs ? "qk_mean_attention_js"
@@ -277,13 +278,18 @@ struct MeanHeads {
     return gradients.returned;
   }
 
-  static void register_in(torch::Library& library) {
+  static void add_to(torch::Library& library) {
     register_operator<&forward, &backward>(library, kOp, c10::DispatchKey::CPU);
   }
 };
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(ear_ops, m) { MeanHeads<Comparison::kMse, false>::register_in(m); }
+TORCH_LIBRARY_FRAGMENT(ear_ops, m) {
+  MeanHeads<Comparison::kMse>::add_to(m);
+  MeanHeads<Comparison::kKl>::add_to(m);
+  MeanHeads<Comparison::kKl, true>::add_to(m);
+  MeanHeads<Comparison::kJs>::add_to(m);
+}
 
 }  // namespace ear_ops::cpu

@@ -12,7 +12,8 @@
 //   dS_h = e_h (F - E d_h)   with   d_h = (sum of e_h F over keys) / w
 #pragma once
 
-#include "score_loops.h"
+#include "compare/js.h"
+#include "compare/kl.h"
 
 namespace {
 
@@ -141,6 +142,74 @@ struct MeanMse {
   }
 };
 
+template <typename A>
+constexpr A smallest_normal() {
+  return static_cast<A>(sizeof(A) == sizeof(double) ? 2.2250738585072014e-308 : 1.17549435e-38);
+}
+
+// log(x) of a positive, normal x.
+inline f32v vlog(f32v x) {
+  const i32v n = ((i32v)x - 0x3f3504f3) >> 23;  // x = 2^n m with m in [sqrt(1/2), sqrt(2))
+  const f32v m = (f32v)((i32v)x - (n << 23)), power = __builtin_convertvector(n, f32v);
+  return (vlog1p(m - 1) - power * 2.12194440e-4f) + power * 0.693359375f;
+}
+
+inline f64v vlog(f64v x) {
+  f64v result;
+  for (int i = 0; i < kDoubles; ++i) result[i] = log(x[i]);
+  return result;
+}
+
+// KL(T || P), see compare/kl.h: F is (P - T) / sum e_h of the first view and E x / divisor of the second. x comes from
+// T - P where they are close, else from M and the sums.
+template <typename A>
+struct MeanKl {
+  using V = typename Vec<A>::type;
+  static constexpr bool kLogarithms = true;
+
+  static V make(V* top, V* sum, const A* divisor) {
+    const V lowest = vset<A>(-INFINITY), infinite = vset<A>(INFINITY);
+    V scaled[2], mean[2], shift[2];
+    typename Vec<A>::mask absent[2];
+    for (int view = 0; view < 2; ++view) {
+      absent[view] = (top[view] == lowest) & (sum[view] == sum[view]);  // NaN is not seen by the largest score
+      shift[view] = shift_of<A>(top[view]), scaled[view] = sum[view] / divisor[view];
+      top[view] = vexp(shift[view]), mean[view] = rounded(top[view] * scaled[view]);
+    }
+    const V p = mean[0], t = mean[1], difference = t - p;
+    const auto near = (vabs<A>(difference) < p * static_cast<A>(0.5)) & (p > smallest_normal<A>());
+    V x = near ? vlog1p(difference / p) : (shift[1] - shift[0]) + (vlog(scaled[1]) - vlog(scaled[0]));
+    x = absent[0] | absent[1] | (t == V{}) ? V{} : x;
+    V entry = relative_entropy<A>(p, t, x);
+    entry = absent[1] ? p : entry;
+    const auto only_second = absent[0] & ~absent[1];
+    entry = only_second ? infinite : entry;
+    x = only_second ? infinite : x;
+    sum[0] = sum[0] == V{} ? V{} : (p - t) / sum[0];
+    sum[1] = absent[1] ? V{} : top[1] * x / divisor[1];
+    return entry;
+  }
+};
+
+// See compare/js.h; F is the logarithm of P / M or T / M over 2, and over the divisor.
+template <typename A>
+struct MeanJs {
+  using V = typename Vec<A>::type;
+  static constexpr bool kLogarithms = false;
+
+  static V make(V*, V* sum, const A* divisor) {
+    const V p = sum[0] / divisor[0], t = sum[1] / divisor[1], both = p + t;
+    const V z = both == V{} ? V{} : (t - p) / both, distance = vabs<A>(z);
+    const V share = 2 * (z < 0 ? t : p) / both, least = vset<A>(smallest_normal<A>());
+    const auto near = distance < static_cast<A>(kNearJs);
+    const V larger = vlog1p(distance), smaller = near ? vlog1p(-distance) : vlog(share < least ? least : share);
+    const V slope = (z < 0 ? larger : smaller) * static_cast<A>(0.5);
+    const V slope_aug = (z < 0 ? smaller : larger) * static_cast<A>(0.5);
+    sum[0] = slope / divisor[0], sum[1] = slope_aug / divisor[1];
+    return near ? Js<A>::series(p, t, z) : p * slope + t * slope_aug;
+  }
+};
+
 template <typename A, template <typename> typename C>
 A compare_averages(const Averages<A>& c) {
   using V = typename Vec<A>::type;
@@ -171,7 +240,7 @@ constexpr MeanLoops<A> mean_loops() {
       .add_softmax = add_softmax<A>,
       .raise_top = raise_top<A>,
       .add_head = add_head<A>,
-      .compare = {compare_averages<A, MeanMse>},
+      .compare = {compare_averages<A, MeanMse>, compare_averages<A, MeanKl>, compare_averages<A, MeanJs>},
       .add_slopes = add_slopes<A>,
       .head_gradient = head_gradient<A>,
   };

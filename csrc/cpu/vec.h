@@ -117,6 +117,32 @@ static inline f64v vexp(f64v x) {
   return result;
 }
 
+// log(1 + x) for x above -1, within 2 ulp; digits of small x are kept. 1 + x = 2^n m with m near 1; the polynomial is
+// the one of Cephes' logf. NaN stays NaN.
+static inline f32v vlog1p(f32v x) {
+  const f32v y = 1 + x;
+  const i32v n = ((i32v)y - 0x3f3504f3) >> 23;  // m in [sqrt(1/2), sqrt(2))
+  const f32v m = (f32v)((i32v)y - (n << 23)), power = __builtin_convertvector(n, f32v);
+  const f32v r = n == 0 ? x : m - 1, square = r * r;
+  f32v p = r * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  p = p * r * square - power * 2.12194440e-4f - square * 0.5f;
+  const f32v result = r + p + power * 0.693359375f;
+  return x != x ? x : result;
+}
+
+static inline f64v vlog1p(f64v x) {
+  f64v result;
+  for (int i = 0; i < kDoubles; ++i) result[i] = log1p(x[i]);
+  return result;
+}
+
 static inline float bits_to_float(uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof(x));

@@ -12,7 +12,7 @@ namespace ear_ops::cuda {
 namespace {
 
 constexpr const char* kOp = "qk_attention_mse";
-static_assert(kRowStats == ear_ops::kRowStats);
+static_assert(kRowStats == row_stats_of(Comparison::kMse));
 
 struct Call {  // the arguments of the kernels, and what keeps their memory alive
   QKArgs args{};
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> qk_attention_mse(const AttentionProblem& problem) {
 std::vector<Tensor> qk_attention_mse_backward(const Tensor& grad_sums, const AttentionProblem& problem,
                                               const Tensor& row_stats, const c10::List<bool>& needs) {
   const Launch launch(problem.query);
-  const AttentionSizes sizes = check_backward(kOp, problem, kLimits, grad_sums, row_stats, needs);
+  const AttentionSizes sizes = check_backward(kOp, problem, kLimits, Comparison::kMse, grad_sums, row_stats, needs);
   Call call(problem, sizes);
   const Gradients gradients = make_gradients({{problem.query, problem.query_aug}, {problem.key, problem.key_aug}},
                                              needs, sizes.pairs, make_like);

@@ -115,12 +115,12 @@ def views_of(problem: Any, rows: slice = slice(None)) -> Iterator[tuple[Any, ...
         yield query[:, :, rows], key, key_mask, None if bias is None else bias[:, :, rows], counted
 
 
-def fake_outputs(problem: AttentionProblem, row_stats: int = 0) -> tuple[Tensor, ...]:
-    """Empty tensors like the sums ``[B, H]`` and, for ``row_stats`` numbers of each query, ``[row_stats, B, H, L]``."""
+def fake_outputs(problem: AttentionProblem, row_stats: int | None = None) -> tuple[Tensor, ...]:
+    """Empty tensors like the sums ``[B, H]`` and, if ``row_stats`` numbers are saved of a query, those."""
     _, heads, length, _ = problem.query.shape
     dtype = compute_dtype(problem.query.dtype)
     sums = problem.query.new_empty((problem.pairs, heads), dtype=dtype)
-    if not row_stats:
+    if row_stats is None:
         return (sums,)
     return sums, problem.query.new_empty((row_stats, problem.pairs, heads, length), dtype=dtype)
 

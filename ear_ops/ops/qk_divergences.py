@@ -1,6 +1,6 @@
 """The operators that compare attention straight from Q and K by a divergence, or by the scores before the softmax.
 
-Their references work on blocks of queries, so their memory grows with L.
+Their references work on blocks of queries, so their memory grows with L, as that of the kernels does.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ear_ops.ops.blocks import sum_over_blocks
 from ear_ops.ops.divergences import DIVERGENCES, divergence_of_scores
-from ear_ops.ops.operator import ReferenceOperator
-from ear_ops.ops.problem import AttentionProblem
+from ear_ops.ops.operator import Operator
+from ear_ops.ops.problem import AttentionProblem, fake_outputs
 
 
 def divergence_reference(name: str, problem: AttentionProblem) -> Tensor:
@@ -44,8 +44,20 @@ def _over_blocks(problem: AttentionProblem, sums_of: Callable[[slice], Tensor]) 
     return sum_over_blocks(sums_of, problem.query.shape[2], entries)
 
 
+def _operator(name: str, reference: Callable[[AttentionProblem], Tensor], row_stats: int) -> Operator:
+    return Operator(
+        name,
+        AttentionProblem,
+        reference=reference,
+        fake=lambda problem: fake_outputs(problem, row_stats),
+        saved=("row_stats",),
+        differentiable=4,
+    )
+
+
+# Of a query, kernels keep maxima, inverse sums of exponentials and two numbers of the divergence; csrc/comparison.h.
 QK_DIVERGENCES = {
-    name: ReferenceOperator(f"qk_attention_{name}", functools.partial(divergence_reference, name))
+    name: _operator(f"qk_attention_{name}", functools.partial(divergence_reference, name), row_stats=6)
     for name in DIVERGENCES
 }
-QK_SCORES_MSE = ReferenceOperator("qk_scores_mse", scores_reference)
+QK_SCORES_MSE = _operator("qk_scores_mse", scores_reference, row_stats=0)

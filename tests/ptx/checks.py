@@ -124,7 +124,10 @@ def attention_checks(dtype: torch.dtype) -> Iterator[Check]:
     yield Check("long rows, masks", right(masked_case(70, 200, 64), dtype), brain or single)
     yield Check("chunks, masks", right(masked_case(40, 150, 160), dtype))
     yield Check("dim 96, masks", right(masked_case(70, 100, 96), dtype))
-    yield Check("dim 128, causal", right(qk(70, 140, 128, options={"is_causal": True}), dtype))
+    for dim in (32, 96, 128):
+        yield Check(f"causal, dim {dim}", right(qk(70, 140, dim, options={"is_causal": True}), dtype))
+    for dim in (32, 128):
+        yield Check(f"short rows, dim {dim}", right(qk(66, 70, dim), dtype))
     yield Check("odd rows", right(qk(66, 70, 33, layout="slices"), dtype), brain)
     grouped = masked_case(30, 40, 64, heads=4, key_heads=2, reduction="none")
     yield Check("grouped queries", right(grouped, dtype), single)

@@ -235,6 +235,28 @@ def pooled_case(
     return Case("pooled_distance", *views, _padding(lengths, length, side, rest.pop("masks", None)), **rest)
 
 
+def case_of(op: str, *sizes: int, **rest: Any) -> Case:
+    """A case of any loss."""
+    if op.startswith("qk"):
+        return in_comparison(qk_case(*sizes, **rest), op)
+    return {"attention_mse": attention_case, "pooled_distance": pooled_case}[op](*sizes, **rest)
+
+
+def in_comparison(case: Case, op: str, **options: Any) -> Case:
+    """A case of an MSE as a case of another comparison of the same inputs.
+
+    KL needs the same keys in both views: the second gets the key mask and the bias of the first.
+    """
+    case = replace(case, op=op, options={**case.options, **options})
+    if not op.endswith("_kl"):
+        return case
+    masks = {
+        name: case.masks[name.removesuffix("_aug")] if name.startswith("attention") else mask
+        for name, mask in case.masks.items()
+    }
+    return replace(case, masks=masks, biases={n: b for n, b in case.biases.items() if n == "attn_bias"})
+
+
 def _padding(
     lengths: tuple[Sequence[int], Sequence[int]] | None, width: int, side: str, masks: dict[str, Tensor] | None
 ) -> dict[str, Tensor]:

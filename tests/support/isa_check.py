@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from support.cases import attention_case, pooled_case, qk_case
+from support.cases import attention_case, in_comparison, pooled_case, qk_case
 from support.rules import check_case
 from support.strategies import DTYPES
 
@@ -30,6 +30,14 @@ CASES = [
     qk_case(64, 96, 64, layout="slices"),  # and rows that begin at any element
     pooled_case(9, 37, lengths=([9, 4, 0], [7, 9, 2])),
     pooled_case(33, 16),
+]
+
+
+# Not the long rows: a plain loop sums products of so many equal sizes less exactly than the rule allows.
+COMPARISONS = [
+    in_comparison(case, op)
+    for case in (*CASES[1:4], CASES[5])
+    for op in ("qk_attention_kl", "qk_attention_js", "qk_scores_mse")
 ]
 
 
@@ -64,7 +72,7 @@ def bits_of_every_half() -> None:
 
 def main() -> None:
     name = torch.ops.ear_ops.cpu_isa()
-    for case in CASES:
+    for case in CASES + COMPARISONS:
         for dtype in DTYPES:
             for stacked in (False, True):
                 check_case(replace(case, reduction="sum", stacked=stacked), dtype, "cpu")

@@ -8,9 +8,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .cases import LAYOUTS, Case, attention_case, lengths_mask, pooled_case, qk_case
+from .cases import LAYOUTS, Case, attention_case, in_comparison, lengths_mask, pooled_case, qk_case
 
-OPS = ("qk_attention_mse", "attention_mse", "pooled_distance")
+OPS = ("qk_attention_mse", "attention_mse", "pooled_distance", "qk_attention_kl", "qk_attention_js", "qk_scores_mse")
 REDUCTIONS = ("mean", "padded_mean", "equations", "sum", "none")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LENGTHS = st.one_of(st.integers(1, 20), st.sampled_from([0, 1, 2, 33, 65]))
@@ -100,7 +100,8 @@ def cases(
         biases=biases,
         **common,
     )
-    return _finished(case, draw(st.sampled_from(dtypes)))
+    directions = {"direction": draw(st.sampled_from(["forward", "reverse"]))} if op == "qk_attention_kl" else {}
+    return _finished(in_comparison(case, op, **directions), draw(st.sampled_from(dtypes)))
 
 
 @st.composite

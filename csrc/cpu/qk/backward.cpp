@@ -4,7 +4,7 @@
 //                | gather, product
 //   scratch    scores of a tile, [256 keys, 64 queries], of each view
 //                | 16 queries at a time in vectors of registers
-//   scratch    dS = g P ((P - T) - d) in place of the scores
+//   scratch    dS, the gradient of the scores, in their place
 //                | product with K^T                             | product with Q
 //   scratch    dQ^T [ld, 64], summed over the tiles           dK [n_keys, ld], summed over the blocks
 //                | once for each block                          | once for each share
@@ -43,10 +43,10 @@ struct BackwardTask : QKTask<P> {
     }
   }
 
-  // Makes operands of the dS^T of a tile that `scores` holds.
-  void load_gradient(int v, int64_t n, bool of_queries, bool of_keys) {
+  // Makes operands of the dS^T of a tile, which lies where its scores were.
+  void load_gradient(int v, int64_t t, int64_t n, bool of_queries, bool of_keys) {
     if constexpr (P::kInPairs)
-      this->products.round(this->scores[v], kScoresLd, n, this->block.padded, of_keys ? left_ : nullptr,
+      this->products.round(this->scores_of(v, t), kScoresLd, n, this->block.padded, of_keys ? left_ : nullptr,
                            of_queries ? right_ : nullptr);
   }
 
@@ -56,7 +56,7 @@ struct BackwardTask : QKTask<P> {
     if constexpr (P::kInPairs) {
       this->keys.add_to_grad_queries(v, t, n, right_, rows, rows, grad_queries_t[v], accumulate);
     } else {
-      this->keys.add_to_grad_queries(v, t, n, this->scores[v], kScoresLd, rows, grad_queries_t[v], accumulate);
+      this->keys.add_to_grad_queries(v, t, n, this->scores_of(v, t), kScoresLd, rows, grad_queries_t[v], accumulate);
     }
   }
 
@@ -67,8 +67,8 @@ struct BackwardTask : QKTask<P> {
     if constexpr (P::kInPairs) {
       this->products.multiply(n, ld, rows, left_, rows, this->block.as_rows(v), this->block.rows_ld(v), to, ld, true);
     } else {
-      this->products.multiply(n, ld, rows, this->scores[v], kScoresLd, this->block.as_rows(v), this->block.rows_ld(v),
-                              to, ld, true);
+      this->products.multiply(n, ld, rows, this->scores_of(v, t), kScoresLd, this->block.as_rows(v),
+                              this->block.rows_ld(v), to, ld, true);
     }
   }
 
@@ -79,6 +79,7 @@ struct BackwardTask : QKTask<P> {
 template <typename P>
 void load_stats(BackwardTask<P>& task, const typename P::Accumulator* saved, int64_t b, int64_t head) {
   const auto& p = task.inputs;
+  if (row_stats_of(p.comparison) == 0) return;
   const int64_t rows = p.pairs * p.heads * p.queries;
   for (int64_t i = 0; i < task.block.padded; ++i) {
     auto& s = task.stats[i / kLanes];
@@ -89,7 +90,7 @@ void load_stats(BackwardTask<P>& task, const typename P::Accumulator* saved, int
     for (int v = 0; v < 2; ++v) {
       s.max[v][lane] = padding ? 0 : from[v * rows];
       s.inverse[v][lane] = padding ? 0 : from[(2 + v) * rows];
-      s.d[v][lane] = padding ? 0 : from[(4 + v) * rows];
+      s.of_comparison[v][lane] = padding ? 0 : from[(4 + v) * rows];
     }
   }
 }
@@ -103,22 +104,24 @@ void backward_share(BackwardTask<P>& task, const Share& blocks_of, const typenam
   using A = typename P::Accumulator;
   const auto& p = task.inputs;
   const int64_t b = blocks_of.b, ld = task.ld;
+  const bool second = out.query[1].data || out.key[1].data;
   key_end = std::min(key_end, round_up(task.counted.n_keys, P::kPadding));
   if (key_begin >= key_end) return;
   task.pack_keys(b, blocks_of.key_head, any(out.query));
   for (int v = 0; v < 2; ++v)
     if (out.key[v].data) std::fill(task.grad_keys[v] + key_begin * ld, task.grad_keys[v] + key_end * ld, A(0));
   for_blocks(task, blocks_of, [&](int64_t head, int64_t block) {
-    const A gradient = static_cast<A>(2 * p.scale) * upstream[b * p.heads + head];
+    const A gradient = static_cast<A>(p.scale) * upstream[b * p.heads + head];
     task.load_queries(b, head, block * kBlock);
     load_stats(task, saved, b, head);
     bool first_tile = true;
     task.for_tiles(key_begin, key_end, [&](int64_t t, int64_t n) {
       task.score(b, head, t, n);
       for (int64_t c = 0; c < task.lane_groups(); ++c)
-        task.table.gradient_tile(task.lane_group(c, t, n), task.stats[c], gradient);
+        task.loops.gradient_tile(task.lane_group(c, t, n), task.stats[c], gradient, second);
       for (int v = 0; v < 2; ++v) {
-        task.load_gradient(v, n, out.query[v].data, out.key[v].data);
+        if (!out.query[v].data && !out.key[v].data) continue;
+        task.load_gradient(v, t, n, out.query[v].data, out.key[v].data);
         if (out.query[v].data) task.add_grad_queries(v, t, n, !first_tile);
         if (out.key[v].data) task.add_grad_keys(v, t, n);
       }

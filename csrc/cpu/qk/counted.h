@@ -23,7 +23,7 @@ struct Counted {
 
   template <typename Inputs>
   void select(const Inputs& inputs, int64_t b) {
-    const uint8_t* mask[2] = {mask_row(inputs.key_mask, b), mask_row(inputs.key_mask, inputs.pairs + b)};
+    const uint8_t* mask[2] = {inputs.key_mask_of(0, b), inputs.key_mask_of(1, b)};
     const uint8_t* counts = mask_row(inputs.counted_queries, b);
     n_keys = n_queries = 0;
     masks_differ = false;

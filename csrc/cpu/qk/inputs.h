@@ -1,4 +1,4 @@
-// The memory of a checked AttentionProblem.
+// The memory of a checked AttentionProblem, and what its views are compared by.
 #pragma once
 
 #include "../tensors.h"
@@ -6,6 +6,8 @@
 namespace ear_ops::cpu {
 
 struct QKInputs : AttentionSizes {
+  Comparison comparison;
+  bool exchanged;  // the problem's second view is view 0 here
   double scale;
   bool is_causal;
   int64_t window;  // 0: none
@@ -16,8 +18,10 @@ struct QKInputs : AttentionSizes {
   OptionalTensor key_mask, counted_queries;
   std::array<Tensor, 4> keep_alive;
 
-  QKInputs(const AttentionProblem& problem, const AttentionSizes& sizes)
+  QKInputs(const AttentionProblem& problem, const AttentionSizes& sizes, Comparison comparison, bool exchanged)
       : AttentionSizes(sizes),
+        comparison(comparison),
+        exchanged(exchanged),
         scale(problem.scale),
         is_causal(problem.is_causal),
         window(problem.window),
@@ -28,14 +32,18 @@ struct QKInputs : AttentionSizes {
     const auto keys = dense_views(problem.key, problem.key_aug, pairs);
     keep_alive = {queries[0], queries[1], keys[0], keys[1]};
     for (int v = 0; v < 2; ++v) {
-      query[v] = HeadsPointer(queries[v]);
-      key[v] = HeadsPointer(keys[v]);
+      const int from = view_of_problem(v);
+      query[v] = HeadsPointer(queries[from]);
+      key[v] = HeadsPointer(keys[from]);
       if (!problem.attn_bias) continue;
-      const Tensor& of_view = v == 1 && problem.attn_bias_aug ? *problem.attn_bias_aug : *problem.attn_bias;
+      const Tensor& of_view = from == 1 && problem.attn_bias_aug ? *problem.attn_bias_aug : *problem.attn_bias;
       bias[v] = HeadsPointer(of_view);
       bias_key_stride[v] = of_view.stride(3);
     }
   }
+
+  int view_of_problem(int v) const { return exchanged ? 1 - v : v; }
+  const uint8_t* key_mask_of(int v, int64_t b) const { return mask_row(key_mask, view_of_problem(v) * pairs + b); }
 };
 
 }  // namespace ear_ops::cpu

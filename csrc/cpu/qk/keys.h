@@ -34,7 +34,7 @@ class PackedKeys {
     padded = round_up(counted.n_keys, P::kPadding);
     for (int v = 0; v < 2; ++v) {
       const char* head = inputs_.key[v].head(b, key_head);
-      const uint8_t* real = mask_row(inputs_.key_mask, v * inputs_.pairs + b);
+      const uint8_t* real = inputs_.key_mask_of(v, b);
       in_tensor_[v] = 0;
       if (in_place() && counted.keys_together() && !counted.masks_differ) {
         in_tensor_[v] = counted.n_keys / P::kPadding * P::kPadding;
@@ -75,8 +75,13 @@ class PackedKeys {
   const Operand* tensor_[2] = {};
   int64_t tensor_ld_[2] = {}, in_tensor_[2] = {};
 
-  // Whether rows of the tensor are operands as they are.
-  bool in_place() const { return inputs_.dim == ld_ && inputs_.kind == P::kOperand; }
+  // Whether rows of the tensor are operands as they are. Many rows that lie far apart crowd into few sets of the caches
+  // and need many pages, so a copy is faster.
+  bool in_place() const {
+    constexpr int64_t kMostApart = 2 * kTile;
+    const bool near = inputs_.keys <= kMostApart || inputs_.key[0].row_stride == inputs_.dim;
+    return near && inputs_.dim == ld_ && inputs_.kind == P::kOperand;
+  }
 };
 
 }  // namespace ear_ops::cpu

@@ -29,7 +29,7 @@ class Plan {
     if (!p.key_mask && !p.counted_queries) return;
     std::vector<int64_t> cost(p.pairs);
     for (int64_t b = 0; b < p.pairs; ++b)
-      cost[b] = count_real(mask_row(p.key_mask, b), mask_row(p.key_mask, p.pairs + b), p.keys) *
+      cost[b] = count_real(p.key_mask_of(0, b), p.key_mask_of(1, b), p.keys) *
                 count_real(mask_row(p.counted_queries, b), nullptr, p.queries);
     std::stable_sort(order_.begin(), order_.end(), [&](int64_t x, int64_t y) { return cost[x] > cost[y]; });
   }

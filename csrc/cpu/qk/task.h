@@ -1,4 +1,4 @@
-// What forward and backward of qk_attention_mse share: tiles of scores of one block of queries against one head's keys.
+// What forward and backward share: tiles of scores of one block of queries against one head's keys.
 // Scores lie transposed, [keys, queries]. So a softmax needs no reduction across lanes, keys are multiplied where they
 // lie in the tensor, and the products of the backward need no transposed scores.
 #pragma once
@@ -9,6 +9,7 @@
 
 namespace ear_ops::cpu {
 
+constexpr int64_t kMostKept = 16 * kTile;       // keys whose scores stay for a second sweep
 constexpr int64_t kScoresLd = kBlock + kLanes;  // an odd number of cache lines of floats: keys spread over all sets
 
 // The working memory of one thread, used for many shares of the work. Calls come in this order, and each invalidates
@@ -16,9 +17,10 @@ constexpr int64_t kScoresLd = kBlock + kLanes;  // an odd number of cache lines 
 //   select(b)       `counted` is of pair b
 //   pack_keys       `keys` are those of one key head of that pair
 //   load_queries    `block` is one block of queries of one head that uses those keys
-//   score(t, n)     scores[v][j * kScoresLd + i] is the raw product of the block's i-th query and key t + j, in both
-//                   views, for all padded queries; the bias lies likewise. Keys that only pad have zero scores.
-// The functions of the table then replace the scores of each group of lanes by what comes of them.
+//   score(t, n)     scores_of(v, t)[j * kScoresLd + i] is the raw product of the block's i-th query and key t + j, in
+//                   both views, for all padded queries; the bias lies likewise. Keys that only pad have zero scores.
+// The functions of the table then replace the scores of each group of lanes by what comes of them. The scores of the
+// last `kept` keys stay until then.
 template <typename P>
 class QKTask {
  public:
@@ -28,11 +30,12 @@ class QKTask {
   const QKInputs& inputs;
   const P& products;
   const Kernels<A>& table;
-  const int64_t ld;  // of packed rows
+  const ScoreLoops<A>& loops;  // of the comparison
+  const int64_t ld;            // of packed rows
   Counted counted;
   PackedKeys<P> keys;
   QueryBlock<P> block;
-  A* scores[2];
+  const int64_t kept;   // a multiple of kTile
   LaneStats<A>* stats;  // [kBlock / kLanes], of the block's queries
 
   // backward: with the operands of gradients.
@@ -40,15 +43,17 @@ class QKTask {
       : inputs(in),
         products(p),
         table(kernels<A>(*selection().isa)),
+        loops(table.compare[static_cast<int>(in.comparison)]),
         ld(round_up(in.dim, P::kWidth)),
         counted(in, arena),
         keys(in, p, ld, backward, arena),
-        block(in, p, ld, backward, arena) {
-    const int64_t kept = std::min(round_up(in.keys, P::kPadding), kTile);
+        block(in, p, ld, backward, arena),
+        kept(!backward && loops.add_values ? kMostKept : kTile) {
+    const int64_t rows = std::min(round_up(in.keys, P::kPadding), kept);
     stats = arena.take<LaneStats<A>>(kBlock / kLanes);
     for (int v = 0; v < 2; ++v) {
-      scores[v] = arena.take<A>(kept * kScoresLd);
-      bias_[v] = arena.take<A>(in.bias[v].data ? kept * kScoresLd : 0);
+      scores_[v] = arena.take<A>(rows * kScoresLd);
+      bias_[v] = arena.take<A>(in.bias[v].data ? rows * kScoresLd : 0);
     }
   }
 
@@ -57,9 +62,11 @@ class QKTask {
   void pack_keys(int64_t b, int64_t key_head, bool transposed) { keys.pack(counted, b, key_head, transposed); }
   void load_queries(int64_t b, int64_t head, int64_t begin) { block.load(counted, b, head, begin, keys.padded); }
 
+  A* scores_of(int v, int64_t t) const { return scores_[v] + t % kept * kScoresLd; }
+
   void score(int64_t b, int64_t head, int64_t t, int64_t n) {
     for (int v = 0; v < 2; ++v) {
-      keys.score(v, t, n, block.as_columns(v), block.padded, scores[v], kScoresLd);
+      keys.score(v, t, n, block.as_columns(v), block.padded, scores_of(v, t), kScoresLd);
       if (inputs.bias[v].data) load_bias(v, b, head, t, n);
     }
   }
@@ -69,9 +76,9 @@ class QKTask {
     LaneGroup<A> group{};
     group.ld = kScoresLd, group.keys = std::min(n, counted.n_keys - t), group.scale = static_cast<A>(inputs.scale);
     for (int v = 0; v < 2; ++v) {
-      group.scores[v] = scores[v] + c * kLanes;
+      group.scores[v] = scores_of(v, t) + c * kLanes;
       if (counted.masks_differ) group.real[v] = counted.real[v] + t;
-      if (inputs.bias[v].data) group.bias[v] = bias_[v] + c * kLanes;
+      if (inputs.bias[v].data) group.bias[v] = bias_of(v, t) + c * kLanes;
     }
     if (!inputs.is_causal && !inputs.window) return group;
     for (int64_t i = 0; i < kLanes; ++i) {
@@ -91,15 +98,18 @@ class QKTask {
   }
 
  private:
-  A* bias_[2];
+  A *scores_[2], *bias_[2];
   alignas(64) A first_[kLanes], last_[kLanes];
+
+  A* bias_of(int v, int64_t t) const { return bias_[v] + t % kept * kScoresLd; }
 
   void load_bias(int v, int64_t b, int64_t head, int64_t t, int64_t n) {
     const int64_t real = std::min(n, counted.n_keys - t);
+    A* to = bias_of(v, t);
     for (int64_t i = 0; i < block.padded; ++i) {
       const A* from = i < block.n ? block.bias_row(counted, v, b, head, i) : nullptr;
       for (int64_t j = 0; j < real; ++j)
-        bias_[v][j * kScoresLd + i] =
+        to[j * kScoresLd + i] =
             from ? from[counted.key[t + j] * inputs.bias_key_stride[v]] : -std::numeric_limits<A>::infinity();
     }
   }
