@@ -27,7 +27,6 @@ from ear_ops.ops.operator import Operator
 from ear_ops.ops.probabilities import attention_scores, compute_dtype
 from ear_ops.ops.problem import AttentionProblem, views_of
 
-
 ROW_STATS = 3  # of a head and query: maximum, 1 / sum of exponentials, and what its gradient takes off the slopes
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cases import LOSSES, Case, lengths_mask, qk_case
 from support.changes import fill_padding, same_results
@@ -20,7 +20,7 @@ from torch import Tensor
 
 import ear_ops
 from ear_ops.capture import AttentionInputs
-from ear_ops.ops import blocks
+from ear_ops.ops import blocks, extension
 from ear_ops.ops.mean_heads import QK_MEAN_HEADS
 
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -87,6 +87,13 @@ def drawn(data: st.DataObject, form: str, same_keys: bool | None = None, **limit
         masks = {n: case.masks[n.removesuffix("_aug")] if n.startswith("att") else m for n, m in case.masks.items()}
         case = replace(case, masks=masks, biases={n: b for n, b in case.biases.items() if n == "attn_bias"})
     return case
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "cpu" and not extension.CPU.loaded:
+        pytest.skip(f"no CPU kernels: {extension.CPU.reason}")
+    return str(request.param)
 
 
 # --- equal to what one writes without the package -------------------------------------------------------------------
@@ -185,11 +192,13 @@ def test_nearly_equal_views_keep_their_digits(form: str, closeness: float) -> No
         assert l2_error(gradient, exact) < 10 * rounding
 
 
-def test_where_the_average_underflows() -> None:
+def test_where_the_average_underflows(backend: str) -> None:
     """P underflows in both heads, at a key that has half of the target: KL is finite and its gradient not clipped."""
     key = torch.tensor([[0.0, -500.0], [0.0, -490.0]]).reshape(1, 2, 2, 1).requires_grad_()
     query, query_aug = torch.ones(1, 2, 1, 1), torch.ones(1, 3, 1, 1)
-    loss = ear_ops.qk_attention_kl(query, key, query_aug, torch.zeros(1, 3, 2, 1), scale=1.0, heads="mean")
+    loss = ear_ops.qk_attention_kl(
+        query, key, query_aug, torch.zeros(1, 3, 2, 1), scale=1.0, heads="mean", backend=backend
+    )
     assert loss.item() == pytest.approx((490.0 + math.log(2.0)) / 2 - math.log(2.0), rel=1e-6)
     (gradient,) = torch.autograd.grad(loss, key)
     share = 1 / (1 + math.exp(-10.0))  # the second head has nearly all of the average at the second key
@@ -257,18 +266,18 @@ SAME, FEWER, NOTHING = lengths_mask([3, 2], 4), lengths_mask([2, 2], 4), lengths
 
 
 @pytest.mark.parametrize("form", ["forward", "reverse"])
-def test_a_key_that_only_the_target_has_makes_kl_infinite(form: str) -> None:
+def test_a_key_that_only_the_target_has_makes_kl_infinite(form: str, backend: str) -> None:
     case = replace(case_of(form, 4), reduction="none")
     views = (FEWER, SAME) if form == "forward" else (SAME, FEWER)
     infinite, finite = (replace(case, masks=masks_of(*masks)) for masks in (views, views[::-1]))
     with pytest.raises(ValueError, match=r"attention_mask: .*same keys.*KL is infinite.*_js.*support='shared'"):
-        run(infinite)
-    check_close(run(finite), written_out(finite))
+        run(infinite, backend)
+    check_close(run(finite, backend), written_out(finite))
     compiled = torch.compile(LOSSES[case.op], fullgraph=True, backend="eager")
     value = compiled(*case.inputs(), **infinite.arguments())
     assert value[0] == math.inf and torch.isfinite(value[1])
     shared = replace(infinite, options={**case.options, "support": "shared"})
-    assert same_results(run(shared), run(replace(case, masks=masks_of(FEWER, FEWER))))
+    assert same_results(run(shared, backend), run(replace(case, masks=masks_of(FEWER, FEWER)), backend))
 
 
 def test_a_key_that_one_head_has_is_in_the_average() -> None:
@@ -286,27 +295,27 @@ def test_a_key_that_one_head_has_is_in_the_average() -> None:
 
 
 @every_form
-def test_rows_without_keys(form: str) -> None:
+def test_rows_without_keys(form: str, backend: str) -> None:
     case = replace(case_of(form, 4), reduction="none")
     masks = (NOTHING, SAME) if form == "reverse" else (SAME, NOTHING)
-    value, gradients = run(replace(case, masks=masks_of(*masks)))
+    value, gradients = run(replace(case, masks=masks_of(*masks)), backend)
     if form == "js":
         torch.testing.assert_close(value, torch.full_like(value, 4 * math.log(2) / 2))
     elif form != "mse":
         assert not value.any()
     assert form == "mse" or all(not gradient.abs().gt(1e-15).any() for gradient in gradients)
-    value, gradients = run(replace(case, masks=masks_of(NOTHING, NOTHING)))
+    value, gradients = run(replace(case, masks=masks_of(NOTHING, NOTHING)), backend)
     assert not value.any() and not any(gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 @every_form
-def test_bad_numbers_show(form: str, bad: float) -> None:
+def test_bad_numbers_show(form: str, bad: float, backend: str) -> None:
     case = case_of(form, 9, pairs=2, lengths=([9, 6], [9, 6]), reduction="none")
     query = case.x[0].clone()
     query[0, 1, 3, 5] = bad
-    expected, _ = run(case)
-    value, gradients = run(replace(case, x=(query, case.x[1])))
+    expected, _ = run(case, backend)
+    value, gradients = run(replace(case, x=(query, case.x[1])), backend)
     assert value[0].isnan() and torch.equal(value[1], expected[1])
     assert gradients[0][0, 1].isnan().any() and not gradients[0][1].isnan().any()
 
@@ -368,6 +377,7 @@ def test_second_derivatives(form: str) -> None:
 
 
 @every_form
+@settings(max_examples=5)
 @given(data=st.data())
 def test_blocks_change_nothing(form: str, data: st.DataObject) -> None:
     case = drawn(data, form, dtypes=(torch.float64,))
@@ -380,7 +390,7 @@ def test_blocks_change_nothing(form: str, data: st.DataObject) -> None:
 @every_form
 def test_memory_grows_with_the_length_alone(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors that autograd keeps between forward and backward."""
-    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", 1000)
+    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", 4000)
     kept = []
     for length in (64, 128):
         sizes: dict[int, int] = {}
@@ -517,18 +527,6 @@ def test_a_head_without_weight_has_no_gradient_in_kernels(form: str) -> None:
     expected, _ = run(case, "reference", head_weights=weights)
     torch.testing.assert_close(value, expected)
     assert all(gradient[:, 1].any() and not gradient[:, 0].any() for gradient in gradients)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
-@every_kernel
-def test_bad_numbers_show_in_kernels(form: str, bad: float) -> None:
-    case = case_of(form, 9, pairs=2, lengths=([9, 6], [9, 6]), reduction="none").to(torch.float32)
-    query = case.x[0].clone()
-    query[0, 1, 3, 5] = bad
-    expected, _ = run(case, "cpu")
-    value, gradients = run(replace(case, x=(query, case.x[1])), "cpu")
-    assert value[0].isnan() and torch.equal(value[1], expected[1])
-    assert gradients[0][0, 1].isnan().any() and not gradients[0][1].isnan().any()
 
 
 @every_kernel
