@@ -9,6 +9,7 @@
 #include "compare/mse.h"
 #include "compare/scores.h"
 #include "kernels.h"
+#include "mean_loops.h"
 #include "pack_loops.h"
 #include "row_loops.h"
 #include "vec.h"
@@ -47,6 +48,7 @@ constexpr Kernels<A> table() {
       .add_to_rows = add_to_rows<A>,
       .copy_from_rows = copy_from_rows<A>,
       .compare_maps = {map_loops<MapMse<A>>(), map_loops<MapKl<A>>(), map_loops<MapJs<A>>()},
+      .mean = mean_loops<A>(),
       .squared_difference = squared_difference<A>,
       .difference_gradient = difference_gradient<A>,
       .add_rows = add_rows<A>,

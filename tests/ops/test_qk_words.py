@@ -430,6 +430,8 @@ def test_a_teacher_of_another_structure_or_size() -> None:
     with pytest.raises(AssertionError, match="matrices were made"):
         compare_words(student, causal, pair, "mse", refuse_maps, what="x", reduction="mean")
     assert compare_words(student, causal, pair, "mse", attention_mse, what="x", reduction="mean") > 0
+    averages = compare_words(student, student, pair, "mse", attention_mse, what="x", reduction="mean", heads="mean")
+    assert averages > 0  # of matrices, too: the second view has other words
     wide = causal._replace(is_causal=False, scale=0.3)
     wide = wide._replace(query=wide.query.repeat(1, 1, 1, 2), key=wide.key.repeat(1, 1, 1, 2))
     found = compare_words(student, wide, pair, "mse", refuse_maps, what="x", reduction="mean")

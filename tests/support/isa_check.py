@@ -13,8 +13,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
 from support.cases import attention_case, in_comparison, pooled_case, qk_case
-from support.rules import check_case
+from support.rules import check_case, peak_error
 from support.strategies import DTYPES
+
+from ear_ops.functional import qk_word_attention
 
 CASES = [
     qk_case(1, 1, 1),
@@ -25,6 +27,7 @@ CASES = [
     qk_case(70, None, 16, biases={"attn_bias": torch.arange(70.0) / 35 - 1}, lengths=([70, 9], [60, 64]), side="left"),
     attention_case(5, 33, lengths=([33, 9], [20, 31])),
     attention_case(3, 47),
+    qk_case(70, 33, 9, heads=4, key_heads=2, lengths=([33, 9], [20, 31]), options={"heads": "mean"}),
     qk_case(64, 96, 64),  # rows that are operands where they lie
     qk_case(64, 96, 64, layout="slices"),  # and rows that begin at any element
     pooled_case(9, 37, lengths=([9, 4, 0], [7, 9, 2])),
@@ -69,6 +72,23 @@ def bits_of_every_half() -> None:
         assert torch.equal(stored[:, 0, 0], step.to(dtype)[:, None].expand(-1, 17)), dtype
 
 
+def attention_between_words() -> None:
+    """Each comparison against the reference in float64, in more than one block of queries and tile of keys."""
+    pieces = torch.tensor([[1, 3, 2, 1, 70], [2, 1, 69, 4, 1]]).repeat(1, 4)
+    ids = torch.stack([torch.arange(20).repeat_interleave(row) for row in pieces])
+    inputs = [torch.randn(2, 2, ids.shape[1], 33, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    options = {"word_ids": ids, "words": 20, "is_causal": True, "window": 280}
+    for divergence in ("mse", "js"):
+        for dtype, most in zip(DTYPES, (1e-5, 2e-2, 5e-3, 1e-12), strict=True):
+            rounded, results = [tensor.to(dtype) for tensor in inputs], []
+            for backend, wanted in (("cpu", dtype), ("reference", torch.float64)):
+                tensors = [tensor.to(wanted).requires_grad_() for tensor in rounded]
+                value = qk_word_attention(*tensors, **options, divergence=divergence, backend=backend)
+                results.append([value.detach(), *torch.autograd.grad(value, tensors)])
+            for actual, expected in zip(*results, strict=True):
+                assert peak_error(actual, expected) <= most, (divergence, dtype, peak_error(actual, expected))
+
+
 def main() -> None:
     name = torch.ops.ear_ops.cpu_isa()
     for case in CASES + COMPARISONS:
@@ -76,6 +96,7 @@ def main() -> None:
             for stacked in (False, True):
                 check_case(replace(case, reduction="sum", stacked=stacked), dtype, "cpu")
     bits_of_every_half()
+    attention_between_words()
     print(name)
 
 

@@ -118,10 +118,8 @@ class WordTask {
 
   // A block of n queries of one view, from the `first`-th of its list on. Row w of sums [rows, kScoresLd] holds sums of
   // exponentials over the keys of word w.
-  struct Block {
+  struct Block : KeyBounds {
     int64_t first, n, padded;
-    int64_t tile_begin, tile_end;
-    int64_t first_key[kBlock], last_key[kBlock];  // by position alone, a query may attend to the keys between
     Operand *rows, *columns, *paired;
     A *scores, *bias, *sums;
     A *max, *inverse;        // [kBlock] of the softmax
@@ -181,7 +179,7 @@ class WordTask {
       if (backward_) products.pair_rows(block.rows, ld, block.padded, ld, block.paired);
       block.as_rows = block.paired;
     }
-    bound_keys(v);
+    block.bound_keys(inputs, counted, words.query[v] + first, block.n, keys.padded);
   }
 
   // Raw scores of the tile of the keys [t, t + n).
@@ -280,31 +278,6 @@ class WordTask {
       word_[i] = static_cast<int32_t>(k - begin);
       factor_[i] = static_cast<A>(scale / static_cast<double>(words.pieces(v, k)) * block.inverse[i]);
     }
-  }
-
-  void bound_keys(int v) {
-    Block& block = blocks[v];
-    const int32_t *begin = counted.key, *end = counted.key + counted.n_keys;
-    block.tile_begin = keys.padded, block.tile_end = 0;
-    for (int64_t i = 0; i < kBlock; ++i) {
-      int64_t& from = block.first_key[i] = 0;
-      int64_t& until = block.last_key[i] = i < block.n ? counted.n_keys : 0;
-      if (i >= block.n) continue;
-      const int64_t position = query(v, i);
-      if (inputs.window) from = std::lower_bound(begin, end, position - inputs.window + 1) - begin;
-      if (inputs.is_causal) {
-        until = std::upper_bound(begin, end, position) - begin;
-      } else if (inputs.window) {
-        until = std::upper_bound(begin, end, position + inputs.window - 1) - begin;
-      }
-      if (from >= until) {
-        from = until = 0;
-        continue;
-      }
-      block.tile_begin = std::min(block.tile_begin, from / kTile * kTile);
-      block.tile_end = std::max(block.tile_end, std::min(round_up(until, kTile), keys.padded));
-    }
-    block.tile_begin = std::min(block.tile_begin, block.tile_end);
   }
 };
 
