@@ -94,6 +94,13 @@ struct AttentionSizes {
   int64_t group() const { return heads / key_heads; }  // query heads that share a key head
 };
 
+constexpr int64_t kMeanRowStats = 3;  // of a head and query: maximum, 1 / sum of exponentials, and d
+
+struct MeanHeadsSizes {
+  int64_t pairs, queries, keys;
+  int64_t heads[2], key_heads[2], dim[2];  // of each view
+};
+
 struct MapsSizes {
   int64_t pairs, heads, queries, keys;
 };
@@ -132,6 +139,51 @@ inline AttentionSizes check_backward(const char* op, const AttentionProblem& p, 
   checker.check_shape("grad_sums", grad_sums, {sizes.pairs, sizes.heads});
   checker.check("row_stats", row_stats, {row_stats_of(comparison), sizes.pairs, sizes.heads, sizes.queries},
                 accumulator_of(p.query));
+  checker.check_needs(needs, 4);
+  return sizes;
+}
+
+inline MeanHeadsSizes check(const char* op, const MeanHeadsProblem& p, const DeviceLimits& limits) {
+  const Checker checker(op, "query", p.query, 4, "[B, H, L, D]", limits);
+  const int64_t pairs = checker.pairs(!p.query_aug);
+  TORCH_CHECK_VALUE(p.query_aug.has_value() == p.key_aug.has_value(), op,
+                    ": query_aug, key_aug: expected both or neither");
+  checker.check_dim("key", p.key, 4, "[B, H_kv, S, D]");
+  MeanHeadsSizes sizes = {pairs, p.query.size(2), p.key.size(2), {}, {}, {}};
+  const Tensor* queries[] = {&p.query, p.query_aug ? &*p.query_aug : &p.query};
+  const Tensor* keys[] = {&p.key, p.key_aug ? &*p.key_aug : &p.key};
+  const OptionalTensor* biases[] = {&p.attn_bias, p.attn_bias_aug ? &p.attn_bias_aug : &p.attn_bias};
+  const char* names[][3] = {{"query", "key", "attn_bias"}, {"query_aug", "key_aug", "attn_bias_aug"}};
+  for (int v = 0; v < 2; ++v) {
+    const auto& [query_name, key_name, bias_name] = names[v];
+    checker.check_dim(query_name, *queries[v], 4, "[B, H, L, D]");
+    checker.check_dim(key_name, *keys[v], 4, "[B, H_kv, S, D]");
+    const int64_t heads = sizes.heads[v] = queries[v]->size(1), key_heads = sizes.key_heads[v] = keys[v]->size(1);
+    const int64_t dim = sizes.dim[v] = queries[v]->size(3), rows = p.query.size(0);
+    TORCH_CHECK_VALUE(heads > 0 && key_heads > 0 && heads % key_heads == 0, op, ": ", key_name,
+                      ": expected a number of heads that divides ", heads, ", got shape ", keys[v]->sizes());
+    checker.check(query_name, *queries[v], {rows, heads, sizes.queries, dim}, p.query.scalar_type());
+    checker.check(key_name, *keys[v], {rows, key_heads, sizes.keys, dim}, p.query.scalar_type());
+    checker.check_size(query_name, *queries[v], limits);
+    checker.check_size(key_name, *keys[v], limits);
+    checker.check(bias_name, *biases[v], {pairs, heads, sizes.queries, sizes.keys}, accumulator_of(p.query));
+  }
+  checker.check("key_mask", p.key_mask, {2 * pairs, sizes.keys}, at::kBool);
+  checker.check("counted_queries", p.counted_queries, {pairs, sizes.queries}, at::kBool);
+  for (int v = 0; v < 2; ++v) checker.check("head_weights", p.head_weights, {sizes.heads[v]}, accumulator_of(p.query));
+  TORCH_CHECK_VALUE(!p.softcap, op, ": softcap: computed by the reference only, use backend='reference'");
+  return sizes;
+}
+
+inline MeanHeadsSizes check_backward(const char* op, const MeanHeadsProblem& p, const DeviceLimits& limits,
+                                     const Tensor& grad_sums, const Tensor& row_stats, const Tensor& row_stats_aug,
+                                     const c10::List<bool>& needs) {
+  const MeanHeadsSizes sizes = check(op, p, limits);
+  const Checker checker(op, "query", p.query, 4, "[B, H, L, D]", limits);
+  checker.check_shape("grad_sums", grad_sums, {sizes.pairs});
+  const auto dtype = accumulator_of(p.query);
+  checker.check("row_stats", row_stats, {kMeanRowStats, sizes.pairs, sizes.heads[0], sizes.queries}, dtype);
+  checker.check("row_stats_aug", row_stats_aug, {kMeanRowStats, sizes.pairs, sizes.heads[1], sizes.queries}, dtype);
   checker.check_needs(needs, 4);
   return sizes;
 }

@@ -23,9 +23,10 @@ from ear_ops.arguments import check_choice, check_temperature
 from ear_ops.ops.attention_divergences import ATTENTION_DIVERGENCES
 from ear_ops.ops.attention_mse import ATTENTION_MSE, MapsProblem, maps_problem
 from ear_ops.ops.divergences import InfiniteDivergenceError
+from ear_ops.ops.mean_heads import QK_MEAN_HEADS, MeanHeadsProblem, mean_heads_problem, normalized_weights
 from ear_ops.ops.pooled_distance import POOLED_DISTANCE, pooled_problem
 from ear_ops.ops.probabilities import compute_dtype
-from ear_ops.ops.problem import attention_problem
+from ear_ops.ops.problem import AttentionProblem, attention_problem
 from ear_ops.ops.qk_attention_mse import QK_ATTENTION_MSE
 from ear_ops.ops.qk_divergences import QK_DIVERGENCES, QK_SCORES_MSE
 from ear_ops.ops.reductions import check_reduction, reduce_attention, reduce_pooled
@@ -47,6 +48,7 @@ def qk_attention_mse(
     is_causal: bool = False,
     window: int | None = None,
     softcap: float | None = None,
+    heads: str = "each",
     head_weights: Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
@@ -60,32 +62,37 @@ def qk_attention_mse(
     Args:
         query: ``[B, H, L, D]``, or ``[2B, H, L, D]`` with both views.
         key: ``[B, H_kv, S, D]`` (``[2B, ...]``); H is a multiple of H_kv (grouped-query attention).
-        query_aug, key_aug: the augmented view, same shapes and dtype, or both None.
+        query_aug, key_aug: the augmented view, same shapes and dtype, or both None. H, H_kv and D may be others with
+            ``heads="mean"``.
         attention_mask, attention_mask_aug: ``[B, S]`` bool or integer, 1 = real; masks keys.
         query_mask, query_mask_aug: ``[B, L]``; masks queries. By default ``attention_mask`` where L = S, as in
             self-attention; pass it for cross-attention, where L may equal S by coincidence.
         attn_bias, attn_bias_aug: float (added to the scaled scores) or bool (True = attend), broadcastable to
             ``[B, H, L, S]`` (``[2B, ...]``); ``attn_bias_aug=None`` means the same bias for both views. A constant: a
             bias that requires grad raises.
-        scale: 1/sqrt(D) by default.
+        scale: 1/sqrt(D) of each view by default.
         is_causal: mask the future, aligned to the bottom right.
         window: attend only to keys less than this many positions away.
         softcap: ``c * tanh(scores / c)`` before bias and mask; computed by the reference.
+        heads: ``"each"`` compares head with head; ``"mean"`` compares the averages of P and of T over the heads, for
+            views with different numbers of heads. The average counts as one head in every reduction.
         head_weights: ``[H]``, multiplies each head's sum before the reduction, whose divisor stays as it is: all ones
-            change nothing, a zero leaves a head out.
+            change nothing, a zero leaves a head out. With ``heads="mean"`` they weight the averages of both views, as
+            ``w / w.sum()``; they are constants of at least 0, and views with different numbers of heads take none.
         reduction: ``"mean"``, ``"padded_mean"``, ``"equations"``, ``"sum"`` or ``"none"``, see
             :mod:`ear_ops.ops.reductions`.
         backend: see the module.
 
     Returns:
-        A scalar, or ``[B, H]`` for ``"none"``; float32 (float64 for float64 inputs). A row without any real key is a
-        zero row in that view; NaN or infinity in real inputs propagates.
+        A scalar, or ``[B, H]`` for ``"none"`` (``[B]`` with ``heads="mean"``); float32 (float64 for float64 inputs). A
+        row without any real key is a zero row in that view; NaN or infinity in real inputs propagates.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
         BackendUnavailableError: the backend asked for cannot run.
     """
     check_reduction(reduction)
+    check_divergence_options(heads=heads)
     problem, counted_pairs = attention_problem(
         query,
         key,
@@ -102,9 +109,13 @@ def qk_attention_mse(
         window=window,
         softcap=softcap,
         count_padded_queries=reduction == "padded_mean",
+        heads=heads,
     )
-    sums = QK_ATTENTION_MSE.sums(problem, backend, problem.unsupported)
-    sums = _weigh_heads(sums, head_weights)
+    if heads == "mean":
+        averages = _averages(problem, head_weights, one_scale=scale is not None)
+        sums = QK_MEAN_HEADS["mse"].sums(averages, backend, averages.unsupported)
+    else:
+        sums = _weigh_heads(QK_ATTENTION_MSE.sums(problem, backend, problem.unsupported), head_weights)
     return reduce_attention(sums, reduction, query.shape[2], key.shape[2], counted_pairs)
 
 
@@ -116,6 +127,7 @@ def attention_mse(
     attention_mask_aug: Tensor | None = None,
     query_mask: Tensor | None = None,
     query_mask_aug: Tensor | None = None,
+    heads: str = "each",
     head_weights: Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
@@ -127,13 +139,14 @@ def attention_mse(
     Args:
         attn: ``[B, H, L, S]`` probabilities, or ``[2B, H, L, S]`` with both views.
         attn_aug: ``[B, H, L, S]`` or None.
-        attention_mask, attention_mask_aug, query_mask, query_mask_aug, head_weights, reduction, backend: as for
+        attention_mask, attention_mask_aug, query_mask, query_mask_aug, heads, head_weights, reduction, backend: as for
             :func:`qk_attention_mse`; probabilities at padded keys count as zero.
 
     Returns:
-        A scalar, or ``[B, H]`` for ``"none"``; float32 (float64 for float64 inputs).
+        A scalar, or ``[B, H]`` for ``"none"`` (``[B]`` with ``heads="mean"``); float32 (float64 for float64 inputs).
     """
     check_reduction(reduction)
+    check_divergence_options(heads=heads)
     problem, counted_pairs = maps_problem(
         attn,
         attn_aug,
@@ -142,8 +155,12 @@ def attention_mse(
         query_mask=query_mask,
         query_mask_aug=query_mask_aug,
         count_padded_queries=reduction == "padded_mean",
+        heads=heads,
     )
-    sums = _weigh_heads(ATTENTION_MSE.sums(problem, backend), head_weights)
+    if heads == "mean":
+        sums = ATTENTION_MSE.sums(problem.averaged(_weights_of_maps(problem, head_weights)), backend)[:, 0]
+    else:
+        sums = _weigh_heads(ATTENTION_MSE.sums(problem, backend), head_weights)
     return reduce_attention(sums, reduction, attn.shape[2], attn.shape[3], counted_pairs)
 
 
@@ -166,6 +183,7 @@ def qk_attention_kl(
     temperature: float = 1.0,
     direction: str = "forward",
     support: str = "all",
+    heads: str = "each",
     head_weights: Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
@@ -184,17 +202,18 @@ def qk_attention_kl(
         query, key, query_aug, key_aug: as for :func:`qk_attention_mse`.
         attention_mask, attention_mask_aug, query_mask, query_mask_aug: as for :func:`qk_attention_mse`.
         attn_bias, attn_bias_aug, scale, is_causal, window, softcap: as for :func:`qk_attention_mse`.
-        head_weights, backend: as for :func:`qk_attention_mse`.
+        heads, head_weights, backend: as for :func:`qk_attention_mse`.
         temperature: divides the final scores of both views, biases included. No factor temperature^2 is applied.
         direction: ``"forward"`` is KL(T || P), ``"reverse"`` is KL(P || T).
         support: ``"all"``, or ``"shared"``: each view attends only to keys that both views have, so that its rows are
-            renormalised over these. Masks and biases of -inf decide.
+            renormalised over these. Masks and biases of -inf decide. With ``heads="mean"``, a view has a key where one
+            of its heads has it.
         reduction: as for :func:`qk_attention_mse`, but ``"mean"`` divides by the number of counted (head, query) rows
             and ``"padded_mean"`` by B * H * L.
 
     Returns:
-        A scalar, or ``[B, H]`` for ``"none"``; float32 (float64 for float64 inputs). Never negative, and exactly 0
-        with a gradient of 0 for equal views.
+        A scalar, or ``[B, H]`` for ``"none"`` (``[B]`` with ``heads="mean"``); float32 (float64 for float64 inputs).
+        Never negative, and exactly 0 with a gradient of 0 for equal views.
 
     Raises:
         ValueError, TypeError: an argument does not fit, or KL is infinite; the message names the argument.
@@ -218,6 +237,7 @@ def qk_attention_kl(
         softcap=softcap,
         temperature=temperature,
         support=support,
+        heads=heads,
         head_weights=head_weights,
         reduction=reduction,
         backend=backend,
@@ -242,6 +262,7 @@ def qk_attention_js(
     softcap: float | None = None,
     temperature: float = 1.0,
     support: str = "all",
+    heads: str = "each",
     head_weights: Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
@@ -272,6 +293,7 @@ def qk_attention_js(
         softcap=softcap,
         temperature=temperature,
         support=support,
+        heads=heads,
         head_weights=head_weights,
         reduction=reduction,
         backend=backend,
@@ -339,6 +361,7 @@ def attention_kl(
     query_mask_aug: Tensor | None = None,
     direction: str = "forward",
     support: str = "all",
+    heads: str = "each",
     head_weights: Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
@@ -352,13 +375,13 @@ def attention_kl(
     Args:
         attn: ``[B, H, L, S]`` probabilities, or ``[2B, H, L, S]`` with both views.
         attn_aug: ``[B, H, L, S]``, the target, or None.
-        attention_mask, attention_mask_aug, query_mask, query_mask_aug, head_weights, backend: as for
+        attention_mask, attention_mask_aug, query_mask, query_mask_aug, heads, head_weights, backend: as for
             :func:`attention_mse`.
         direction, reduction: as for :func:`qk_attention_kl`.
         support: ``"all"``, or ``"shared"``: rows are renormalised over the keys at which both views are positive.
 
     Returns:
-        A scalar, or ``[B, H]`` for ``"none"``; float32 (float64 for float64 inputs).
+        A scalar, or ``[B, H]`` for ``"none"`` (``[B]`` with ``heads="mean"``); float32 (float64 for float64 inputs).
 
     Raises:
         ValueError, TypeError: as for :func:`qk_attention_kl`.
@@ -372,6 +395,7 @@ def attention_kl(
         query_mask=query_mask,
         query_mask_aug=query_mask_aug,
         support=support,
+        heads=heads,
         head_weights=head_weights,
         reduction=reduction,
         backend=backend,
@@ -387,6 +411,7 @@ def attention_js(
     query_mask: Tensor | None = None,
     query_mask_aug: Tensor | None = None,
     support: str = "all",
+    heads: str = "each",
     head_weights: Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
@@ -405,6 +430,7 @@ def attention_js(
         query_mask=query_mask,
         query_mask_aug=query_mask_aug,
         support=support,
+        heads=heads,
         head_weights=head_weights,
         reduction=reduction,
         backend=backend,
@@ -544,6 +570,7 @@ def _qk_divergence(
     softcap: float | None,
     temperature: float,
     support: str,
+    heads: str,
     head_weights: Tensor | None,
     reduction: str,
     backend: str | None,
@@ -551,7 +578,8 @@ def _qk_divergence(
 ) -> Tensor:
     """The divergence called ``name``; ``masks``: masks and structure, as for :func:`qk_attention_mse`."""
     check_reduction(reduction)
-    check_divergence_options(temperature=temperature, support=support)
+    check_divergence_options(temperature=temperature, support=support, heads=heads)
+    one_scale = scale is not None
     if temperature != 1.0:  # as a scale of everything that the scores are made of, so that kernels need not know of it
         scale = (query.shape[-1] ** -0.5 if scale is None else scale) / temperature
         softcap = None if softcap is None else softcap / temperature
@@ -567,18 +595,25 @@ def _qk_divergence(
         scale=scale,
         softcap=softcap,
         count_padded_queries=reduction == "padded_mean",
+        heads=heads,
         **masks,
     )
+    compared: AttentionProblem | MeanHeadsProblem = problem
+    operator = QK_DIVERGENCES[name]
+    if heads == "mean":
+        compared, operator = _averages(problem, head_weights, one_scale), QK_MEAN_HEADS[name]
     if support == "shared":
-        problem = problem.on_shared_keys()
-    sums = QK_DIVERGENCES[name].sums(problem, backend, problem.unsupported)
-    return _reduce_rows(sums, name, problem, head_weights, reduction, problem.query.shape[2])
+        compared = compared.on_shared_keys()
+    sums = operator.sums(compared, backend, compared.unsupported)
+    sums = sums if heads == "mean" else _weigh_heads(sums, head_weights)
+    return _reduce_rows(sums, name, problem, reduction, query.shape[2])
 
 
 def _maps_divergence(
     name: str,
     *views: Any,
     support: str,
+    heads: str,
     head_weights: Tensor | None,
     reduction: str,
     backend: str | None,
@@ -586,20 +621,39 @@ def _maps_divergence(
 ) -> Tensor:
     """The divergence called ``name`` of maps; ``masks`` as for :func:`attention_mse`."""
     check_reduction(reduction)
-    check_divergence_options(support=support)
-    problem, _ = maps_problem(*views, count_padded_queries=reduction == "padded_mean", **masks)
-    if support == "shared":
-        problem = problem.on_shared_keys()
-    sums = ATTENTION_DIVERGENCES[name].sums(problem, backend)
-    return _reduce_rows(sums, name, problem, head_weights, reduction, problem.attn.shape[2])
+    check_divergence_options(support=support, heads=heads)
+    problem, _ = maps_problem(*views, count_padded_queries=reduction == "padded_mean", heads=heads, **masks)
+    operator = ATTENTION_DIVERGENCES[name]
+    if heads == "mean":
+        problem = problem.averaged(_weights_of_maps(problem, head_weights), support)
+        sums = operator.sums(problem, backend)[:, 0]
+    else:
+        problem = problem.on_shared_keys() if support == "shared" else problem
+        sums = _weigh_heads(operator.sums(problem, backend), head_weights)
+    return _reduce_rows(sums, name, problem, reduction, problem.attn.shape[2])
 
 
-def _reduce_rows(
-    sums: Tensor, name: str, problem: Any, head_weights: Tensor | None, reduction: str, query_length: int
-) -> Tensor:
-    """Reduce the sums ``[B, H]`` of a divergence, of which a row is what counts; raises where KL is infinite."""
-    sums = _weigh_heads(sums, head_weights)
-    if sums.is_cpu and not torch.compiler.is_compiling() and not _has_no_values(sums) and torch.isinf(sums).any():
+def _averages(problem: AttentionProblem, head_weights: Tensor | None, one_scale: bool) -> MeanHeadsProblem:
+    """The problem of the averages over the heads; ``one_scale``: the user gave a scale, which both views have."""
+    check_weights = _can_be_read(head_weights)
+    return mean_heads_problem(problem, head_weights, one_scale=one_scale, check_weights=check_weights)
+
+
+def _weights_of_maps(problem: MapsProblem, head_weights: Tensor | None) -> Tensor | None:
+    """The weights ``[H]`` of the averages over the heads of maps."""
+    second = problem.attn if problem.attn_aug is None else problem.attn_aug
+    heads, heads_aug = problem.attn.shape[1], second.shape[1]
+    return normalized_weights(head_weights, heads, heads_aug, problem.attn, _can_be_read(head_weights))
+
+
+def _can_be_read(tensor: Tensor | None) -> bool:
+    """Whether the numbers of ``tensor`` can be looked at without waiting for a device, and not in a trace."""
+    return tensor is not None and tensor.is_cpu and not torch.compiler.is_compiling() and not _has_no_values(tensor)
+
+
+def _reduce_rows(sums: Tensor, name: str, problem: Any, reduction: str, query_length: int) -> Tensor:
+    """Reduce the sums ``[B, H]`` or ``[B]`` of a divergence, of which a row counts; raises where KL is infinite."""
+    if _can_be_read(sums) and torch.isinf(sums).any():
         target, other = ("first view", "second") if name == "reverse_kl" else ("second view", "first")
         reason = (
             f"expected the views to have the same keys, got a key that the {target} attends to and the {other} does "
@@ -621,12 +675,18 @@ def _cooled_bias(bias: Tensor, temperature: float, dtype: torch.dtype) -> Tensor
 
 
 def check_divergence_options(
-    *, temperature: float = 1.0, direction: str = "forward", support: str = "all", **others: Any
+    *,
+    temperature: float = 1.0,
+    direction: str = "forward",
+    support: str = "all",
+    heads: str = "each",
+    **others: Any,
 ) -> None:
     """Raises ValueError where an option of a divergence is wrong; ``others`` are not looked at."""
     check_temperature(temperature)
     check_choice("direction", direction, ("forward", "reverse"))
     check_choice("support", support, ("all", "shared"))
+    check_choice("heads", heads, ("each", "mean"))
 
 
 def _kl_name(direction: str) -> str:

@@ -59,7 +59,7 @@ class _MapsLoss(_Loss):
 
 
 class QKAttentionMSELoss(_QKLoss):
-    """:func:`ear_ops.qk_attention_mse` with scale, structure, softcap, reduction and backend fixed."""
+    """:func:`ear_ops.qk_attention_mse` with scale, structure, softcap, heads, reduction and backend fixed."""
 
     function = staticmethod(functional.qk_attention_mse)
 
@@ -70,6 +70,7 @@ class QKAttentionMSELoss(_QKLoss):
         is_causal: bool = False,
         window: int | None = None,
         softcap: float | None = None,
+        heads: str = "each",
         reduction: str = "mean",
         backend: str | None = None,
     ) -> None:
@@ -78,6 +79,7 @@ class QKAttentionMSELoss(_QKLoss):
             is_causal=is_causal,
             window=window,
             softcap=softcap,
+            heads=heads,
             reduction=reduction,
             backend=backend,
         )
@@ -98,6 +100,7 @@ class QKAttentionKLLoss(_QKLoss):
         temperature: float = 1.0,
         direction: str = "forward",
         support: str = "all",
+        heads: str = "each",
         reduction: str = "mean",
         backend: str | None = None,
     ) -> None:
@@ -109,6 +112,7 @@ class QKAttentionKLLoss(_QKLoss):
             temperature=temperature,
             direction=direction,
             support=support,
+            heads=heads,
             reduction=reduction,
             backend=backend,
         )
@@ -128,6 +132,7 @@ class QKAttentionJSLoss(_QKLoss):
         softcap: float | None = None,
         temperature: float = 1.0,
         support: str = "all",
+        heads: str = "each",
         reduction: str = "mean",
         backend: str | None = None,
     ) -> None:
@@ -138,6 +143,7 @@ class QKAttentionJSLoss(_QKLoss):
             softcap=softcap,
             temperature=temperature,
             support=support,
+            heads=heads,
             reduction=reduction,
             backend=backend,
         )
@@ -169,32 +175,40 @@ class QKScoresMSELoss(_QKLoss):
 
 
 class AttentionMSELoss(_MapsLoss):
-    """:func:`ear_ops.attention_mse` with ``reduction`` and ``backend`` fixed."""
+    """:func:`ear_ops.attention_mse` with ``heads``, ``reduction`` and ``backend`` fixed."""
 
     function = staticmethod(functional.attention_mse)
 
-    def __init__(self, *, reduction: str = "mean", backend: str | None = None) -> None:
-        super().__init__(reduction=reduction, backend=backend)
+    def __init__(self, *, heads: str = "each", reduction: str = "mean", backend: str | None = None) -> None:
+        super().__init__(heads=heads, reduction=reduction, backend=backend)
 
 
 class AttentionKLLoss(_MapsLoss):
-    """:func:`ear_ops.attention_kl` with ``direction``, ``support``, ``reduction`` and ``backend`` fixed."""
+    """:func:`ear_ops.attention_kl` with ``direction``, ``support``, ``heads``, ``reduction`` and ``backend`` fixed."""
 
     function = staticmethod(functional.attention_kl)
 
     def __init__(
-        self, *, direction: str = "forward", support: str = "all", reduction: str = "mean", backend: str | None = None
+        self,
+        *,
+        direction: str = "forward",
+        support: str = "all",
+        heads: str = "each",
+        reduction: str = "mean",
+        backend: str | None = None,
     ) -> None:
-        super().__init__(direction=direction, support=support, reduction=reduction, backend=backend)
+        super().__init__(direction=direction, support=support, heads=heads, reduction=reduction, backend=backend)
 
 
 class AttentionJSLoss(_MapsLoss):
-    """:func:`ear_ops.attention_js` with ``support``, ``reduction`` and ``backend`` fixed."""
+    """:func:`ear_ops.attention_js` with ``support``, ``heads``, ``reduction`` and ``backend`` fixed."""
 
     function = staticmethod(functional.attention_js)
 
-    def __init__(self, *, support: str = "all", reduction: str = "mean", backend: str | None = None) -> None:
-        super().__init__(support=support, reduction=reduction, backend=backend)
+    def __init__(
+        self, *, support: str = "all", heads: str = "each", reduction: str = "mean", backend: str | None = None
+    ) -> None:
+        super().__init__(support=support, heads=heads, reduction=reduction, backend=backend)
 
 
 class PooledDistanceLoss(_Loss):

@@ -41,6 +41,33 @@ struct LaneStats {
   A of_comparison[2][kLanes];            // what its gradient takes beside P and T
 };
 
+// The averages over the heads of kLanes queries in one tile, laid out as the scores; mean_loops.h has the symbols.
+template <typename A>
+struct Averages {
+  A* sum[2];  // of e_h over the heads
+  A* top[2];  // M; null where the comparison takes no logarithm
+  A divisor[2];
+  int64_t ld, keys;
+};
+
+// The loops over scores of one view, which are scores[0] of a lane group, and over the averages of both.
+template <typename A>
+struct MeanLoops {
+  // Adds a tile of raw scores of one head to the max and sum [kLanes] of its rows.
+  void (*add_softmax)(const LaneGroup<A>& group, A* max, A* sum);
+  // Raw scores become score - max, and `top` is raised to the largest of them.
+  void (*raise_top)(const LaneGroup<A>& group, const A* max, A* top);
+  // Raw scores become e_h and are added to `sum`; `top` null: M is 0, else raise_top has seen all heads. `factor`
+  // [kLanes] is w / sum_h, 0 in rows that do not count.
+  void (*add_head)(const LaneGroup<A>& group, const A* max, const A* factor, const A* top, A* sum);
+  // Returns the sum of a comparison's entries. `sum` becomes F, and `top` becomes E.
+  A (*compare[3])(const Averages<A>& averages);  // by Comparison
+  // d [kLanes] += the sum of e_h F over the keys.
+  void (*add_slopes)(const LaneGroup<A>& group, const A* slopes, A* d);
+  // e_h becomes gradient * e_h (F - E d); `peak` null: E is 1.
+  void (*head_gradient)(const LaneGroup<A>& group, const A* slopes, const A* peak, const A* d, A gradient);
+};
+
 // Rows of attention maps of both views, the elements of each side by side.
 struct RowPairs {
   Kind kind;
@@ -86,6 +113,8 @@ struct Kernels {
   void (*product)(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc,
                   bool accumulate);
   ScoreLoops<A> compare[kComparisons];  // by Comparison
+
+  MeanLoops<A> mean;
 
   // The sum of (a - b)^2 over all elements.
   double (*squared_difference)(const RowPairs& pairs);

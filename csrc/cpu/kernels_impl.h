@@ -8,6 +8,7 @@
 #include "compare/mse.h"
 #include "compare/scores.h"
 #include "kernels.h"
+#include "mean_loops.h"
 #include "pack_loops.h"
 #include "row_loops.h"
 #include "vec.h"
@@ -38,6 +39,7 @@ constexpr Kernels<A> table() {
       .transpose = transpose<A>,
       .product = product<A>,
       .compare = {score_loops<Mse<A>>(), score_loops<Kl<A>>(), score_loops<Js<A>>(), score_loops<Scores<A>>()},
+      .mean = mean_loops<A>(),
       .squared_difference = squared_difference<A>,
       .difference_gradient = difference_gradient<A>,
       .add_rows = add_rows<A>,

@@ -15,7 +15,7 @@ torch.manual_seed(0)
 
 
 def build_classifier(blocks: int, hidden_size: int) -> transformers.BertForSequenceClassification:
-    """Returns a BERT without dropout. Teacher and student need the same number of heads."""
+    """Returns a BERT without dropout. Head is compared with head, so teacher and student have the same number."""
     config = transformers.BertConfig(
         vocab_size=50,
         hidden_size=hidden_size,

@@ -98,25 +98,30 @@ def split_reading(reading: Reading, reading_aug: Reading | None) -> tuple[Readin
 
 
 def align_attention(
-    reading: AttentionInputs, reading_aug: AttentionInputs, what: str
+    reading: AttentionInputs, reading_aug: AttentionInputs, what: str, heads: str = "each"
 ) -> tuple[AttentionInputs, AttentionInputs]:
     """The readings of two views in one dtype, both with masks or both without; ``what`` names the place in errors.
 
     Two views of one model differ in nothing else. A teacher may also have heads of another size, another scale, or keys
     that other numbers of queries share. Its reading is then written with the sizes of ``reading``; its attention stays
-    the same.
+    the same. With ``heads="mean"`` its heads are as they are, and only its scale is written with that of ``reading``.
     """
-    heads, heads_aug = reading.query.shape[1], reading_aug.query.shape[1]
-    if heads != heads_aug:
+    count, count_aug = reading.query.shape[1], reading_aug.query.shape[1]
+    if heads == "each" and count != count_aug:
         raise ValueError(
-            f"{what}: expected equally many heads in both views, got {heads} and {heads_aug}; heads are compared one "
-            f"to one, so choose a teacher (or a layer of it) with {heads} heads, use RelationPull(layer, "
-            f"relation_heads=...) or HiddenPull, or write a regulariser that averages the maps over the heads"
+            f"{what}: expected equally many heads in both views, got {count} and {count_aug}; heads are compared one "
+            f"to one, so compare their averages with AttentionPull(layer, heads='mean'), use RelationPull(layer, "
+            f"relation_heads=...) or HiddenPull, or choose a teacher (or a layer of it) with {count} heads"
         )
     structure, structure_aug = ((r.is_causal, r.window, r.softcap, r.attn_bias is None) for r in (reading, reading_aug))
     if structure != structure_aug:
         raise ValueError(f"{what}: the two views attend differently (causal, window or mask), so they do not compare")
-    reading, reading_aug = _one_head_size(reading, reading_aug)
+    if heads == "each":
+        reading, reading_aug = _one_head_size(reading, reading_aug)
+    elif all(_scale_of(view) == view.query.shape[3] ** -0.5 for view in (reading, reading_aug)):
+        reading, reading_aug = (view._replace(scale=None) for view in (reading, reading_aug))
+    else:
+        reading, reading_aug = _one_scale(reading, reading_aug)
     dtype = torch.promote_types(reading.query.dtype, reading_aug.query.dtype)
     query_masks = _both_or_none(reading.query_mask, reading_aug.query_mask, reading.query, reading_aug.query, 2)
     key_masks = _both_or_none(reading.attention_mask, reading_aug.attention_mask, reading.key, reading_aug.key, 2)
@@ -156,16 +161,12 @@ def align_hidden(reading: HiddenStates, reading_aug: HiddenStates, what: str) ->
 def _one_head_size(reading: AttentionInputs, reading_aug: AttentionInputs) -> tuple[AttentionInputs, AttentionInputs]:
     """Both with one head dimension, one scale and one number of key heads.
 
-    Zeros behind the shorter heads change no product. The second view's queries take up the ratio of the scales, in
-    float32, so that half precision rounds once.
+    Zeros behind the shorter heads change no product.
     """
-    views = (reading, reading_aug)
-    sizes = [view.query.shape[3] for view in views]
-    scales = [size**-0.5 if view.scale is None else view.scale for view, size in zip(views, sizes, strict=True)]
-    if scales[0] != scales[1]:
-        query_aug = reading_aug.query
-        wide = torch.promote_types(query_aug.dtype, torch.float32)
-        reading_aug = reading_aug._replace(query=(query_aug.to(wide) * (scales[1] / scales[0])).to(query_aug.dtype))
+    sizes = [view.query.shape[3] for view in (reading, reading_aug)]
+    if sizes[0] != sizes[1]:
+        reading, reading_aug = (view._replace(scale=_scale_of(view)) for view in (reading, reading_aug))
+    reading, reading_aug = _one_scale(reading, reading_aug)
     if sizes[0] != sizes[1]:
         reading, reading_aug = (
             view._replace(query=F.pad(view.query, (0, max(sizes) - size)), key=F.pad(view.key, (0, max(sizes) - size)))
@@ -176,9 +177,26 @@ def _one_head_size(reading: AttentionInputs, reading_aug: AttentionInputs) -> tu
             view._replace(key=view.key.repeat_interleave(view.query.shape[1] // view.key.shape[1], dim=1))
             for view in (reading, reading_aug)
         )
-    if scales[0] != scales[1] or sizes[0] != sizes[1]:
-        reading, reading_aug = reading._replace(scale=scales[0]), reading_aug._replace(scale=scales[0])
     return reading, reading_aug
+
+
+def _scale_of(reading: AttentionInputs) -> float:
+    return float(reading.query.shape[3] ** -0.5 if reading.scale is None else reading.scale)
+
+
+def _one_scale(reading: AttentionInputs, reading_aug: AttentionInputs) -> tuple[AttentionInputs, AttentionInputs]:
+    """Both with one scale, or both with None, which is 1/sqrt(D) of each.
+
+    The second view's queries take up the ratio of the scales, in float32, so that half precision rounds once.
+    """
+    if all(view.scale is None for view in (reading, reading_aug)):
+        return reading, reading_aug
+    scale, scale_aug = _scale_of(reading), _scale_of(reading_aug)
+    if scale != scale_aug:
+        query = reading_aug.query
+        wide = torch.promote_types(query.dtype, torch.float32)
+        reading_aug = reading_aug._replace(query=(query.to(wide) * (scale_aug / scale)).to(query.dtype))
+    return reading._replace(scale=scale), reading_aug._replace(scale=scale)
 
 
 def _both_or_none(

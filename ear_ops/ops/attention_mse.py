@@ -34,6 +34,25 @@ class MapsProblem(NamedTuple):
         )
         return attn, attn_aug
 
+    def averaged(self, weights: Tensor | None, support: str = "all") -> MapsProblem:
+        """The averages ``[B, 1, L, S]`` over the heads of both views.
+
+        Args:
+            weights: ``[H]``, which add up to 1; None: all heads alike.
+            support: ``"shared"``: each head is first renormalised over the keys at which both averages are positive.
+        """
+        views = self.probabilities()
+        first, second = (mean_over_heads(view, weights) for view in views)
+        if support == "shared":
+            unshared = (first == 0) | (second == 0)
+            masked = [view.masked_fill(unshared, 0.0) for view in views]
+            sums = [view.sum(-1, keepdim=True) for view in masked]
+            first, second = (
+                mean_over_heads(view / total.masked_fill(total == 0, 1.0), weights)
+                for view, total in zip(masked, sums, strict=True)
+            )
+        return self._replace(attn=first, attn_aug=second)
+
     def on_shared_keys(self) -> MapsProblem:
         """The same with each row renormalised over the keys at which both views are positive."""
         attn, attn_aug = self.probabilities()
@@ -59,12 +78,18 @@ def maps_problem(
     query_mask: Tensor | None,
     query_mask_aug: Tensor | None,
     count_padded_queries: bool,
+    heads: str = "each",
 ) -> tuple[MapsProblem, Tensor | None]:
     """The problem that a user's arguments describe, and the ``[B]`` number of counted (query, key) pairs of each head.
 
-    The number is None where all pairs count. Arguments as for :func:`ear_ops.attention_mse`.
+    The number is None where all pairs count. Arguments as for :func:`ear_ops.attention_mse`; with ``heads="mean"`` the
+    views may have different numbers of heads.
     """
-    stacked = check_two_views("attn", attn, attn_aug, ndim=4, layout="[B, H, L, S]")
+    may_differ = (1,) if heads == "mean" else ()
+    stacked = check_two_views("attn", attn, attn_aug, ndim=4, layout="[B, H, L, S]", may_differ=may_differ)
+    for name, view in (("attn", attn), ("attn_aug", attn_aug)):
+        if heads == "mean" and view is not None and view.shape[1] == 0:
+            raise ValueError(f"{name}: expected at least one head to average, got shape {list(view.shape)}")
     masks = resolve_attention_masks(
         attention_mask,
         attention_mask_aug,
@@ -77,6 +102,11 @@ def maps_problem(
         count_padded_queries=count_padded_queries,
     )
     return MapsProblem(attn, attn_aug, masks.key_mask, masks.counted_queries), masks.counted_pairs
+
+
+def mean_over_heads(attn: Tensor, weights: Tensor | None) -> Tensor:
+    """The average ``[B, 1, L, S]`` of ``attn`` ``[B, H, L, S]``; ``weights`` ``[H]`` add up to 1, None: all alike."""
+    return attn.mean(1, keepdim=True) if weights is None else (attn * weights[:, None, None]).sum(1, keepdim=True)
 
 
 def reference(problem: MapsProblem) -> Tensor:

@@ -124,7 +124,7 @@ def divergence_of_scores(
 
     The masks are those of :func:`ear_ops.ops.probabilities.attention_scores`.
     """
-    return _apply(_DivergenceOfScores, name, scores, scores_aug, allowed, allowed_aug)
+    return apply_function(_DivergenceOfScores, name, scores, scores_aug, allowed, allowed_aug)
 
 
 def divergence_of_maps(name: str, attn: Tensor, attn_aug: Tensor) -> Tensor:
@@ -132,10 +132,10 @@ def divergence_of_maps(name: str, attn: Tensor, attn_aug: Tensor) -> Tensor:
 
     A probability of exactly 0 gets the gradient 0.
     """
-    return _apply(_DivergenceOfMaps, name, attn, attn_aug)
+    return apply_function(_DivergenceOfMaps, name, attn, attn_aug)
 
 
-def _apply(function: type[Function], name: str, *views: Tensor | None) -> Tensor:
+def apply_function(function: type[Function], name: str, *views: Tensor | None) -> Tensor:
     needs_gradient = torch.is_grad_enabled() and any(view is not None and view.requires_grad for view in views)
     if torch.compiler.is_compiling() and not needs_gradient:  # torch 2.13 cannot trace apply() then
         sums: Tensor = function.forward(name, *views)
@@ -163,7 +163,7 @@ class _DivergenceOfScores(Function):
         scores, scores_aug, allowed, allowed_aug = ctx.saved_tensors
         p, t, x = _rows_of_scores(scores, scores_aug, allowed, allowed_aug)
         divergence, upstream = DIVERGENCES[ctx.name], grad_sums[..., None, None]
-        x = _finite_where_left_out(x, upstream)
+        x = finite_where_left_out(x, upstream)
         views = (p, allowed, divergence.slopes), (t, allowed_aug, divergence.slopes_aug)
         gradients: list[Tensor | None] = [None, None]
         for view, (attn, mask, slopes) in enumerate(views):
@@ -190,7 +190,7 @@ class _DivergenceOfMaps(Function):
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
         p, t = ctx.saved_tensors
         divergence, upstream = DIVERGENCES[ctx.name], grad_sums[..., None, None]
-        x = _finite_where_left_out(_log_ratio(p, t), upstream)
+        x = finite_where_left_out(_log_ratio(p, t), upstream)
         gradients: list[Tensor | None] = [None, None]
         for view, (attn, slopes) in enumerate(((p, divergence.slopes), (t, divergence.slopes_aug))):
             if ctx.needs_input_grad[1 + view]:
@@ -199,7 +199,7 @@ class _DivergenceOfMaps(Function):
         return None, *gradients
 
 
-def _finite_where_left_out(x: Tensor, upstream: Tensor) -> Tensor:
+def finite_where_left_out(x: Tensor, upstream: Tensor) -> Tensor:
     """``x`` without infinities in heads whose sum does not enter the loss: 0 times infinity would be NaN."""
     return x.masked_fill(torch.isinf(x) & (upstream == 0), 0.0)
 
@@ -209,7 +209,7 @@ def _rows_of_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P, T and x of two sets of scores: x comes from them, so it is finite where P or T underflows."""
     (p, log_sum), (t, log_sum_aug) = (
-        _softmax_and_log_sum(*view) for view in ((scores, allowed), (scores_aug, allowed_aug))
+        softmax_and_log_sum(*view) for view in ((scores, allowed), (scores_aug, allowed_aug))
     )
     x = (scores_aug - scores).sub_(log_sum_aug - log_sum)
     if allowed is not None and allowed_aug is not None:
@@ -218,7 +218,7 @@ def _rows_of_scores(
     return p, t, x
 
 
-def _softmax_and_log_sum(scores: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+def softmax_and_log_sum(scores: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
     """The softmax of the allowed scores, and the logarithm of the sum of their exponentials in each row."""
     if allowed is not None:
         scores = fill_masked(scores, allowed)

@@ -6,6 +6,7 @@ real in at least one (where only one has it, the other's probability is zero).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,12 @@ class AttentionMasks(NamedTuple):
     counted_pairs: Tensor | None  # [B] int, counted queries times counted keys
 
 
-def check_two_views(name: str, first: Tensor, second: Tensor | None, *, ndim: int, layout: str) -> bool:
+def check_two_views(
+    name: str, first: Tensor, second: Tensor | None, *, ndim: int, layout: str, may_differ: Sequence[int] = ()
+) -> bool:
     """Check the tensor of both views, or the tensors of each; True where both views are in the first.
+
+    ``may_differ``: dimensions in which the second view may have another size than the first.
 
     Raises:
         ValueError, TypeError: a tensor does not fit; the message calls it ``name``.
@@ -37,9 +42,11 @@ def check_two_views(name: str, first: Tensor, second: Tensor | None, *, ndim: in
                 f"got shape {list(first.shape)}"
             )
         return True
-    if second.shape != first.shape:
+    same = [dim for dim in range(ndim) if dim not in may_differ]
+    if second.dim() != ndim or any(second.shape[dim] != first.shape[dim] for dim in same):
+        others = f" but for dimensions {' and '.join(map(str, may_differ))}" if may_differ else ""
         raise ValueError(
-            f"{name}_aug: expected the shape of {name}, {list(first.shape)}, got {list(second.shape)}; "
+            f"{name}_aug: expected the shape of {name}, {list(first.shape)}{others}, got {list(second.shape)}; "
             f"pad both views to one length"
         )
     for what in ("dtype", "device"):

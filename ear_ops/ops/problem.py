@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,14 +41,14 @@ class AttentionProblem(NamedTuple):
 
     def probabilities(self) -> tuple[Tensor, Tensor]:
         """P and T: the attention probabilities ``[B, H, L, S]`` of both views; rows that do not count are zero."""
-        attn, attn_aug = (attention_probabilities(*view, **self._structure) for view in self._views())
+        attn, attn_aug = (attention_probabilities(*view, **self._structure) for view in views_of(self))
         return attn, attn_aug
 
     def scores(self, rows: slice) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         """Of both views: the scores ``[B, H, rows, S]`` of some queries, and a mask of those that the softmax sees."""
         first_position = self.key.shape[2] - self.query.shape[2] + rows.start
         first, second = (
-            attention_scores(*view, **self._structure, first_position=first_position) for view in self._views(rows)
+            attention_scores(*view, **self._structure, first_position=first_position) for view in views_of(self, rows)
         )
         return first, second
 
@@ -58,7 +58,7 @@ class AttentionProblem(NamedTuple):
 
         def of_rows(rows: slice) -> Tensor:
             shared = self.query.new_ones((1, 1, rows.stop - rows.start, keys), dtype=torch.bool)
-            for _, _, key_mask, bias, counted in self._views(rows):
+            for _, _, key_mask, bias, counted in views_of(self, rows):
                 masks = attendable_keys(
                     rows.stop - rows.start,
                     keys,
@@ -96,19 +96,23 @@ class AttentionProblem(NamedTuple):
             "softcap": self.softcap,
         }
 
-    def _views(self, rows: slice = slice(None)) -> Iterator[tuple[Any, ...]]:
-        """Of each view query, key, key mask and bias, then the mask of the queries that count; of some queries."""
-        key_masks = (None, None) if self.key_mask is None else split_views(self.key_mask, None)
-        biases = (self.attn_bias, self.attn_bias if self.attn_bias_aug is None else self.attn_bias_aug)
-        queries, keys = split_views(self.query, self.query_aug), split_views(self.key, self.key_aug)
-        counted = None if self.counted_queries is None else self.counted_queries[:, rows]
-        for query, key, key_mask, bias in zip(queries, keys, key_masks, biases, strict=True):
-            yield query[:, :, rows], key, key_mask, None if bias is None else bias[:, :, rows], counted
-
     @property
     def unsupported(self) -> str | None:
         """Why no kernel can take this problem, None where they can."""
         return None if self.softcap is None else "softcap is computed by the reference only"
+
+
+def views_of(problem: Any, rows: slice = slice(None)) -> Iterator[tuple[Any, ...]]:
+    """Of each view query, key, key mask and bias, then the mask of the queries that count; of some queries.
+
+    ``problem`` has the tensors of an :class:`AttentionProblem`.
+    """
+    key_masks = (None, None) if problem.key_mask is None else split_views(problem.key_mask, None)
+    biases = (problem.attn_bias, problem.attn_bias if problem.attn_bias_aug is None else problem.attn_bias_aug)
+    queries, keys = split_views(problem.query, problem.query_aug), split_views(problem.key, problem.key_aug)
+    counted = None if problem.counted_queries is None else problem.counted_queries[:, rows]
+    for query, key, key_mask, bias in zip(queries, keys, key_masks, biases, strict=True):
+        yield query[:, :, rows], key, key_mask, None if bias is None else bias[:, :, rows], counted
 
 
 def fake_outputs(problem: AttentionProblem, row_stats: int | None = None) -> tuple[Tensor, ...]:
@@ -138,17 +142,19 @@ def attention_problem(
     window: int | None,
     softcap: float | None,
     count_padded_queries: bool,
+    heads: str = "each",
 ) -> tuple[AttentionProblem, Tensor | None]:
     """The problem that a user's arguments describe, and the ``[B]`` number of counted (query, key) pairs of each head.
 
     The number is None where all pairs count. ``count_padded_queries`` belongs to the reduction ``"padded_mean"``; for
-    the other arguments see :func:`ear_ops.qk_attention_mse`.
+    the other arguments see :func:`ear_ops.qk_attention_mse`. With ``heads="mean"`` the views may have different numbers
+    of heads and head dimensions, and ``scale`` is that of the first.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
-    stacked = _check_queries_and_keys(query, key, query_aug, key_aug)
-    pairs, (_, heads, query_length, head_dim) = query.shape[0] // 2 if stacked else query.shape[0], query.shape
+    stacked = _check_queries_and_keys(query, key, query_aug, key_aug, heads)
+    pairs, (_, _, query_length, head_dim) = query.shape[0] // 2 if stacked else query.shape[0], query.shape
     key_length = key.shape[2]
     if window is not None:
         if not isinstance(window, int) or isinstance(window, bool):
@@ -168,7 +174,10 @@ def attention_problem(
         stacked=stacked,
         count_padded_queries=count_padded_queries,
     )
-    bias, bias_aug = _resolve_biases(attn_bias, attn_bias_aug, (pairs, heads, query_length, key_length), stacked, query)
+    shapes = [
+        (pairs, like.shape[1], query_length, key_length) for like in (query, query if query_aug is None else query_aug)
+    ]
+    bias, bias_aug = _resolve_biases(attn_bias, attn_bias_aug, shapes, stacked, query)
     problem = AttentionProblem(
         query=query,
         key=key,
@@ -186,47 +195,68 @@ def attention_problem(
     return problem, masks.counted_pairs
 
 
-def _check_queries_and_keys(query: Tensor, key: Tensor, query_aug: Tensor | None, key_aug: Tensor | None) -> bool:
+def _check_queries_and_keys(
+    query: Tensor, key: Tensor, query_aug: Tensor | None, key_aug: Tensor | None, heads: str
+) -> bool:
     """True where both views came in one tensor."""
-    stacked = check_two_views("query", query, query_aug, ndim=4, layout="[B, H, L, D]")
+    may_differ = (1, 3) if heads == "mean" else ()
+    stacked = check_two_views("query", query, query_aug, ndim=4, layout="[B, H, L, D]", may_differ=may_differ)
     if (query_aug is None) != (key_aug is None):
         present, missing = ("query", "key") if query_aug is not None else ("key", "query")
         raise ValueError(f"{missing}_aug: expected a tensor because {present}_aug was given, got None")
-    check_two_views("key", key, key_aug, ndim=4, layout="[B, H_kv, S, D]")
-    rows, heads, _, head_dim = query.shape
-    if key.shape[0] != rows or key.shape[3] != head_dim:
-        raise ValueError(
-            f"key: expected [{rows}, H_kv, S, {head_dim}] to go with query {list(query.shape)}, got {list(key.shape)}"
-        )
-    if head_dim < 1:
-        raise ValueError(f"query: expected a head dimension of at least 1, got shape {list(query.shape)}")
-    if key.shape[1] == 0 or heads % key.shape[1]:
-        raise ValueError(
-            f"key: expected a number of heads that divides the {heads} heads of query (grouped-query attention), "
-            f"got shape {list(key.shape)}"
-        )
-    for what in ("dtype", "device"):
-        if getattr(key, what) != getattr(query, what):
-            raise TypeError(f"key: expected {what} {getattr(query, what)} like query, got {getattr(key, what)}")
+    check_two_views("key", key, key_aug, ndim=4, layout="[B, H_kv, S, D]", may_differ=may_differ)
+    _check_view(query, key, "", heads)
+    if query_aug is not None and key_aug is not None:
+        _check_view(query_aug, key_aug, "_aug", heads)
     return stacked
 
 
+def _check_view(query: Tensor, key: Tensor, suffix: str, heads: str) -> None:
+    """Raise unless the queries and keys of one view go together; ``suffix`` is that of their names."""
+    rows, count, _, head_dim = query.shape
+    if key.shape[0] != rows or key.shape[3] != head_dim:
+        raise ValueError(
+            f"key{suffix}: expected [{rows}, H_kv, S, {head_dim}] to go with query{suffix} {list(query.shape)}, got "
+            f"{list(key.shape)}"
+        )
+    if head_dim < 1:
+        raise ValueError(f"query{suffix}: expected a head dimension of at least 1, got shape {list(query.shape)}")
+    if key.shape[1] == 0 or count % key.shape[1]:
+        raise ValueError(
+            f"key{suffix}: expected a number of heads that divides the {count} heads of query{suffix} (grouped-query "
+            f"attention), got shape {list(key.shape)}"
+        )
+    if heads == "mean" and count == 0:
+        raise ValueError(f"query{suffix}: expected at least one head to average, got shape {list(query.shape)}")
+    for what in ("dtype", "device"):
+        if getattr(key, what) != getattr(query, what):
+            raise TypeError(
+                f"key{suffix}: expected {what} {getattr(query, what)} like query{suffix}, got {getattr(key, what)}"
+            )
+
+
 def _resolve_biases(
-    bias: Tensor | None, bias_aug: Tensor | None, shape: tuple[int, int, int, int], stacked: bool, like: Tensor
+    bias: Tensor | None,
+    bias_aug: Tensor | None,
+    shapes: Sequence[tuple[int, int, int, int]],
+    stacked: bool,
+    like: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Each view's bias expanded to ``[B, H, L, S]`` in the compute dtype; the second None where both share it."""
+    """Each view's bias expanded to its ``[B, H, L, S]`` in the compute dtype; the second None where both share it."""
     if bias is None:
         if bias_aug is not None:
             raise ValueError("attn_bias: expected a tensor because attn_bias_aug was given, got None")
         return None, None
     if stacked and bias_aug is not None:
         raise ValueError("attn_bias_aug: expected None, because both views came in one tensor, got a tensor")
-    both_views = (2 * shape[0], *shape[1:]) if stacked else shape
-    first = _expand_bias("attn_bias", bias, both_views, like)
+    shape, shape_aug = shapes
+    first = _expand_bias("attn_bias", bias, (2 * shape[0], *shape[1:]) if stacked else shape, like)
     if stacked:
         shared = bias.dim() < 4 or bias.shape[0] == 1
         return (first[: shape[0]], None) if shared else split_views(first, None)
-    return first, None if bias_aug is None else _expand_bias("attn_bias_aug", bias_aug, both_views, like)
+    if bias_aug is not None:
+        return first, _expand_bias("attn_bias_aug", bias_aug, shape_aug, like)
+    return first, None if shape_aug == shape else _expand_bias("attn_bias", bias, shape_aug, like)
 
 
 def _expand_bias(name: str, bias: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:

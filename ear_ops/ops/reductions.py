@@ -14,7 +14,8 @@ all are on offer, by name, so that a result always says which one it used.
 ==================  =====================================================  ===================
 
 Divergences of rows (KL, JS) divide by what a row counts once: ``"mean"`` by the counted (head, query) rows and
-``"padded_mean"`` by B * H * L. Errors of scores count the triples that both views allow.
+``"padded_mean"`` by B * H * L. Errors of scores count the triples that both views allow. Where averages over the heads
+are compared (``heads="mean"``), these count as one head: H is 1 in all that divides, and ``"none"`` gives ``[B]``.
 
 A query counts when it is real in both views, a key when it is real in at least one. Causality, windows and biases do
 not change the count. An empty count gives 0.
@@ -39,14 +40,15 @@ def reduce_attention(
     """Reduce the sums of one attention loss.
 
     Args:
-        sums: ``[B, H]``, sums over the counted queries and keys of each head.
+        sums: ``[B, H]``, sums over the counted queries and keys of each head; or ``[B]``, those of the average over
+            the heads, which counts as one head.
         reduction: one of :data:`REDUCTIONS`.
         query_length: L, padding included.
         key_length: S, padding included.
         counted_pairs: ``[B]`` number of counted (query, key) pairs per head, or ``[B, H]`` of each head, or None where
             all L * S count.
     """
-    batch, heads = sums.shape
+    batch, heads = (*sums.shape, 1)[:2]
     if reduction == "none":
         return sums
     total = sums.sum()

@@ -60,7 +60,9 @@ class AttentionPull(Regularizer):
         temperature: divides the scores of both views, for divergences ``"kl"``, ``"reverse_kl"`` and ``"js"``.
         support: for the same divergences, ``"all"``; or ``"shared"``, which renormalises over the keys that both views
             have. Views of different lengths need it for KL, which is infinite otherwise.
-        head_weights: a number for each head, which multiplies its part of the term, as in
+        heads: ``"each"`` compares head with head. ``"mean"`` compares the averages over the heads, so that a teacher
+            may have another number of heads; divergence ``"scores_mse"`` has none.
+        head_weights: a number for each head, which multiplies its part of the term, or weights the averages, as in
             :func:`ear_ops.qk_attention_mse`; the same for every layer.
         alignment: ``"token"`` compares position with position. ``"word"`` compares word with word, for views whose
             words split into different numbers of pieces; it needs ``ear.loss(word_ids=...)`` and materialises the
@@ -83,6 +85,7 @@ class AttentionPull(Regularizer):
         divergence: str = "mse",
         temperature: float = 1.0,
         support: str = "all",
+        heads: str = "each",
         head_weights: Sequence[float] | None = None,
         alignment: str = "token",
         reduction: str = "mean",
@@ -93,20 +96,22 @@ class AttentionPull(Regularizer):
         if alignment == "word" and reduction == "padded_mean":
             raise ValueError("reduction: 'padded_mean' counts padded tokens, which words do not have; use 'mean'")
         self.divergence = divergence
-        self._options = _options_of(divergence, temperature, support, alignment)
+        self._options = _options_of(divergence, temperature, support, heads, alignment)
         if layer is None:
             _check_projections(query, key, num_heads)
         elif any(argument is not None for argument in (query, key, num_heads, num_key_value_heads, cross_attention)):
             raise TypeError("AttentionPull: expected either layer= or query=, key= and num_heads=, got both")
         else:
             check_layers(layer)
-        for argument, heads in (("num_heads", num_heads), ("num_key_value_heads", num_key_value_heads)):
-            if heads is not None:
-                check_count(argument, heads)
+        for argument, count in (("num_heads", num_heads), ("num_key_value_heads", num_key_value_heads)):
+            if count is not None:
+                check_count(argument, count)
         if num_heads is not None and num_key_value_heads is not None and num_heads % num_key_value_heads:
             raise ValueError(f"num_key_value_heads: expected a divisor of {num_heads} heads, got {num_key_value_heads}")
         if head_weights is not None and not (len(head_weights) and all(map(is_finite_number, head_weights))):
             raise ValueError(f"head_weights: expected a finite number for each head, got {head_weights!r}")
+        if heads == "mean" and head_weights is not None and (min(head_weights) < 0 or max(head_weights) <= 0):
+            raise ValueError(f"head_weights: expected numbers of at least 0, not all of them 0, got {head_weights!r}")
         default_name = f"attention_pull.{query if layer is None else layer}"
         super().__init__(default_name if name is None else name, weight, reduction)
         self.layer = layer
@@ -167,7 +172,7 @@ class AttentionPull(Regularizer):
         second: Any = reading_aug
         if isinstance(reading, AttentionInputs):
             if second is not None:
-                first, second = align_attention(first, second, self.name)
+                first, second = align_attention(first, second, self.name, self._options.get("heads", "each"))
             return of_inputs(**_arguments(first, second), **common)
         if of_maps is None or "temperature" in common:
             asked = "divergence='scores_mse'" if of_maps is None else f"temperature={common['temperature']}"
@@ -193,10 +198,10 @@ def _arguments(reading: Any, reading_aug: Any | None) -> dict[str, Any]:
     return arguments
 
 
-def _options_of(divergence: str, temperature: float, support: str, alignment: str) -> dict[str, Any]:
+def _options_of(divergence: str, temperature: float, support: str, heads: str, alignment: str) -> dict[str, Any]:
     """What the function of a divergence takes beyond its views; raises where the arguments do not go together."""
     check_choice("divergence", divergence, _COMPARISONS)
-    functional.check_divergence_options(temperature=temperature, support=support)
+    functional.check_divergence_options(temperature=temperature, support=support, heads=heads)
     options: dict[str, Any] = {"temperature": temperature} if temperature != 1.0 else {}
     if support != "all":
         options["support"] = support
@@ -204,6 +209,10 @@ def _options_of(divergence: str, temperature: float, support: str, alignment: st
         raise ValueError(f"{next(iter(options))}: divergence={divergence!r} has none; use 'kl', 'reverse_kl' or 'js'")
     if alignment == "word" and (divergence == "scores_mse" or "temperature" in options):
         raise ValueError("alignment: 'word' compares probabilities of words, which have no scores and no temperature")
+    if heads == "mean":
+        if divergence == "scores_mse":
+            raise ValueError("heads: divergence='scores_mse' has no 'mean'; use 'mse', 'kl', 'reverse_kl' or 'js'")
+        options["heads"] = heads
     return options
 
 

@@ -122,7 +122,8 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         shape: tuple[int, ...] = ()
         if self.reduction == "none":
-            shape = (self.pairs,) if self.op == "pooled_distance" else (self.pairs, self.x[0].shape[1])
+            one_each = self.op == "pooled_distance" or self.options.get("heads") == "mean"
+            shape = (self.pairs,) if one_each else (self.pairs, self.x[0].shape[1])
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
         dtype = torch.float64 if self.x[0].dtype == torch.float64 else torch.float32
         return torch.where(values >= 0, values + 0.3, values - 0.3).to(device=self.x[0].device, dtype=dtype)

@@ -25,6 +25,7 @@ CASES = [
     qk_case(70, None, 16, biases={"attn_bias": torch.arange(70.0) / 35 - 1}, lengths=([70, 9], [60, 64]), side="left"),
     attention_case(5, 33, lengths=([33, 9], [20, 31])),
     attention_case(3, 47),
+    qk_case(70, 33, 9, heads=4, key_heads=2, lengths=([33, 9], [20, 31]), options={"heads": "mean"}),
     qk_case(64, 96, 64),  # rows that are operands where they lie
     qk_case(64, 96, 64, layout="slices"),  # and rows that begin at any element
     pooled_case(9, 37, lengths=([9, 4, 0], [7, 9, 2])),

@@ -8,6 +8,7 @@ the two views; masks as the functional layer takes them.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -256,12 +257,53 @@ def _maps_divergence(
     return _reduce_rows(entries, masks, reduction)
 
 
-LOSSES = {
-    "qk_attention_mse": qk_attention_mse,
+def mean_heads(
+    name: str, *views: Tensor, reduction: str = "mean", head_weights: Tensor | None = None, **arguments: Any
+) -> Tensor:
+    """The averages over the heads, which may be others in each view, compared by the loss called ``name``."""
+    masks, options = _split(arguments)
+    scored = _scores_and_allowed(views, masks, options)
+    present = [allowed.any(1, keepdim=True) for _, allowed in scored]
+    if options.get("support") == "shared":
+        shared = present[0] & present[1]
+        scored, present = [(scores, allowed & shared) for scores, allowed in scored], [shared, shared]
+    logs = []
+    for (scores, allowed), has_key in zip(scored, present, strict=True):
+        weights = torch.ones(scores.shape[1]) if head_weights is None else head_weights
+        log_weights = (weights.double() / weights.sum()).log().to(scores)[:, None, None]
+        lowest = torch.finfo(scores.dtype).min
+        of_heads = torch.where(allowed, scores, lowest).log_softmax(-1) + log_weights
+        of_average = torch.where(allowed, of_heads, lowest / 2).logsumexp(1, keepdim=True)
+        logs.append(torch.where(has_key, of_average, lowest / 2))
+    p, t = (torch.where(has_key, log.exp(), 0.0) for has_key, log in zip(present, logs, strict=True))
+    if name == "mse":
+        of_pairs = [
+            masks.get(f"{mask}{suffix}") for mask in ("attention_mask", "query_mask") for suffix in ("", "_aug")
+        ]
+        value = reduce_squares((p - t).square(), *of_pairs, reduction)
+    else:
+        direction = options.get("direction", "forward")
+        entries = _divergence(*logs, *present, name, direction)
+        if name == "kl":  # an average does not sum to 1 where a bias leaves a head without keys
+            p, t = (p, t) if direction == "forward" else (t, p)
+            entries = entries + torch.where(t.sum(-1, keepdim=True) > 0, p - t, 0.0)
+        value = _reduce_rows(entries, masks, reduction)
+    return value[:, 0] if reduction == "none" else value
+
+
+def _each_or_mean(each: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    def loss(*views: Tensor, heads: str = "each", **arguments: Any) -> Tensor:
+        return mean_heads(name, *views, **arguments) if heads == "mean" else each(*views, **arguments)
+
+    return loss
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "qk_attention_mse": _each_or_mean(qk_attention_mse, "mse"),
     "attention_mse": attention_mse,
     "pooled_distance": pooled_distance,
-    "qk_attention_kl": functools.partial(_qk_divergence, "kl"),
-    "qk_attention_js": functools.partial(_qk_divergence, "js"),
+    "qk_attention_kl": _each_or_mean(functools.partial(_qk_divergence, "kl"), "kl"),
+    "qk_attention_js": _each_or_mean(functools.partial(_qk_divergence, "js"), "js"),
     "qk_scores_mse": functools.partial(_qk_divergence, "scores"),
     "attention_kl": functools.partial(_maps_divergence, "kl"),
     "attention_js": functools.partial(_maps_divergence, "js"),

@@ -15,12 +15,14 @@ struct Counted {
   bool masks_differ = false;
   uint8_t* real[2];
 
-  Counted(const QKInputs& inputs, Arena& arena)
+  template <typename Inputs>
+  Counted(const Inputs& inputs, Arena& arena)
       : key(arena.take<int32_t>(inputs.keys)), query(arena.take<int32_t>(inputs.queries)) {
     for (int v = 0; v < 2; ++v) real[v] = arena.take<uint8_t>(inputs.key_mask ? inputs.keys : 0);
   }
 
-  void select(const QKInputs& inputs, int64_t b) {
+  template <typename Inputs>
+  void select(const Inputs& inputs, int64_t b) {
     const uint8_t* mask[2] = {inputs.key_mask_of(0, b), inputs.key_mask_of(1, b)};
     const uint8_t* counts = mask_row(inputs.counted_queries, b);
     n_keys = n_queries = 0;

@@ -11,19 +11,49 @@ namespace ear_ops::cpu {
 
 constexpr int64_t kBlock = 64;  // queries of a block
 
+// By position alone, the i-th query of a block may attend to the keys [first_key[i], last_key[i]). No query of the
+// block has a key outside of [tile_begin, tile_end).
+struct KeyBounds {
+  int64_t tile_begin = 0, tile_end = 0;  // tile_begin is a multiple of kTile
+  int64_t first_key[kBlock], last_key[kBlock];
+
+  // Of the n queries from the first-th one on.
+  template <typename Inputs>
+  void bound_keys(const Inputs& inputs, const Counted& counted, int64_t first, int64_t n, int64_t padded_keys) {
+    const int32_t *begin = counted.key, *end = counted.key + counted.n_keys;
+    tile_begin = padded_keys, tile_end = 0;
+    for (int64_t i = 0; i < kBlock; ++i) {
+      int64_t& from = first_key[i] = 0;
+      int64_t& until = last_key[i] = i < n ? counted.n_keys : 0;
+      if (i >= n) continue;
+      const int64_t position = counted.query[first + i] + inputs.keys - inputs.queries;
+      if (inputs.window) from = std::lower_bound(begin, end, position - inputs.window + 1) - begin;
+      if (inputs.is_causal) {
+        until = std::upper_bound(begin, end, position) - begin;
+      } else if (inputs.window) {
+        until = std::upper_bound(begin, end, position + inputs.window - 1) - begin;
+      }
+      if (from >= until) {
+        from = until = 0;
+        continue;
+      }
+      tile_begin = std::min(tile_begin, from / kTile * kTile);
+      tile_end = std::max(tile_end, std::min(round_up(until, kTile), padded_keys));
+    }
+    tile_begin = std::min(tile_begin, tile_end);
+  }
+};
+
 // Between calls of load, the block holds the queries [first, first + n) of those that count. Its i-th query of view v
 // is row i of as_rows(v) and column i of as_columns(v), and the rows [n, padded) are zero. Rows that lie side by side
-// in the tensor are read where they lie, unless some must be padded. By position alone, the i-th query may attend to
-// the keys [first_key[i], last_key[i]). No query of the block has a key outside of [tile_begin, tile_end).
+// in the tensor are read where they lie, unless some must be padded.
 template <typename P>
-class QueryBlock {
+class QueryBlock : public KeyBounds {
  public:
   using A = typename P::Accumulator;
   using Operand = typename P::Operand;
 
   int64_t first = 0, n = 0, padded = 0;
-  int64_t tile_begin = 0, tile_end = 0;  // tile_begin is a multiple of kTile
-  int64_t first_key[kBlock], last_key[kBlock];
 
   QueryBlock(const QKInputs& inputs, const P& products, int64_t ld, bool backward, Arena& arena)
       : inputs_(inputs), products_(products), ld_(ld), backward_(backward) {
@@ -58,7 +88,7 @@ class QueryBlock {
         rows_[v] = paired_[v], rows_ld_[v] = ld_;
       }
     }
-    bound_keys(counted, padded_keys);
+    bound_keys(inputs_, counted, first, n, padded_keys);
     find_alive(counted, b, head);
   }
 
@@ -93,30 +123,6 @@ class QueryBlock {
 
   bool masked(const Counted& counted) const {
     return counted.masks_differ || inputs_.bias[0].data || inputs_.is_causal || inputs_.window;
-  }
-
-  void bound_keys(const Counted& counted, int64_t padded_keys) {
-    const int32_t *begin = counted.key, *end = counted.key + counted.n_keys;
-    tile_begin = padded_keys, tile_end = 0;
-    for (int64_t i = 0; i < kBlock; ++i) {
-      int64_t& from = first_key[i] = 0;
-      int64_t& until = last_key[i] = i < n ? counted.n_keys : 0;
-      if (i >= n) continue;
-      const int64_t position = counted.query[first + i] + inputs_.keys - inputs_.queries;
-      if (inputs_.window) from = std::lower_bound(begin, end, position - inputs_.window + 1) - begin;
-      if (inputs_.is_causal) {
-        until = std::upper_bound(begin, end, position) - begin;
-      } else if (inputs_.window) {
-        until = std::upper_bound(begin, end, position + inputs_.window - 1) - begin;
-      }
-      if (from >= until) {
-        from = until = 0;
-        continue;
-      }
-      tile_begin = std::min(tile_begin, from / kTile * kTile);
-      tile_end = std::max(tile_end, std::min(round_up(until, kTile), padded_keys));
-    }
-    tile_begin = std::min(tile_begin, tile_end);
   }
 
   void find_alive(const Counted& counted, int64_t b, int64_t head) {
