@@ -29,6 +29,8 @@ RUNS = {  # the name of a file of results, and what measures it
     "--repeats 5 --longest 2",
     "longest": "losses --ops qk_attention_mse --presets gqa,long-4096 --dtypes bfloat16 --modes forward+backward "
     "--repeats 2",
+    "divergences": "losses --ops qk_attention_kl,qk_attention_js,qk_scores_mse "
+    "--presets paper,e5,xnli,long-512,long-2048 --modes forward+backward --repeats 5 --longest 2",
     "distillation": "losses --ops distillation --presets distil --modes forward+backward --compile --repeats 5",
     "distil": "distil --repeats 5",
     "step": "step --dtypes float32 --repeats 3",

@@ -10,6 +10,8 @@ Each case is held against the limits of the processor: the least time that its p
 the highest rates that the run measured. The unit that needs longest binds. The fraction is that time over the p20 of
 the measured times, because other work on the processor only ever adds time.
 
+A divergence is timed beside the squared error of the same inputs, in turns.
+
 A row is "ok" when its errors against float64 are small enough. The loss may have twice the error of eager PyTorch, and
 a gradient three times, each plus 8 eps. Where float64 needs too much memory, one key head and 512 queries are compared.
 """
@@ -20,6 +22,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -96,7 +99,10 @@ def measure(case: Case, limits: Limits, options: argparse.Namespace) -> list[dic
     calls: dict[str, Callable[[], object]] = {
         name: lambda loss=loss: run(loss, inputs, case.mode) for name, loss in losses.items()
     }
-    times = using.interleaved(calls, options.repeats)
+    beside = {}
+    if operation.mse is not None:
+        beside["mse"] = partial(run, operation.mse, inputs, case.mode)
+    times = using.interleaved({**calls, **beside}, options.repeats)
     limits.measure(using, dtype)
     gradients = sum(t.nbytes for t in inputs.tensors) if case.mode != "forward" else 0
     work = operation.work(preset, inputs.tensors[0].element_size(), case.mode != "forward")
@@ -104,6 +110,8 @@ def measure(case: Case, limits: Limits, options: argparse.Namespace) -> list[dic
     for name, call in calls.items():
         row = asdict(case) | {"length": preset.length, "provider": name, **times[name], "work": asdict(work)}
         row |= {"extra_bytes": using.peak_memory(call) - gradients, **checked[name]}
+        if beside:
+            row["mse_over_this"] = times["mse"]["median_ms"] / times[name]["median_ms"]
         if with_eager:
             row["eager_over_this"] = times["eager"]["median_ms"] / times[name]["median_ms"]
         else:
@@ -132,6 +140,8 @@ def lines(rows: list[dict]) -> str:
             f"  {row['fraction_of_limit']:5.2f} of the limit  {row['extra_bytes'] / 2**20:8.1f} MiB  "
             f"{'ok' if row['correct'] else 'error too large'}"
         )
+    if "mse_over_this" in first:
+        printed.append(f"  qk_attention_mse of the same inputs takes {first['mse_over_this']:.2f} of the time")
     if "eager_left_out" in first:
         left_out = first["eager_left_out"]
         printed.append(

@@ -47,6 +47,7 @@ class Operation:
     work: Callable[[Preset, int, bool], Work]  # takes the preset, the bytes of an element, whether with backward
     part: Callable[[Inputs], Inputs]  # a part of the inputs, where they are too large for float64
     eager_bytes: Callable[[Preset], float]  # about how many bytes plain PyTorch holds
+    mse: Loss | None = None  # the squared error of the same inputs, which a divergence is timed beside
 
 
 def _views(*shape: int) -> Tensor:
@@ -125,6 +126,76 @@ def _qk_eager(inputs: Inputs) -> Tensor:
 def _qk_fused(inputs: Inputs) -> Tensor:
     query, key = inputs.tensors
     return ear_ops.qk_attention_mse(query, key, **_masks(inputs), **inputs.options, backend=query.device.type)
+
+
+def _divergence(name: str, compared: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]) -> Operation:
+    """Return the comparison of attention by the function called `name`, over keys that both views have.
+
+    `compared` is its mean in eager PyTorch. It takes the scores `[B, H, L, L]` of both views, which keys a query may
+    attend to, and which queries are real. None is all of them.
+    """
+
+    def shared(inputs: Inputs) -> Inputs:
+        if inputs.mask is None:
+            return inputs
+        both = torch.logical_and(*inputs.mask.chunk(2)).repeat(2, 1)
+        return Inputs(inputs.tensors, both, inputs.options)
+
+    def eager(inputs: Inputs) -> Tensor:
+        query, key = inputs.tensors
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        allowed = real = None
+        if inputs.options.get("is_causal"):
+            allowed = structure_mask(query.shape[2], key.shape[2], True, None, query.device)
+        if inputs.mask is not None:
+            real = torch.logical_and(*inputs.mask.chunk(2))
+            of_keys = real[:, None, None, :]
+            allowed = of_keys if allowed is None else of_keys & allowed
+        return compared(*scores.chunk(2), allowed, real)
+
+    def fused(inputs: Inputs) -> Tensor:
+        query, key = inputs.tensors
+        function = getattr(ear_ops, name)
+        return function(query, key, **_masks(shared(inputs)), **inputs.options, backend=query.device.type)
+
+    def mse(inputs: Inputs) -> Tensor:
+        return _qk_fused(shared(inputs))
+
+    return Operation(_qk_make, eager, fused, _qk_work, _qk_part, _maps_bytes, mse)
+
+
+def _log_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    return F.log_softmax(scores, dim=-1)
+
+
+def _kl_rows(log_p: Tensor, log_t: Tensor) -> Tensor:
+    return F.kl_div(log_p, log_t, log_target=True, reduction="none").sum(-1)
+
+
+def _mean_of_rows(rows: Tensor, real: Tensor | None) -> Tensor:  # rows: [B, H, L]
+    return rows.mean() if real is None else rows.transpose(1, 2)[real].mean()
+
+
+def _kl_eager(scores: Tensor, scores_aug: Tensor, allowed: Tensor | None, real: Tensor | None) -> Tensor:
+    return _mean_of_rows(_kl_rows(_log_softmax(scores, allowed), _log_softmax(scores_aug, allowed)), real)
+
+
+def _js_eager(scores: Tensor, scores_aug: Tensor, allowed: Tensor | None, real: Tensor | None) -> Tensor:
+    first, second = _log_softmax(scores, allowed), _log_softmax(scores_aug, allowed)
+    log_mean = torch.logaddexp(first, second) - math.log(2.0)
+    return _mean_of_rows((_kl_rows(log_mean, first) + _kl_rows(log_mean, second)) / 2.0, real)
+
+
+def _scores_eager(scores: Tensor, scores_aug: Tensor, allowed: Tensor | None, real: Tensor | None) -> Tensor:
+    squared = (scores - scores_aug) ** 2
+    if allowed is None:
+        return squared.mean()
+    counted = allowed if real is None else allowed & real[:, None, :, None]
+    counted = counted.expand_as(squared)
+    return squared.masked_fill(~counted, 0.0).sum() / counted.sum()
 
 
 def _qk_work(preset: Preset, element: int, backward: bool) -> Work:
@@ -257,6 +328,9 @@ def _pooled_work(preset: Preset, element: int, backward: bool) -> Work:
 
 OPERATIONS = {
     "qk_attention_mse": Operation(_qk_make, _qk_eager, _qk_fused, _qk_work, _qk_part, _maps_bytes),
+    "qk_attention_kl": _divergence("qk_attention_kl", _kl_eager),
+    "qk_attention_js": _divergence("qk_attention_js", _js_eager),
+    "qk_scores_mse": _divergence("qk_scores_mse", _scores_eager),
     "distillation": Operation(
         _distillation_make,
         _distillation_eager,

@@ -48,15 +48,16 @@ def cell(row: dict | None) -> str:
 def loss_table(rows: list[dict]) -> str:
     """Return a table with a row for each case. The last column names the fastest way, in bold where it is not ours."""
     lines = [
-        "| op | preset | dtype | what | fused | eager | `torch.compile` | eager ÷ fused | compile ÷ fused | memory | "
-        "of the limit | fastest |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| op | preset | dtype | what | fused | eager | `torch.compile` | eager ÷ fused | compile ÷ fused | "
+        "MSE ÷ fused | memory | of the limit | fastest |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (op, preset, dtype, mode), by in cases(rows).items():
         fused = by["fused"]
         ratios = [
             f"{by[name]['median_ms'] / fused['median_ms']:.1f}x" if name in by else "-" for name in ("eager", "compile")
         ]
+        ratios.append(f"{fused['mse_over_this']:.2f}x" if "mse_over_this" in fused else "-")
         memory = f"{fused['extra_bytes'] / 2**20:.3g} MiB"
         if "eager" in by:
             memory += f" (eager {by['eager']['extra_bytes'] / 2**20:.0f})"

@@ -176,7 +176,7 @@ def row_of(provider: str, median: float, **others: object) -> dict:
 def test_a_case_that_eager_wins_is_marked() -> None:
     losing = [row_of("fused", 4.0), row_of("eager", 2.0), row_of("compile", 3.0)]
     assert bench_losses.lines(losing).splitlines()[-1].strip() == "eager wins"
-    last_cells = "| 0.5x | 0.8x | 1 MiB (eager 1) | 0.25 (memory) | **eager** |"
+    last_cells = "| 0.5x | 0.8x | - | 1 MiB (eager 1) | 0.25 (memory) | **eager** |"
     assert report.loss_table(losing).splitlines()[-1].endswith(last_cells)
     inexact = [row_of("fused", 4.0), row_of("compile", 3.0, correct=False)]
     assert bench_losses.lines(inexact).endswith("compile wins, with an error that is too large")
@@ -187,6 +187,9 @@ def test_a_case_that_eager_wins_is_marked() -> None:
     winning = [row_of("fused", 1.0), row_of("eager", 2.0)]
     assert "wins" not in bench_losses.lines(winning)
     assert report.loss_table(winning).splitlines()[-1].endswith("| fused |")
+    divergence = row_of("fused", 1.0, mse_over_this=0.91)
+    assert "qk_attention_mse of the same inputs takes 0.91 of the time" in bench_losses.lines([divergence])
+    assert "| - | - | 0.91x |" in report.loss_table([divergence]).splitlines()[-1]
 
 
 def test_eager_is_left_out_where_its_products_take_too_long() -> None:

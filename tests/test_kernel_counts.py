@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import check_build
 import pytest
@@ -290,11 +289,11 @@ def test_nothing_counted_is_not_run() -> None:
 
 def test_the_recorded_counts_are_of_the_core_set() -> None:
     rows = json.loads(check_build.RECORD.read_text())["rows"]
-    files = {Path(source).name for source in check_build.CORE if source.startswith("instances/")}
+    sources = [check_build.HERE / source for source in check_build.CORE if source.startswith("instances/")]
     expected = {
-        f"{file}, sm_{architecture}, {case.name}"
-        for file in files
+        f"{source.name}, sm_{architecture}, {name}"
+        for source in sources
         for architecture in check_build.ARCHITECTURES
-        for case in counts.CASES
+        for _, name, _ in check_build.cases_of(source)
     }
     assert expected <= rows.keys()

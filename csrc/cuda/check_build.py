@@ -1,6 +1,7 @@
 """What nvcc made of the kernels: registers, spills, the instructions that speed depends on and how many of them run.
 
-    python csrc/cuda/check_build.py            the core set: head dimension 64 in bfloat16 and float32; the others
+    python csrc/cuda/check_build.py            the core set: head dimension 64 in bfloat16 and float32 (divergences:
+                                               bfloat16); the others
     python csrc/cuda/check_build.py --all      every instance
     python csrc/cuda/check_build.py FILE ...   these
     python csrc/cuda/check_build.py --record   and write down what was counted, in counts.json
@@ -34,11 +35,13 @@ if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
 from sass import counts, issue  # noqa: E402
+from sass.counts import Case  # noqa: E402
 from sass.listing import Kernel, parse  # noqa: E402
 
 OTHERS = ("attention_mse.cu", "pooled_distance.cu")
 HOPPER = "qk_hopper.cu"  # for sm_90a alone
-CORE = ("instances/qk_bfloat16_64.cu", "instances/qk_float_64.cu", HOPPER, *OTHERS)
+CORE = tuple(f"instances/qk_{name}.cu" for name in ("bfloat16_64", "float_64", "divergences_bfloat16_64"))
+CORE += (HOPPER, *OTHERS)
 ARCHITECTURES = ("80", "90")
 RECORD = HERE / "counts.json"
 INSTRUCTIONS = {
@@ -87,8 +90,19 @@ class Built:
         """The element type and the features of a file in instances/, or what is counted of those for Hopper."""
         if self.source.name == HOPPER:
             return "bfloat16", 64
-        name = re.fullmatch(r"qk_(\w+)_(\d+)", self.source.stem)
+        name = re.fullmatch(r"qk_(?:divergences_)?(\w+)_(\d+)", self.source.stem)
         return (name[1], int(name[2])) if name else None
+
+
+def cases_of(source: Path) -> list[tuple[str, str, Case]]:
+    """What is counted of a file: the comparison, a name of the call, and the call."""
+    if source.name == HOPPER:
+        return [(counts.MSE, case.name, case) for case in counts.HOPPER_CASES]
+    comparisons = re.findall(r"Comparison::(\w+)", source.read_text())
+    if comparisons == [counts.MSE]:
+        return [(counts.MSE, case.name, case) for case in counts.CASES]
+    pairs = [(comparison, case) for comparison in comparisons for case in counts.DIVERGENCE_CASES]
+    return [(comparison, f"{comparison} {case.name}", case) for comparison, case in pairs]
 
 
 @contextlib.contextmanager
@@ -148,14 +162,17 @@ def counted(file: Built) -> tuple[dict[str, Any], list[str]]:
     element, features = file.instance
     device, started = issue.DEVICES[file.architecture], set()
     hopper = file.source.name == HOPPER
-    launcher = counts.build_launcher(element, features, file.objects, file.objects.parent, hopper)
-    for case in counts.HOPPER_CASES if hopper else counts.CASES:
-        launches = counts.launches_of(launcher, case, features, device)
+    launchers: dict[str, Path] = {}
+    for comparison, name, case in cases_of(file.source):
+        if comparison not in launchers:
+            folder = file.objects.parent
+            launchers[comparison] = counts.build_launcher(element, features, file.objects, folder, hopper, comparison)
+        launches = counts.launches_of(launchers[comparison], case, features, device)
         started |= {launch.kernel for launch in launches}
         result = counts.count(case, launches, file.kernels, file.registers, file.architecture)
         row = result.row(device)
         row["kernels"] = [demangled(name) for name in row["kernels"]]
-        rows[f"{file.source.name}, sm_{file.architecture}, {case.name}"] = row
+        rows[f"{file.source.name}, sm_{file.architecture}, {name}"] = row
     of_products = {
         name
         for name, kernel in file.kernels.items()

@@ -128,6 +128,16 @@ EAR_OPS_DEVICE float exp2_fast(float x) {                                   // w
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+EAR_OPS_DEVICE float log2_fast(float x) {  // to an absolute error of 2^-22 near 1, to a relative one elsewhere
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+EAR_OPS_DEVICE float reciprocal_fast(float x) {  // within 1 ulp
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 EAR_OPS_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 EAR_OPS_DEVICE float not_a_number() { return __int_as_float(0x7fc00000); }
 

@@ -4,26 +4,25 @@
 //                     | cp.async, one tile ahead
 //   shared memory   owned vectors; stage 0; stage 1
 //                     | mma of owned and visited vectors
-//   registers       scores of a tile, both views --> dS = P ((P - T) - d)
+//   registers       scores of a tile, both views --> dS, as P ((P - T) - d) of the MSE
 //                     | mma of dS and visited vectors
 //   registers       gradient [64, kD] of each view, summed over all tiles, and over the heads of the group for keys
-//                     | times 2 scale g, rounded, through shared memory for accesses of 16 bytes
+//                     | times scale g and a number of the comparison, rounded, through shared memory for accesses of 16
+//                     bytes
 //   written         dQ or dK of the 64 owned vectors
 #pragma once
 
+#include <type_traits>
+
+#include "qk_mse.cuh"
 #include "qk_steps.cuh"
 
 namespace ear_ops::cuda {
 
-// What dS is multiplied by before it is rounded for the product. It is at most 2, and as float16 it would vanish long
-// before that matters elsewhere.
-template <typename T>
-EAR_OPS_DEVICE float gradient_range() {
-  return 1;
-}
-template <>
-EAR_OPS_DEVICE float gradient_range<float16>() {
-  return 16384;
+// What dS is multiplied by before it is rounded for the product.
+template <typename T, typename Compared>
+EAR_OPS_CONSTANT float gradient_range() {
+  return std::is_same<T, float16>::value ? Compared::kRange : 1.0f;
 }
 
 // How many vectors of a tile a block visits. Registers hold the scores and the gradients of kD features: wide gradients
@@ -80,9 +79,9 @@ EAR_OPS_DEVICE float largest_upstream(const QKArgs& a, int64_t pair, int first_h
   return upstream == 0 ? 1 : upstream;
 }
 
-template <typename T, int kD, bool kGeneral, Role kOwner>
+template <typename T, int kD, bool kGeneral, typename Compared, Role kOwner>
 EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int block, int own_chunk) {
-  constexpr int kN = gradient_visited<T>(kD, kGeneral);
+  constexpr int kN = gradient_visited<T>(kD, kGeneral), kStats = Compared::kRowStats / 2;  // of a view
   constexpr bool kQueries = kOwner == Role::kQueries;
   const int first_owned = block * kOwned, chunks = (a.dim + kD - 1) / kD, group = a.heads / a.key_heads;
   const Vectors<kOwner> owned{a, pair, head};
@@ -94,7 +93,7 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
   clear(gradient);
   bool owned_real[2][2] = {};
   if (!kQueries) real_owned(owned, first_owned, owned_real);
-  float row_stats[3][2][2];  // of the owned queries
+  float row_stats[kStats ? kStats : 1][2][2];  // of the owned queries
   if (kQueries) {
 #pragma unroll
     for (int v = 0; v < 2; ++v)
@@ -102,7 +101,7 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
       for (int half = 0; half < 2; ++half) {
         const int query = first_owned + owned_of_lane(half);
 #pragma unroll
-        for (int k = 0; k < 3; ++k)
+        for (int k = 0; k < kStats; ++k)
           row_stats[k][v][half] =
               query < a.queries
                   ? load_global(a.row_stats + (2 * k + v) * stats_step(a) + stats_index(a, pair, head, query))
@@ -111,50 +110,53 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
   }
   const float upstream = largest_upstream(a, pair, first_head, end_head);
 
-  const Stages<T, kD, kN, kOwner> stages{owned, first_owned, chunks};
-  if (Real<kOwned>(owned, first_owned).any()) {
-    for_tiles<true>(
-        stages, Steps<kN, kOwner>(a, pair, first_owned, first_head, end_head, chunks, own_chunk),
-        [&](const auto& step, auto& scores, int stage) {
-          uint32_t alive = 0;
-          finish_scores<kN, kOwner, kGeneral>(a, pair, step.head, first_owned, step.first_visited, owned_real,
-                                              Real<kN>(step.visited(), step.first_visited), scores, &alive);
-          const float share = load_global(a.grad_sums + pair * a.heads + step.head) / upstream * gradient_range<T>();
+  const Stages<T, kD, kN, kOwner, Compared::kRowStats> stages{owned, first_owned, chunks};
+  const auto add_tile = [&](const auto& step, auto& scores, int stage) {
+    uint32_t alive = 0;
+    finish_scores<kN, kOwner, kGeneral>(a, pair, step.head, first_owned, step.first_visited, owned_real,
+                                        Real<kN>(step.visited(), step.first_visited), scores, &alive);
+    const float share =
+        load_global(a.grad_sums + pair * a.heads + step.head) / upstream * gradient_range<T, Compared>();
+    if (Compared::kMayBeInfinite && share == 0) return;  // for 0 times infinity would be NaN
+    const auto make_slopes = [&](auto of_second) {
+      constexpr bool kOfSecond = decltype(of_second)::value;
 #pragma unroll
-          for (int n = 0; n < kN / 8; ++n)
+      for (int n = 0; n < kN / 8; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              float p[2], d[2];
-#pragma unroll
-              for (int v = 0; v < 2; ++v) {
-                float stat[3];
-#pragma unroll
-                for (int k = 0; k < 3; ++k)
-                  stat[k] = kQueries ? row_stats[k][v][e / 2]
-                                     : load_shared<float>(stages.stats(stage) +
-                                                          ((2 * k + v) * kN + n * 8 + visited_of_lane(e)) * 4);
-                p[v] = product(exponential(scores[v][n][e], stat[0]), stat[1]);
-                d[v] = stat[2];
-              }
-#pragma unroll
-              for (int v = 0; v < 2; ++v)
-                scores[v][n][e] =
-                    kGeneral && scores[v][n][e] == -infinity() ? 0.0f : share * (p[v] * ((p[v] - p[1 - v]) - d[v]));
-            }
-          const auto add = [&](int v) {
-            Products<T>::template add_weighted<kD, kN>(
-                scores[v], stages.visited(stage) + v * SharedVectors<T, kD>::bytes(kN), gradient[v]);
+        for (int e = 0; e < 4; ++e) {
+          const float score[2] = {scores[0][n][e], scores[1][n][e]};
+          const auto stat = [&](int k, int v) {
+            return kQueries
+                       ? row_stats[k][v][e / 2]
+                       : load_shared<float>(stages.stats(stage) + ((2 * k + v) * kN + n * 8 + visited_of_lane(e)) * 4);
           };
+          float slope[2];
+          Compared::template slopes<kOfSecond>(share, score, stat, slope);
 #pragma unroll
-          for (int v = 0; v < 2; ++v) {
-            if (wanted[v]) add(v);
-            if (v == 0) sync_warp();  // both at a time would need more registers than there are
-          }
-        });
-  }
+          for (int v = 0; v < (kOfSecond ? 2 : 1); ++v)
+            scores[v][n][e] = kGeneral && score[v] == -infinity() ? 0.0f : slope[v];
+        }
+    };
+    if (Compared::kSharesSlopes || wanted[1]) {
+      make_slopes(std::true_type{});
+    } else {
+      make_slopes(std::false_type{});
+    }
+    const auto add = [&](int v) {
+      Products<T>::template add_weighted<kD, kN>(scores[v], stages.visited(stage) + v * SharedVectors<T, kD>::bytes(kN),
+                                                 gradient[v]);
+    };
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      if (wanted[v]) add(v);
+      if (v == 0) sync_warp();  // both at a time would need more registers than there are
+    }
+  };
+  if (Real<kOwned>(owned, first_owned).any())
+    for_tiles<true>(stages, Steps<kN, kOwner>(a, pair, first_owned, first_head, end_head, chunks, own_chunk), add_tile);
   real_owned(owned, first_owned, owned_real);
   const int first_of_warp = first_owned + warp_index() * 16, feature = own_chunk * kD;
-  const float factor = 2 * a.scale * upstream / gradient_range<T>();
+  const float factor = Compared::kFactor * a.scale * upstream / gradient_range<T, Compared>();
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
     if (!wanted[v]) continue;
@@ -172,7 +174,7 @@ EAR_OPS_DEVICE bool wants(const HeadsPointer (&pointers)[2]) { return pointers[0
 
 // The blocks of threads of one key head make its queries' gradients first, then its keys', so that what they read is at
 // hand.
-template <typename T, int kD, bool kGeneral>
+template <typename T, int kD, bool kGeneral, typename Compared>
 EAR_OPS_KERNEL(kThreads, 1)
 backward(EAR_OPS_ARGUMENT const QKArgs a) {
   const int chunks = (a.dim + kD - 1) / kD, group = a.heads / a.key_heads;
@@ -185,10 +187,11 @@ backward(EAR_OPS_ARGUMENT const QKArgs a) {
   const int64_t pair = block / per_head / a.key_heads;
   if (index < of_queries) {
     const int head = key_head * group + index / chunks / query_blocks;
-    gradient_block<T, kD, kGeneral, Role::kQueries>(a, pair, head, index / chunks % query_blocks, index % chunks);
+    gradient_block<T, kD, kGeneral, Compared, Role::kQueries>(a, pair, head, index / chunks % query_blocks,
+                                                              index % chunks);
   } else {
     index -= of_queries;
-    gradient_block<T, kD, kGeneral, Role::kKeys>(a, pair, key_head, index / chunks, index % chunks);
+    gradient_block<T, kD, kGeneral, Compared, Role::kKeys>(a, pair, key_head, index / chunks, index % chunks);
   }
 }
 

@@ -58,8 +58,8 @@ struct ShortBackward {
         for (int e = 0; e < 2; ++e) {
           const float p = product(exponential(scores[0][n][2 * half + e], of_row[0]), of_row[2]);
           const float t = product(exponential(scores[1][n][2 * half + e], of_row[1]), of_row[3]);
-          gradient[0][e] = gradient_range<T>() * (p * ((p - t) - of_row[4]));
-          gradient[1][e] = gradient_range<T>() * (t * ((t - p) - of_row[5]));
+          gradient[0][e] = gradient_range<T, Mse>() * (p * ((p - t) - of_row[4]));
+          gradient[1][e] = gradient_range<T, Mse>() * (t * ((t - p) - of_row[5]));
         }
 #pragma unroll
         for (int v = 0; v < 2; ++v)
@@ -114,7 +114,7 @@ backward_short(EAR_OPS_ARGUMENT const QKArgs a) {
   const Vectors<Role::kKeys> keys{a, pair, head};
   copy_vectors<T, kD, kRows, Short::kThreads>(Short::queries(0), queries, 0, 0);
   copy_vectors<T, kD, kRows, Short::kThreads>(Short::keys(0, 0), keys, 0, 0);
-  copy_stats<kRows, Short::kThreads>(Short::stats(), a, pair, head, 0);
+  copy_stats<kRowStats, kRows, Short::kThreads>(Short::stats(), a, pair, head, 0);
   commit_copies();
   wait_copies<0>();
   sync_block();
@@ -124,7 +124,7 @@ backward_short(EAR_OPS_ARGUMENT const QKArgs a) {
     sync_block();
   }
 
-  const auto factor = [&] { return 2 * a.scale * load_global(a.grad_sums + row) / gradient_range<T>(); };
+  const auto factor = [&] { return 2 * a.scale * load_global(a.grad_sums + row) / gradient_range<T, Mse>(); };
   float of_queries[2][kD / 8][4];
   clear(of_queries);
 #pragma unroll 1

@@ -1,4 +1,5 @@
-// The sum of (P - T)^2 over the rows that a block owns, and the statistics of each row, in one sweep over the keys.
+// The loss of the rows that a block owns, and the statistics of each row, in one sweep over the keys: written here for
+// the MSE. What is summed is a matter of the comparison (qk_mse.cuh, qk_divergences.cuh, qk_squared_scores.cuh).
 //
 //   global memory   Q [64, D] and K [S, D] of both views
 //                     | cp.async
@@ -12,104 +13,14 @@
 // forward_long takes rows of any length: tiles come through the stages of qk_steps.cuh.
 #pragma once
 
+#include "qk_mse.cuh"
 #include "qk_steps.cuh"
 
 namespace ear_ops::cuda {
 
-// What a lane sums of its two rows, over the keys that it has seen. With P^ = exp(s - max) of the first view, T^ of the
-// second, r = sum P^ / sum T^ and D^ = P^ - r T^, it keeps sum P^, sum T^, sum D^ D^, sum D^ T^ and sum T^ T^. Where
-// the softmax of the whole row is P = a P^ and T = b T^, all else follows:
-//
-//   P - T           = a D^ + c T^ with c = a r - b, which is near 0 where the row's own ratio is near r
-//   sum (P - T)^2   = a^2 sum D^ D^ + 2 a c sum D^ T^ + c^2 sum T^ T^
-//   sum T (P - T)   = b (a sum D^ T^ + c sum T^ T^)
-//   sum P (P - T)   = a (a sum D^ D^ + c sum D^ T^) + a r (a sum D^ T^ + c sum T^ T^)
-//
-// (P - T)^2 is never expanded into its three products, whose difference would lose the digits of close views.
-struct RunningRows {
-  float maximum[2][2], sum[2][2];  // of each view and half
-  float ratio[2], squares[2], mixed[2], targets[2];
-  uint32_t alive;
-
-  EAR_OPS_DEVICE RunningRows() : alive(0) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      maximum[0][half] = maximum[1][half] = -infinity();
-      ratio[half] = 1;
-      sum[0][half] = sum[1][half] = squares[half] = mixed[half] = targets[half] = 0;
-    }
-  }
-
-  // Adds the scores of a tile. They become exponentials. kFirst: nothing was added before.
-  template <int kN, bool kFirst = false>
-  EAR_OPS_DEVICE void add(float (&scores)[2][kN / 8][4]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float factor[2];  // of what was summed before, under the maximum of now
-#pragma unroll
-      for (int v = 0; v < 2; ++v) {
-        const float before = maximum[v][half];
-#pragma unroll
-        for (int n = 0; n < kN / 8; ++n)
-          maximum[v][half] = fmaxf(maximum[v][half], fmaxf(scores[v][n][2 * half], scores[v][n][2 * half + 1]));
-        const float shift = shift_of(maximum[v][half]);
-        if (!kFirst) {
-          factor[v] = exponential(before, shift);
-          sum[v][half] *= factor[v];
-        }
-#pragma unroll
-        for (int n = 0; n < kN / 8; ++n)
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            scores[v][n][e] = exponential(scores[v][n][e], shift);
-            sum[v][half] += scores[v][n][e];
-          }
-      }
-      const float before = ratio[half];
-      ratio[half] = sum[1][half] == 0 ? 1 : sum[0][half] / sum[1][half];
-      if (!kFirst) {
-        const float step = factor[0] * before - factor[1] * ratio[half];
-        squares[half] =
-            factor[0] * factor[0] * squares[half] + 2 * factor[0] * step * mixed[half] + step * step * targets[half];
-        mixed[half] = factor[1] * (factor[0] * mixed[half] + step * targets[half]);
-        targets[half] *= factor[1] * factor[1];
-      }
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n)
-#pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          const float target = scores[1][n][e], difference = scores[0][n][e] - ratio[half] * target;
-          squares[half] += difference * difference;
-          mixed[half] += difference * target;
-          targets[half] += target * target;
-        }
-    }
-  }
-
-  // Puts the parts of the four lanes of a row together. Gives the row's statistics and returns sum (P - T)^2.
-  EAR_OPS_DEVICE float finish(int half, float (&stats)[kRowStats]) const {
-    float scale[2];  // of this lane's P^ and T^
-#pragma unroll
-    for (int v = 0; v < 2; ++v) {
-      stats[v] = shift_of(quad_max(maximum[v][half]));
-      const float factor = exponential(maximum[v][half], stats[v]), total = quad_sum(sum[v][half] * factor);
-      // A row that compares nothing gets 0. One of nothing but -infinity has no softmax either: it shows as NaN.
-      stats[2 + v] = total != 0 ? 1 / total : alive >> (half + 2 * v) & 1 ? not_a_number() : 0.0f;
-      scale[v] = stats[2 + v] * factor;
-    }
-    const float first = scale[0], rest = first * ratio[half] - scale[1];
-    const float of_differences = first * squares[half] + rest * mixed[half];
-    const float of_targets = first * mixed[half] + rest * targets[half];
-    const float loss = quad_sum(first * of_differences + rest * of_targets);
-    stats[4] = quad_sum(first * (of_differences + ratio[half] * of_targets));
-    stats[5] = -quad_sum(scale[1] * of_targets);
-    return loss < 0 ? 0 : loss;  // after rounding
-  }
-};
-
-// Writes the statistics of the rows and returns this thread's part of the sum of squares over all rows of the block.
-template <int kRows>
-EAR_OPS_DEVICE float write_rows(const Vectors<Role::kQueries>& queries, int block, const RunningRows& rows) {
+// Writes the statistics of the rows and returns this thread's part of the loss of all rows of the block.
+template <int kRows, typename Compared>
+EAR_OPS_DEVICE float write_rows(const Vectors<Role::kQueries>& queries, int block, typename Compared::Rows& rows) {
   const QKArgs& a = queries.args;
   float total = 0, loss[2], stats[2][kRowStats];
 #pragma unroll
@@ -121,17 +32,17 @@ EAR_OPS_DEVICE float write_rows(const Vectors<Role::kQueries>& queries, int bloc
     float* to = a.row_stats + stats_index(a, queries.pair, queries.head, query);
     const bool real = queries.real(0, query);  // in both views
 #pragma unroll
-    for (int k = 0; k < kRowStats; ++k, to += stats_step(a)) store_global(to, real ? stats[half][k] : 0.0f);
+    for (int k = 0; k < Compared::kRowStats; ++k, to += stats_step(a)) store_global(to, real ? stats[half][k] : 0.0f);
     if (real) total += loss[half];
   }
   return total;
 }
 
-// Writes what the forward gives: statistics of the rows, and the sum of squares over all rows of the block.
-template <int kRows>
-EAR_OPS_DEVICE void write_forward(const Vectors<Role::kQueries>& queries, int block, const RunningRows& rows) {
+// Writes what the forward gives: statistics of the rows, and the loss of all rows of the block.
+template <int kRows, typename Compared>
+EAR_OPS_DEVICE void write_forward(const Vectors<Role::kQueries>& queries, int block, typename Compared::Rows& rows) {
   const QKArgs& a = queries.args;
-  float total = write_rows<kRows>(queries, block, rows);
+  float total = write_rows<kRows, Compared>(queries, block, rows);
 #pragma unroll
   for (int lanes = 1; lanes < kWarp; lanes *= 2) total += shuffle_xor(total, lanes);
   char* sums = shared_memory();
@@ -184,7 +95,7 @@ forward_short(EAR_OPS_ARGUMENT const QKArgs a) {
   copy_vectors<T, kD, kRows, 2 * kRows>(visited, keys, 0, 0);
   commit_copies();
   const Real<kRows> real(keys, 0);
-  RunningRows rows;
+  Mse::Rows rows;
   wait_copies<0>();
   sync_block();
   if constexpr (Products<T>::kSplit) {
@@ -205,27 +116,35 @@ forward_short(EAR_OPS_ARGUMENT const QKArgs a) {
       rows.template add<kVisited>(scores);
     }
   }
-  write_forward<kRows>(queries, at.block, rows);
+  write_forward<kRows, Mse>(queries, at.block, rows);
 }
 
-template <typename T, int kD, bool kGeneral>
+template <typename T, int kD, bool kGeneral, typename Compared>
 EAR_OPS_KERNEL(kThreads, 1)
 forward_long(EAR_OPS_ARGUMENT const QKArgs a) {
   const QueryBlock<kOwned> at(a);
   const int first_owned = at.block * kOwned, chunks = (a.dim + kD - 1) / kD;
   const Vectors<Role::kQueries> queries{a, at.pair, at.head};
-  RunningRows rows;
+  typename Compared::Rows rows;
   if (Real<kOwned>(queries, first_owned).any()) {
     const Stages<T, kD, kVisited, Role::kQueries> stages{queries, first_owned, chunks};
     const Steps<kVisited, Role::kQueries> steps(a, at.pair, first_owned, at.head, at.head + 1, chunks, chunks - 1);
-    for_tiles<false>(stages, steps, [&](const auto& step, auto& scores, int) {
-      finish_scores<kVisited, Role::kQueries, kGeneral>(a, at.pair, at.head, first_owned, step.first_visited, {},
-                                                        Real<kVisited>(step.visited(), step.first_visited), scores,
-                                                        &rows.alive);
-      rows.template add<kVisited>(scores);
-    });
+    // Where all keys are in one tile, its scores serve both sweeps.
+    const int sweeps = Compared::kSweepsTwice && a.keys > kVisited ? 2 : 1;
+#pragma unroll 1
+    for (int sweep = 0; sweep < sweeps; ++sweep)
+      for_tiles<false>(stages, steps, [&](const auto& step, auto& scores, int) {
+        finish_scores<kVisited, Role::kQueries, kGeneral>(a, at.pair, at.head, first_owned, step.first_visited, {},
+                                                          Real<kVisited>(step.visited(), step.first_visited), scores,
+                                                          &rows.alive);
+        if constexpr (Compared::kSweepsTwice) {
+          if (sweep == 0) rows.template measure<kVisited>(scores);
+          if (sweep < sweeps - 1) return;
+        }
+        rows.template add<kVisited>(scores);
+      });
   }
-  write_forward<kOwned>(queries, at.block, rows);
+  write_forward<kOwned, Compared>(queries, at.block, rows);
 }
 
 }  // namespace ear_ops::cuda

@@ -134,7 +134,7 @@ EAR_OPS_DEVICE void copy_tiles(const HopperArgs& h, const Vectors<Role::kQueries
 // Work of the other warps: the scores of 16 queries each.
 template <typename T, int kD>
 EAR_OPS_DEVICE void add_tiles(const Vectors<Role::kQueries>& queries, const Vectors<Role::kKeys>& keys,
-                              RunningRows* rows) {
+                              Mse::Rows* rows) {
   using R = ForwardRing<kD>;
   const int of_group = uniform(warp_index() / 4) * R::kGroupBytes;
   typename R::Turn turn;
@@ -165,9 +165,9 @@ forward_hopper(EAR_OPS_ARGUMENT const HopperArgs h) {
   const bool counted = Real<R::kRows>(queries, first_query).any();
   float total = 0;
   if (warp_index() < R::kConsumers) {
-    RunningRows rows;
+    Mse::Rows rows;
     if (counted) add_tiles<T, kD>(queries, keys, &rows);
-    total = write_rows<R::kRows>(queries, at.block, rows);
+    total = write_rows<R::kRows, Mse>(queries, at.block, rows);
   } else if (counted) {
     copy_tiles<kD>(h, queries, first_query, keys);
   }

@@ -94,7 +94,7 @@ gradient_hopper(EAR_OPS_ARGUMENT const HopperArgs h) {
   wait_phase(R::owned_full(), 0);
   for_visited(first_head, end_head, visited_count, [&](int query_head, int first) {
     float scores[2][kVisited / 8][4];
-    const float share = load_global(a.grad_sums + pair * a.heads + query_head) / upstream * gradient_range<T>();
+    const float share = load_global(a.grad_sums + pair * a.heads + query_head) / upstream * gradient_range<T, Mse>();
     const Real<kVisited> visited_real(Vectors<kVisitedRole>{a, pair, query_head}, first);
     wait_phase(R::full(turn.stage), turn.parity);
     R::template start_scores<T>(of_group, turn.stage, scores);
@@ -148,7 +148,7 @@ gradient_hopper(EAR_OPS_ARGUMENT const HopperArgs h) {
   });
 
   const int first_of_warp = first_owned + warp_index() * 16;
-  const float factor = 2 * a.scale * upstream / gradient_range<T>();
+  const float factor = 2 * a.scale * upstream / gradient_range<T, Mse>();
   char* scratch = shared_memory() + R::kBytes + warp_index() * SharedVectors<T, kD>::bytes(16);
 #pragma unroll
   for (int v = 0; v < 2; ++v) {

@@ -1,4 +1,4 @@
-// The qk_attention_mse kernels of one element type and chunk of the head dimension: declared for qk_dispatch.cu,
+// The kernels of one comparison, element type and chunk of the head dimension: declared for qk_dispatch.cu,
 // defined in qk_launch.cuh for the file in instances/ that compiles them.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace ear_ops::cuda {
 
-template <typename T, int kD>
+template <Comparison kComparison, typename T, int kD>
 struct QKKernels {
   static int64_t shared_bytes(const QKArgs& args);  // that the kernels for rows of any length ask of a block
   static int rows_of_a_block(const QKArgs& args);   // queries that a block of the forward owns

@@ -15,7 +15,7 @@
 
 namespace ear_ops::cuda {
 
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLog2E = 1.4426950408889634f, kLogOf2 = 0.6931471805599453f;
 
 EAR_OPS_DEVICE int warp_index() { return thread_index() / kWarp; }
 EAR_OPS_DEVICE int owned_of_lane(int half) { return warp_index() * 16 + thread_index() % kWarp / 4 + 8 * half; }
@@ -33,6 +33,12 @@ EAR_OPS_DEVICE float quad_max(float x) {
 // What a softmax subtracts. Where there is no score at all it subtracts nothing, so that infinities never meet.
 EAR_OPS_DEVICE float shift_of(float maximum) { return maximum == -infinity() ? 0.0f : maximum; }
 EAR_OPS_DEVICE float exponential(float score, float shift) { return exp2_fast(score - shift); }
+
+// 1 over the sum of exponentials of a row. A row that compares nothing gets 0. One of nothing but -infinity has no
+// softmax either: it shows as NaN.
+EAR_OPS_DEVICE float inverse_of_row(float sum, bool compares) {
+  return sum != 0 ? 1 / sum : compares ? not_a_number() : 0.0f;
+}
 
 // A score in units of log 2. One that is finite stays finite, such as the smallest float, which masks are made of.
 EAR_OPS_DEVICE float in_log2(float score) {

@@ -64,11 +64,11 @@ struct Steps {
   }
 };
 
-// Copies the statistics of the queries [first, first + kCount) into shared memory, as [6, kCount], and zeros for those
-// that do not exist.
-template <int kCount, int kThreads>
+// Copies the statistics of the queries [first, first + kCount) into shared memory, as [kStats, kCount], and zeros for
+// those that do not exist.
+template <int kStats, int kCount, int kThreads>
 EAR_OPS_DEVICE void copy_stats(char* to, const QKArgs& a, int64_t pair, int head, int first) {
-  for (int i = thread_index(); i < kRowStats * kCount; i += kThreads) {
+  for (int i = thread_index(); i < kStats * kCount; i += kThreads) {
     const int query = first + i % kCount;
     const bool exists = query < a.queries;
     const float* from = a.row_stats;
@@ -79,11 +79,11 @@ EAR_OPS_DEVICE void copy_stats(char* to, const QKArgs& a, int64_t pair, int head
 
 // Two stages in shared memory: while one is worked on, the next is on its way. What the block owns is loaded once;
 // where the head dimension has several chunks it is loaded with every stage.
-template <typename T, int kD, int kN, Role kOwner>
+template <typename T, int kD, int kN, Role kOwner, int kStatRows = kRowStats>
 struct Stages {
   static constexpr int kOwnedBytes = views_bytes<T, kD>();
   static constexpr int kVisitedBytes = 2 * SharedVectors<T, kD>::bytes(kN);
-  static constexpr int kStats = kOwner == Role::kKeys ? kRowStats * kN * 4 : 0;
+  static constexpr int kStats = kOwner == Role::kKeys ? kStatRows * kN * 4 : 0;
   static EAR_OPS_CONSTANT int64_t bytes(int chunks) {
     return chunks == 1 ? kOwnedBytes + 2 * (kVisitedBytes + kStats) : 2 * (kOwnedBytes + kVisitedBytes + kStats);
   }
@@ -120,15 +120,16 @@ struct Stages {
   EAR_OPS_DEVICE void fill(int stage, const Steps<kN, kOwner>& step, bool first) const {
     fill_chunk(stage, step, step.chunk, first);
     if (kOwner == Role::kQueries) return;
-    copy_stats<kN, kThreads>(stats(stage), vectors.args, step.pair, step.head, step.first_visited);
+    copy_stats<kStatRows, kN, kThreads>(stats(stage), vectors.args, step.pair, step.head, step.first_visited);
   }
 };
 
 // Calls body(step, scores, stage) for every tile, with the bare products of vectors. The stage then holds the owned and
 // the visited vectors of the block's own chunk; where another chunk came last, they are loaded once more. kClears: what
 // masks hide is zero in both.
-template <bool kClears, typename T, int kD, int kN, Role kOwner, typename Body>
-EAR_OPS_DEVICE void for_tiles(const Stages<T, kD, kN, kOwner>& stages, Steps<kN, kOwner> step, const Body& body) {
+template <bool kClears, typename T, int kD, int kN, Role kOwner, int kStatRows, typename Body>
+EAR_OPS_DEVICE void for_tiles(const Stages<T, kD, kN, kOwner, kStatRows>& stages, Steps<kN, kOwner> step,
+                              const Body& body) {
   if (step.done()) return;
   Steps<kN, kOwner> ahead = step;
   stages.fill(0, ahead, true);

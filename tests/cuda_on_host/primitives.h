@@ -156,10 +156,13 @@ inline void multiply_add(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, 
 
 inline float product(float a, float b) { return a * b; }
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float log2_fast(float x) { return std::log2(x); }
+inline float reciprocal_fast(float x) { return 1 / x; }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 inline float not_a_number() { return std::numeric_limits<float>::quiet_NaN(); }
 using std::fabs;
 using std::fmax;
+using std::fmin;
 
 inline float to_float(float x) { return x; }
 inline float to_float(bfloat16 x) { return bits_as_float(static_cast<uint32_t>(x.bits) << 16); }

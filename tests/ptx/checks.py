@@ -32,6 +32,7 @@ class Check:
     name: str
     run: Callable[[], None]
     core: bool = False  # runs with every change, for one architecture
+    core_architecture: str | None = None  # which; None: they take turns
     architectures: tuple[str, ...] = ARCHITECTURES
 
 
@@ -179,6 +180,32 @@ def hopper_checks(dtype: torch.dtype) -> Iterator[Check]:
         yield Check("NaN in 140 keys padded left", on_hopper(padding_is_never_touched(140, dtype, "left")), brain)
 
 
+COMPARISONS: dict[str, tuple[str, dict[str, object]]] = {
+    "kl": ("qk_attention_kl", {}),
+    "reverse kl": ("qk_attention_kl", {"direction": "reverse"}),
+    "js": ("qk_attention_js", {}),
+    "scores": ("qk_scores_mse", {}),
+}
+
+
+def divergence_checks(dtype: torch.dtype) -> Iterator[Check]:
+    """Of the other operators that compare queries and keys. The core compiles one file, for one architecture."""
+    for name, (op, options) in COMPARISONS.items():
+
+        def compared(case: Case, op: str = op, options: dict[str, object] = options) -> Case:
+            return replace(case, op=op, options={**case.options, **options})
+
+        core = dtype is BF16 and name != "reverse kl"
+        masks = {**masked_case(20, 70, 64).masks}
+        masks["attention_mask_aug"] = masks["attention_mask"]
+        both = masked_case(20, 70, 64, heads=2, key_heads=1, options={"is_causal": True}, reduction="none")
+        yield Check(f"{name}, masks", right(compared(replace(both, masks=masks)), dtype), core, "sm_90")
+        for dim in (32, 64, 96, 128, 160):
+            yield Check(f"{name}, dim {dim}", right(compared(qk(20, 130, dim)), dtype))
+        near = compared(qk(9, 70, 64, closeness=1e-2))
+        yield Check(f"{name}, nearly equal", right(near, dtype) if dtype is F32 else right_value(near, dtype))
+
+
 def right_value(case: Case, dtype: torch.dtype) -> Callable[[], None]:
     """The value alone, so that no kernel of a backward has to be compiled."""
 
@@ -228,7 +255,13 @@ def pooled_checks(dtype: torch.dtype) -> Iterator[Check]:
 
 def checks() -> list[Check]:
     """All of them, named ``operator dtype what``."""
-    families = {"qk": attention_checks, "hopper": hopper_checks, "maps": maps_checks, "pooled": pooled_checks}
+    families = {
+        "qk": attention_checks,
+        "hopper": hopper_checks,
+        "maps": maps_checks,
+        "pooled": pooled_checks,
+        "divergences": divergence_checks,
+    }
     only = {"hopper": ("sm_90",)}
     return [
         replace(
@@ -250,9 +283,9 @@ def primitives(compiler: Compiler) -> None:
     programs = {program.kernel.name: program for program in compiler.programs(HERE / "primitives.cu")}
     convert, copy = (next(programs[name] for name in programs if part in name) for part in ("convert", "copy"))
     numbers = _numbers()
-    _check_conversions(torch.from_numpy(numbers), _made(convert, numbers))
+    _check_conversions(torch.from_numpy(numbers), _made(convert, numbers, 7))
     copied = np.where(np.arange(len(numbers))[:, None] % 2 == 0, numbers[:, [0, 1, 2, 3, 0]].view(np.uint32), 0)
-    assert np.array_equal(_made(copy, numbers), copied), "copy_async: not what is real, and zeros"
+    assert np.array_equal(_made(copy, numbers, 5), copied), "copy_async: not what is real, and zeros"
 
 
 def _numbers() -> np.ndarray:
@@ -273,6 +306,10 @@ def _check_conversions(numbers: torch.Tensor, made: np.ndarray) -> None:
     powers_of_two[powers_of_two < torch.finfo(torch.float32).tiny] = 0
     made_powers = np.ascontiguousarray(made[:, 0]).view(np.float32)
     assert np.allclose(made_powers, powers_of_two, rtol=3e-7, atol=0), "exp2_fast: not 2^x"
+    logarithms, inverses = np.ascontiguousarray(made[:, 5:].T).view(np.float32)
+    exact_logarithms = wide.abs().log2().float()
+    assert np.allclose(logarithms, exact_logarithms, rtol=3e-7, atol=3e-7), "log2_fast: not the logarithm"
+    assert np.allclose(inverses, wide.reciprocal().float(), rtol=2e-7, atol=0), "reciprocal_fast: not 1 / x"
     for column, dtype in ((1, BF16), (2, F16)):
         halves = numbers[:, :2].to(dtype).contiguous().view(torch.uint16).numpy()
         pairs = np.ascontiguousarray(made[:, column]).view(np.uint16).reshape(-1, 2)
@@ -280,8 +317,8 @@ def _check_conversions(numbers: torch.Tensor, made: np.ndarray) -> None:
         assert np.array_equal(made[:, column + 2], halves[:, 0]), f"round_to: not to the nearest {dtype}, ties to even"
 
 
-def _made(program: Program, numbers: np.ndarray) -> np.ndarray:
-    made = np.empty((len(numbers), 5), np.uint32)
+def _made(program: Program, numbers: np.ndarray, columns: int) -> np.ndarray:
+    made = np.empty((len(numbers), columns), np.uint32)
     memory = GlobalMemory([extent_of(numbers, written=False), extent_of(made, written=True)])
     parameters = struct.pack("<QQ", numbers.ctypes.data, made.ctypes.data)
     run(program, parameters, memory, grid=1, threads=len(numbers), shared_bytes=32 * len(numbers))

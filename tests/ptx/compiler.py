@@ -73,8 +73,9 @@ def source_of(name: str) -> str:
     if match is None:
         raise CompileError(f"expected a kernel with an element type and a number or bool, got {demangled(name)}")
     element, number, arguments = match.groups()
+    divergences = "divergences_" if re.search(r"::(Kl|Js|SquaredScores)>\(", demangled(name)) else ""
     files = {
-        "QKArgs": f"instances/qk_{element}_{number}.cu",
+        "QKArgs": f"instances/qk_{divergences}{element}_{number}.cu",
         "MapsArgs": "attention_mse.cu",
         "PooledArgs": "pooled_distance.cu",
     }

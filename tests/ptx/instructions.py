@@ -166,6 +166,24 @@ def _ex2(kernel: Kernel, of: Instruction) -> Step:
     return elementwise(kernel, of, kind, compute)
 
 
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"lg2.approx.ftz": np.log2, "rcp.approx.ftz": np.reciprocal}
+
+
+@instruction(*_FUNCTIONS)
+def _function(kernel: Kernel, of: Instruction) -> Step:
+    """Rounded from float64; subnormal numbers count as zero, before and after."""
+    (kind,) = modifiers(of, of.opcode[: len("lg2.approx.ftz")], "f32")
+    function = _FUNCTIONS[of.opcode[: len("lg2.approx.ftz")]]
+
+    def flushed(x: Any) -> Any:
+        return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+
+    def compute(x: Any) -> Any:
+        return flushed(function(flushed(x).astype(np.float64)).astype(np.float32))
+
+    return elementwise(kernel, of, kind, compute)
+
+
 @instruction("shl", "shr")
 def _shift(kernel: Kernel, of: Instruction) -> Step:
     """Bits move; of more places than there are, all leave."""

@@ -146,7 +146,8 @@ def instruction_mutants() -> Iterator[Mutant]:
         yield mutant(f"mma of {element}: the sum goes astray", "{%0,%1,%2,%3};", "{%1,%0,%2,%3};", start)
     yield mutant("mma of bfloat16 with float16", "f32.bf16.bf16.f32", "f32.f16.f16.f32")
     yield mutant("mma of float16 with bfloat16", "f32.f16.f16.f32", "f32.bf16.bf16.f32")
-    yield mutant("ex2 of -x", '"=f"(y) : "f"(x)', '"=f"(y) : "f"(-x)')
+    for function in ("ex2", "lg2", "rcp"):
+        yield mutant(f"{function} of -x", '"=f"(y) : "f"(x)', '"=f"(y) : "f"(-x)', f"{function}.approx")
     for element, kind in (("bfloat16", "bf16x2"), ("float16", "f16x2")):
         old, new = '"f"(second), "f"(first)', '"f"(first), "f"(second)'
         yield mutant(f"{kind}: halves change places", old, new, f"pack_two({element}, float")

@@ -5,7 +5,7 @@ namespace ear_ops::cuda {
 
 struct Numbers {
   const float* from;  // [threads, 4]
-  uint32_t* to;       // [threads, 5]
+  uint32_t* to;       // [threads, 5] of a copy, [threads, 7] of conversions
 };
 
 __global__ void convert(EAR_OPS_ARGUMENT const Numbers numbers) {
@@ -15,9 +15,14 @@ __global__ void convert(EAR_OPS_ARGUMENT const Numbers numbers) {
   float16 half;
   round_to(first, &brain);
   round_to(first, &half);
-  const uint32_t converted[5] = {float_as_bits(exp2_fast(first)), pack_two(bfloat16{}, first, second),
-                                 pack_two(float16{}, first, second), brain.bits, half.bits};
-  for (int i = 0; i < 5; ++i) numbers.to[5 * thread + i] = converted[i];
+  const uint32_t converted[7] = {float_as_bits(exp2_fast(first)),
+                                 pack_two(bfloat16{}, first, second),
+                                 pack_two(float16{}, first, second),
+                                 brain.bits,
+                                 half.bits,
+                                 float_as_bits(log2_fast(fabsf(first))),
+                                 float_as_bits(reciprocal_fast(first))};
+  for (int i = 0; i < 7; ++i) numbers.to[7 * thread + i] = converted[i];
 }
 
 // Copies the four numbers of a thread at once and its first number alone; those of odd threads are not real.

@@ -163,6 +163,10 @@ ARITHMETIC: dict[str, Any] = {
     "cvt.rn.bf16x2.f32 %r9, 0f3F800000, 0f40000000": 0x3F804000,
     "cvt.rn.bf16.f32 %rs1, 0f3F808000; cvt.u32.u16 %r9, %rs1": 0x3F80,  # half way: to even
     "ex2.approx.ftz.f32 %f3, 0fC2FE0000; mov.b32 %r9, %f3": 0,  # 2^-127 is subnormal
+    "lg2.approx.ftz.f32 %f3, 0f41000000; mov.b32 %r9, %f3": 0x40400000,
+    "lg2.approx.ftz.f32 %f3, 0f00400000; mov.b32 %r9, %f3": -0x800000,  # of a subnormal number: -infinity
+    "rcp.approx.ftz.f32 %f3, 0fC0000000; mov.b32 %r9, %f3": -0x41000000,
+    "rcp.approx.ftz.f32 %f3, 0f00400000; mov.b32 %r9, %f3": 0x7F800000,
 }
 
 

@@ -37,6 +37,8 @@ def parameters() -> Iterator[object]:
     for number, check in enumerate(checks()):
         for turn, architecture in enumerate(check.architectures):
             in_turn = number % 2 == turn or len(check.architectures) == 1
+            if check.core_architecture:
+                in_turn = architecture == check.core_architecture
             mark = pytest.mark.ptx if check.core and in_turn else pytest.mark.ptx_full
             yield pytest.param(check, architecture, id=f"{check.name}-{architecture}", marks=mark)
 

@@ -1,3 +1,3 @@
 #include "../qk_launch.cuh"
 
-template struct ear_ops::cuda::QKKernels<ear_ops::cuda::float16, 128>;
+template struct ear_ops::cuda::QKKernels<ear_ops::Comparison::kMse, ear_ops::cuda::float16, 128>;

@@ -1,3 +1,3 @@
 #include "../qk_launch.cuh"
 
-template struct ear_ops::cuda::QKKernels<float, 32>;
+template struct ear_ops::cuda::QKKernels<ear_ops::Comparison::kMse, float, 32>;

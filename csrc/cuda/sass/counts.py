@@ -24,6 +24,7 @@ TILE = 64  # queries and keys of a tile
 WARPS_OF_TILE = 4  # that share a tile: 16 queries each
 WORSE = 0.03  # what is allowed
 ELEMENT_BYTES = {"float": 4, "bfloat16": 2, "float16": 2}
+MSE = "kMse"  # of csrc/comparison.h
 MASKS = 0x01010101  # every key real, every query counted
 
 
@@ -53,6 +54,9 @@ CASES = [
     Case("forward", 32, 12, 192, "padded"),
 ]
 
+# Of the comparisons but the MSE, whose kernels take rows of any length and every mask.
+DIVERGENCE_CASES = [Case(pass_, 32, 12, 128, kind) for pass_ in ("forward", "backward") for kind in ("plain", "causal")]
+
 # Of the kernels for Hopper, in bfloat16 with 64 features.
 HOPPER_CASES = [
     Case("forward", 1, 12, 4096, "plain"),
@@ -78,10 +82,13 @@ OTHER = "other"
 KINDS = {opcode: kind for kind, opcodes in OPCODES.items() for opcode in opcodes.split()}
 
 
-def build_launcher(element: str, features: int, objects: Path, folder: Path, hopper: bool = False) -> Path:
+def build_launcher(
+    element: str, features: int, objects: Path, folder: Path, hopper: bool = False, comparison: str = MSE
+) -> Path:
     """Build the program that prints the launches of one instance, or of those for Hopper, from its object file."""
-    program = folder / "launches"
+    program = folder / f"launches_{comparison}"
     defines = [f"-DELEMENT={element}", f"-DELEMENT_BYTES={ELEMENT_BYTES[element]}", f"-DFEATURES={features}"]
+    defines += [f"-DCOMPARISON={comparison}"]
     defines += ["-DHOPPER"] if hopper else []
     command = ["c++", "-std=c++17", *defines, str(HERE / "launches.cpp"), str(objects), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,10 +1,10 @@
-// Prints what the host code of the qk_attention_mse kernels would start, as JSON: which kernel, how many blocks, and
-// the bytes of its arguments. The functions of the CUDA runtime that it calls are replaced here, so no GPU is needed.
+// Prints what the host code of the attention kernels would start, as JSON: which kernel, how many blocks, and the bytes
+// of its arguments. The functions of the CUDA runtime that it calls are replaced here, so no GPU is needed.
 //
 //     launches forward|backward PAIRS HEADS LENGTH DIM plain|padded|causal SHARED_MEMORY_OF_A_BLOCK
 //
-// Built with -DELEMENT=bfloat16 -DFEATURES=64 and the object file of that instance, or with -DHOPPER and that of the
-// kernels for Hopper.
+// Built with -DCOMPARISON=kMse -DELEMENT=bfloat16 -DFEATURES=64 and the object file of that instance, or with -DHOPPER
+// and that of the kernels for Hopper.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -123,7 +123,7 @@ int main(int, char** words) {
 #if defined(HOPPER)
     const int rows_of_a_block = kHopperRows;
 #else
-    const int rows_of_a_block = QKKernels<ELEMENT, FEATURES>::rows_of_a_block(a);
+    const int rows_of_a_block = QKKernels<ear_ops::Comparison::COMPARISON, ELEMENT, FEATURES>::rows_of_a_block(a);
 #endif
     const int64_t blocks = (a.queries + rows_of_a_block - 1) / rows_of_a_block;
     a.block_sums = memory<float>("block_sums", a.pairs * a.heads * blocks * 4);
@@ -133,7 +133,7 @@ int main(int, char** words) {
   const char* error = backward ? launch_hopper_backward(Element::kBFloat16, a, nullptr)
                                : launch_hopper_forward(Element::kBFloat16, a, nullptr);
 #else
-  using Kernels = QKKernels<ELEMENT, FEATURES>;
+  using Kernels = QKKernels<ear_ops::Comparison::COMPARISON, ELEMENT, FEATURES>;
   const char* error = backward ? Kernels::backward(a, nullptr) : Kernels::forward(a, nullptr);
 #endif
   std::printf("\n], \"regions\": [\n%s\n]}\n", regions.c_str());

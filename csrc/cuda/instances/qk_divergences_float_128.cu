@@ -1,0 +1,4 @@
+#include "../qk_launch.cuh"
+
+template struct ear_ops::cuda::QKKernels<ear_ops::Comparison::kKl, float, 128>;
+template struct ear_ops::cuda::QKKernels<ear_ops::Comparison::kJs, float, 128>;

@@ -1,0 +1,5 @@
+#include "../qk_launch.cuh"
+
+template struct ear_ops::cuda::QKKernels<ear_ops::Comparison::kKl, float, 32>;
+template struct ear_ops::cuda::QKKernels<ear_ops::Comparison::kJs, float, 32>;
+template struct ear_ops::cuda::QKKernels<ear_ops::Comparison::kScores, float, 32>;

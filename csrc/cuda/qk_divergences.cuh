@@ -1,0 +1,287 @@
+// Divergences of two rows of probabilities, P of the first view and T of the second: Kullback-Leibler and
+// Jensen-Shannon. Where the views are nearly equal, x = log T - log P is small, and a divergence is of the order x^2.
+// So x comes from the scores, and every entry from x by a form in which no digits cancel.
+#pragma once
+
+#include "qk_scores.cuh"
+
+namespace ear_ops::cuda {
+
+// log(a / b) of two positive numbers. It keeps its digits where they are nearly equal.
+EAR_OPS_DEVICE float log_of_ratio(float a, float b) {
+  const float inverse = 1 / b, change = (a - b) * inverse;
+  if (!(fabsf(change) < 0.25f)) return kLogOf2 * log2_fast(a * inverse);
+  const float z = change / (2 + change), w = z * z;  // log(1 + change) = 2 atanh(z)
+  return 2 * z * (1 + w * (1 / 3.0f + w * (1 / 5.0f + w * (1 / 7.0f))));
+}
+
+// exp(-x) - 1 + x, for |x| < 1/2.
+EAR_OPS_DEVICE float excess(float x) {
+  const float fourth = 1 / 24.0f + x * (-1 / 120.0f + x * (1 / 720.0f + x * (-1 / 5040.0f + x * (1 / 40320.0f))));
+  return x * x * (0.5f + x * (-1 / 6.0f + x * fourth));
+}
+
+// KL(T || P) = sum T f(x) with f(x) = exp(-x) - 1 + x, which is P - T + T x. dS = g (P - T), and g T (x - KL) of the
+// second view. A key that only the second view has makes it infinite. A row without a key in the second view gives 0.
+struct Kl {
+  static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kKl));
+  static constexpr bool kSweepsTwice = false, kMayBeInfinite = true, kSharesSlopes = false;
+  static constexpr float kFactor = 1;
+  static constexpr float kRange = 1024;  // P - T is at most 1, T (x - KL) more where scores differ by hundreds
+
+  // What a lane sums of its two rows, over the keys that it has seen. With P^ = exp(s - max) of the first view, T^ of
+  // the second, r = sum T^ / sum P^ and x the logarithm of T^ / (r P^), it keeps sum P^, sum T^, A = sum T^ f(x) and
+  // B = sum T^ x. Under the maxima and the ratio r' of more keys, P^ is p P^, T^ is t T^ and x is x - e:
+  //
+  //   A' = p r'/r A - (q + t e) B + q sum T^ with q = t f(-e)
+  //   B' = t (B - e sum T^)
+  //
+  // Nearly equal views have small x, e and q, so all of A' keeps its digits. What is infinite shows in B.
+  struct Rows {
+    float maximum[2][2], sum[2][2];  // of each view and half
+    float ratio[2], logarithm[2];    // r and its logarithm; 1 and 0 where one view has no key yet
+    float entries[2], weighted[2];   // A and B
+    uint32_t alive;
+
+    EAR_OPS_DEVICE Rows() : alive(0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        maximum[0][half] = maximum[1][half] = -infinity();
+        ratio[half] = 1;
+        sum[0][half] = sum[1][half] = logarithm[half] = entries[half] = weighted[half] = 0;
+      }
+    }
+
+    // Brings A and B of a half under other maxima and under the ratio of other sums. `factor` is p and t, and `risen`
+    // by how much the maximum of the second view has risen more than that of the first. sum T^ is still that of before.
+    EAR_OPS_DEVICE void rebase(int half, const float (&factor)[2], float risen, const float (&sums)[2]) {
+      const bool both = sums[0] != 0 && sums[1] != 0;
+      const float before = ratio[half], log_before = logarithm[half], target = sum[1][half];
+      ratio[half] = both ? sums[1] / sums[0] : 1.0f;
+      logarithm[half] = both ? log_of_ratio(sums[1], sums[0]) : 0.0f;
+      const float change = kLogOf2 * risen + (logarithm[half] - log_before);  // e
+      const float changed = factor[1] == 0 ? 0.0f : factor[1] * change;       // never 0 times infinity
+      const float of_first = factor[0] * (ratio[half] / before);
+      const float q = fabsf(change) < 0.5f ? factor[1] * excess(-change) : of_first - factor[1] - changed;
+      entries[half] = of_first * entries[half] - (q + changed) * weighted[half] + q * target;
+      weighted[half] = factor[1] * weighted[half] - changed * target;
+    }
+
+    // Adds the scores of a tile. They become exponentials.
+    template <int kN>
+    EAR_OPS_DEVICE void add(float (&scores)[2][kN / 8][4]) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float factor[2], shift[2], risen[2], sums[2];
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+          const float before = maximum[v][half];
+#pragma unroll
+          for (int n = 0; n < kN / 8; ++n)
+            maximum[v][half] = fmaxf(maximum[v][half], fmaxf(scores[v][n][2 * half], scores[v][n][2 * half + 1]));
+          shift[v] = shift_of(maximum[v][half]);
+          risen[v] = shift[v] - shift_of(before);
+          factor[v] = exponential(before, shift[v]);
+          sums[v] = sum[v][half] * factor[v];
+        }
+        float x[kN / 8][2];  // in units of log 2, before log r is subtracted
+#pragma unroll
+        for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+          for (int odd = 0; odd < 2; ++odd) {
+            float (&first)[4] = scores[0][n];
+            float (&second)[4] = scores[1][n];
+            const int e = 2 * half + odd;
+            const float logs[2] = {first[e] - shift[0], second[e] - shift[1]};
+            // A key that the second view does not have must not make 0 times infinity, nor NaN one that neither has.
+            x[n][odd] = fmaxf(logs[1] - logs[0], -1e30f);
+            first[e] = exp2_fast(logs[0]), second[e] = exp2_fast(logs[1]);
+            sums[0] += first[e], sums[1] += second[e];
+          }
+        rebase(half, factor, risen[1] - risen[0], sums);
+        sum[0][half] = sums[0], sum[1][half] = sums[1];
+#pragma unroll
+        for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+          for (int odd = 0; odd < 2; ++odd) {
+            const float p = scores[0][n][2 * half + odd], t = scores[1][n][2 * half + odd];
+            const float log = kLogOf2 * x[n][odd] - logarithm[half];
+            const float far = t * log + (ratio[half] * p - t), near = t * excess(log);
+            entries[half] += fabsf(log) < 0.5f ? near : far;
+            weighted[half] += t * log;
+          }
+      }
+    }
+
+    // Puts the parts of the four lanes of a row together. Gives the row's statistics and returns the divergence.
+    EAR_OPS_DEVICE float finish(int half, float (&stats)[cuda::kRowStats]) {
+      float factor[2], risen[2], totals[2];
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        stats[v] = shift_of(quad_max(maximum[v][half]));
+        risen[v] = stats[v] - shift_of(maximum[v][half]);
+        factor[v] = exponential(maximum[v][half], stats[v]);
+        totals[v] = quad_sum(sum[v][half] * factor[v]);
+        stats[2 + v] = inverse_of_row(totals[v], alive >> (half + 2 * v) & 1);
+      }
+      rebase(half, factor, risen[1] - risen[0], totals);
+      const float total = quad_sum(entries[half]), of_logs = quad_sum(weighted[half]);
+      stats[5] = fabsf(of_logs) < infinity() ? fmaxf(total, 0.0f) * stats[3] : infinity();
+      stats[5] += 0 * (stats[2] + stats[3]);  // NaN where a row is
+      stats[4] = logarithm[half] + stats[5];
+      if (stats[3] == 0)
+#pragma unroll
+        for (int k = 0; k < kRowStats; ++k) stats[k] = 0;
+      return stats[5];
+    }
+  };
+
+  // Of scores and statistics (maximum, 1 / sum of exponentials; log r + KL, and KL, which is not read).
+  template <bool kOfSecond, typename Stat>
+  static EAR_OPS_DEVICE void slopes(float share, const float (&score)[2], const Stat& stat, float (&slope)[2]) {
+    const float logs[2] = {score[0] - stat(0, 0), score[1] - stat(0, 1)};
+    const float p = product(exp2_fast(logs[0]), stat(1, 0)), t = product(exp2_fast(logs[1]), stat(1, 1));
+    slope[0] = share * (p - t);
+    if (kOfSecond) slope[1] = share * t * (kLogOf2 * (logs[1] - logs[0]) - stat(2, 0));
+  }
+};
+
+// JS = (KL(P || M) + KL(T || M)) / 2 with M = (P + T) / 2. Its entries are f of P + f of T with f = P log(P / M) / 2
+// and f = T log(T / M) / 2. dS = g (f - P sum f), and likewise of the second view. A row that is empty in one view
+// gives log(2) / 2 and no gradient.
+struct Js {
+  static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kJs));
+  static constexpr bool kSweepsTwice = true;  // entries need the sums of whole rows
+  static constexpr bool kMayBeInfinite = false, kSharesSlopes = false;
+  static constexpr float kFactor = 0.5f * kLogOf2;  // entries and f are made in units of log(2) / 2
+  static constexpr float kRange = 16384;            // f is at most 2
+
+  // All of an entry follows from P, T and x. The larger of log(P / M) and log(T / M) is log 2 - log(1 + exp(-|x|)), and
+  // the smaller one is less by |x|. For small x the larger one is |x| / 2 - log cosh(x / 2), and the whole entry
+  // (P + T) (x tanh(x / 2) / 2 - log cosh(x / 2)) / 2: both are series.
+  struct Entry {
+    float value, f[2];
+  };
+  template <bool kOfSecond, bool kWithValue>
+  static EAR_OPS_DEVICE Entry entry(float p, float t, float log2) {  // log2: x in units of log 2
+    constexpr float k = kLogOf2 * kLogOf2;
+    const float size = fminf(fabsf(log2), 40.0f), w = size * size;  // beyond 40 one of the two does not matter
+    const bool near = size < 0.75f;
+    const float log_cosh = kLogOf2 / 8 * w * (1 + w * (-k / 24 + w * (k * k / 360 - w * (17 * k * k * k / 80640))));
+    const float larger = near ? 0.5f * size - log_cosh : 1 - log2_fast(1 + exp2_fast(-size));
+    const float smaller = larger - size;
+    Entry made;
+    made.f[0] = p * (log2 < 0 ? larger : smaller);
+    if (kOfSecond || kWithValue) made.f[1] = t * (log2 < 0 ? smaller : larger);
+    if (kWithValue) {
+      const float series =
+          1 + w * (-k / 8 + w * (k * k / 72 + w * (-17 * k * k * k / 11520 + w * (31 * k * k * k * k / 201600))));
+      made.value = near ? (p + t) * (kLogOf2 / 8 * w) * series : made.f[0] + made.f[1];
+    }
+    return made;
+  }
+
+  // P, T and x in units of log 2, of scores and of a row's maxima, `inverse` and `log_ratio`. T has the sum of the
+  // first view for its own: log_ratio, of both sums, is subtracted before.
+  struct Probabilities {
+    float p, t, log2;
+
+    EAR_OPS_DEVICE Probabilities(const float (&score)[2], const float (&shift)[2], float inverse, float log_ratio) {
+      const float logs[2] = {score[0] - shift[0], score[1] - shift[1] - log_ratio};
+      p = product(exp2_fast(logs[0]), inverse), t = product(exp2_fast(logs[1]), inverse), log2 = logs[1] - logs[0];
+    }
+  };
+
+  // What a lane knows of its two rows: the maxima and sums of exponentials of whole rows, which the first sweep over
+  // the keys makes, and its part of the sums of the second sweep.
+  struct Rows {
+    float maximum[2][2], sum[2][2];  // of each view and half
+    float values[2], f[2][2];
+    uint32_t alive;
+
+    EAR_OPS_DEVICE Rows() : alive(0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        values[half] = 0;
+#pragma unroll
+        for (int v = 0; v < 2; ++v) maximum[v][half] = -infinity(), sum[v][half] = f[v][half] = 0;
+      }
+    }
+
+    // Of the first sweep: puts the scores of a tile into the maxima and sums of the rows.
+    template <int kN>
+    EAR_OPS_DEVICE void measure(const float (&scores)[2][kN / 8][4]) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+          float largest = scores[v][0][2 * half], total = 0;
+#pragma unroll
+          for (int n = 0; n < kN / 8; ++n)
+            largest = fmaxf(largest, fmaxf(scores[v][n][2 * half], scores[v][n][2 * half + 1]));
+          const float before = maximum[v][half];
+          maximum[v][half] = fmaxf(before, quad_max(largest));
+          const float shift = shift_of(maximum[v][half]);
+#pragma unroll
+          for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+            for (int e = 2 * half; e < 2 * half + 2; ++e) total += exponential(scores[v][n][e], shift);
+          sum[v][half] = sum[v][half] * exponential(before, shift) + quad_sum(total);
+        }
+    }
+
+    // 1 over the sum of the first view, or of the second where the first is empty.
+    EAR_OPS_DEVICE float inverse(int half) const {
+      return inverse_of_row(sum[0][half] == 0 ? sum[1][half] : sum[0][half], false);
+    }
+    EAR_OPS_DEVICE float log_ratio(int half) const {  // of the second sum to the first, in units of log 2
+      const bool both = sum[0][half] != 0 && sum[1][half] != 0;
+      return both ? kLog2E * log_of_ratio(sum[1][half], sum[0][half]) : 0.0f;
+    }
+
+    // Of the second sweep: adds the entries of a tile.
+    template <int kN>
+    EAR_OPS_DEVICE void add(const float (&scores)[2][kN / 8][4]) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float shift[2] = {shift_of(maximum[0][half]), shift_of(maximum[1][half])};
+        const float of_row = inverse(half), ratio_of_row = log_ratio(half);
+#pragma unroll
+        for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) {
+            const float score[2] = {scores[0][n][e], scores[1][n][e]};
+            const Probabilities of(score, shift, of_row, ratio_of_row);
+            const Entry made = entry<true, true>(of.p, of.t, of.log2);
+            values[half] += made.value, f[0][half] += made.f[0], f[1][half] += made.f[1];
+          }
+      }
+    }
+
+    EAR_OPS_DEVICE float finish(int half, float (&stats)[cuda::kRowStats]) {
+      const float of_first = inverse_of_row(sum[0][half], alive >> half & 1);
+      const float of_second = inverse_of_row(sum[1][half], alive >> (half + 2) & 1);
+      const float no_number = 0 * (of_first + of_second);  // or NaN, where a row is
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        stats[v] = shift_of(maximum[v][half]);
+        stats[4 + v] = quad_sum(f[v][half]) + no_number;
+      }
+      stats[2] = of_second == 0 ? 0.0f : of_first;  // without gradient where one view is empty
+      stats[3] = log_ratio(half);
+      return kFactor * quad_sum(values[half]) + no_number;
+    }
+  };
+
+  // Of scores and statistics (maximum; 1 / sum of exponentials, and the logarithm of the sums' ratio; sum f).
+  template <bool kOfSecond, typename Stat>
+  static EAR_OPS_DEVICE void slopes(float share, const float (&score)[2], const Stat& stat, float (&slope)[2]) {
+    const float shift[2] = {stat(0, 0), stat(0, 1)};
+    const Probabilities of(score, shift, stat(1, 0), stat(1, 1));
+    const Entry made = entry<kOfSecond, false>(of.p, of.t, of.log2);
+    slope[0] = share * (made.f[0] - of.p * stat(2, 0));
+    if (kOfSecond) slope[1] = share * (made.f[1] - of.t * stat(2, 1));
+  }
+};
+
+}  // namespace ear_ops::cuda
