@@ -42,6 +42,27 @@ struct AttentionProblem {
                           double, bool, int64_t, std::optional<double>>;
 };
 
+// The averages over the heads of two views, whose heads may be others. So H, H_kv and D differ between the views.
+struct MeanHeadsProblem {
+  const Tensor& query;                    // [B, H, L, D]
+  const Tensor& key;                      // [B, H_kv, S, D]
+  const OptionalTensor& query_aug;        // [B, H, L, D]
+  const OptionalTensor& key_aug;          // [B, H_kv, S, D]
+  const OptionalTensor& key_mask;         // [2B, S] bool, x first; none: every key is real
+  const OptionalTensor& counted_queries;  // [B, L] bool; none: every query counts
+  const OptionalTensor& attn_bias;        // [B, H, L, S]
+  const OptionalTensor& attn_bias_aug;    // [B, H, L, S]; none: the same bias for both views
+  const OptionalTensor& head_weights;     // [H] of both views, which add up to 1; none: 1 / H
+  double scale, scale_aug;
+  bool is_causal;
+  int64_t window;                 // 0: none
+  std::optional<double> softcap;  // no kernel computes it
+
+  using Fields = TypeList<const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                          const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                          const OptionalTensor&, double, double, bool, int64_t, std::optional<double>>;
+};
+
 struct WordsProblem {
   const Tensor& query;                  // [B, H, L, D]
   const Tensor& key;                    // [B, H_kv, L, D]
@@ -67,27 +88,6 @@ struct WordsProblem {
     return {query,     key,           query_aug, key_aug,   key_mask, none,
             attn_bias, attn_bias_aug, scale,     is_causal, window,   softcap};
   }
-};
-
-// The averages over the heads of two views, whose heads may be others. So H, H_kv and D differ between the views.
-struct MeanHeadsProblem {
-  const Tensor& query;                    // [B, H, L, D]
-  const Tensor& key;                      // [B, H_kv, S, D]
-  const OptionalTensor& query_aug;        // [B, H, L, D]
-  const OptionalTensor& key_aug;          // [B, H_kv, S, D]
-  const OptionalTensor& key_mask;         // [2B, S] bool, x first; none: every key is real
-  const OptionalTensor& counted_queries;  // [B, L] bool; none: every query counts
-  const OptionalTensor& attn_bias;        // [B, H, L, S]
-  const OptionalTensor& attn_bias_aug;    // [B, H, L, S]; none: the same bias for both views
-  const OptionalTensor& head_weights;     // [H] of both views, which add up to 1; none: 1 / H
-  double scale, scale_aug;
-  bool is_causal;
-  int64_t window;                 // 0: none
-  std::optional<double> softcap;  // no kernel computes it
-
-  using Fields = TypeList<const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                          const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                          const OptionalTensor&, double, double, bool, int64_t, std::optional<double>>;
 };
 
 struct MapsProblem {

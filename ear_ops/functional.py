@@ -449,9 +449,10 @@ def qk_word_attention(
         count_padded_queries=False,
     )
     operators = QK_WORD_ATTENTION if support == "all" else QK_WORD_ATTENTION_ON_SHARED_WORDS  # which have no "mse"
-    sums = _weigh_heads(operators[divergence].sums(problem, backend, problem.unsupported), head_weights)
+    sums = operators[divergence].sums(problem, backend, problem.unsupported)
     if divergence == "mse":
-        return reduce_attention(sums, reduction, words, words, masks.counted_pairs)
+        return reduce_attention(_weigh_heads(sums, head_weights), reduction, words, words, masks.counted_pairs)
+    sums = _weigh_heads(sums, head_weights)
     return _reduce_rows(sums, divergence, masks.counted_queries, reduction, words, of_maps=True)
 
 
@@ -734,7 +735,8 @@ def _maps_divergence(
     else:
         problem = problem.on_shared_keys() if support == "shared" else problem
         sums = _weigh_heads(operator.sums(problem, backend), head_weights)
-    return _reduce_rows(sums, name, problem.counted_queries, reduction, problem.attn.shape[2], of_maps=True)
+    length = problem.attn.shape[2]
+    return _reduce_rows(sums, name, problem.counted_queries, reduction, length, of_maps=True)
 
 
 def _averages(problem: AttentionProblem, head_weights: Tensor | None, one_scale: bool) -> MeanHeadsProblem:

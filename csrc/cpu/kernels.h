@@ -41,13 +41,6 @@ struct LaneStats {
   A of_comparison[2][kLanes];            // what its gradient takes beside P and T
 };
 
-// What kLanes queries of one view have seen of their keys, for sums over the keys of each word.
-template <typename A>
-struct WordRows {
-  A max[kLanes], sum[kLanes];  // the largest score, and the sum of exp(score - max)
-  A alive[kLanes];             // 1 once there was a key that the query may attend to, else 0
-};
-
 // The averages over the heads of kLanes queries in one tile, laid out as the scores; mean_loops.h has the symbols.
 template <typename A>
 struct Averages {
@@ -73,6 +66,13 @@ struct MeanLoops {
   void (*add_slopes)(const LaneGroup<A>& group, const A* slopes, A* d);
   // e_h becomes gradient * e_h (F - E d); `peak` null: E is 1.
   void (*head_gradient)(const LaneGroup<A>& group, const A* slopes, const A* peak, const A* d, A gradient);
+};
+
+// What kLanes queries of one view have seen of their keys, for sums over the keys of each word.
+template <typename A>
+struct WordRows {
+  A max[kLanes], sum[kLanes];  // the largest score, and the sum of exp(score - max)
+  A alive[kLanes];             // 1 once there was a key that the query may attend to, else 0
 };
 
 // Rows of attention maps of both views, the elements of each side by side.
@@ -132,6 +132,8 @@ struct Kernels {
                   bool accumulate);
   ScoreLoops<A> compare[kComparisons];  // by Comparison
 
+  MeanLoops<A> mean;
+
   // Attention between words, a view at a time, which takes the first place in the group. Row word[j] of `sums`, laid
   // out as the scores, is of the word of key j. Adds exp(score - max) of one more tile to them, under the largest score
   // so far: all `words` rows of what was summed before go to it. The scores are lost.
@@ -147,7 +149,6 @@ struct Kernels {
   // Row i of dst = factor[i] * row from[i] of src, likewise.
   void (*copy_from_rows)(const A* src, int64_t rows, int64_t n, const int32_t* from, const A* factor, A* dst);
   MapLoops<A> compare_maps[kMapComparisons];  // by Comparison
-  MeanLoops<A> mean;
 
   // The sum of (a - b)^2 over all elements.
   double (*squared_difference)(const RowPairs& pairs);
