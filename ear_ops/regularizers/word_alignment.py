@@ -44,13 +44,15 @@ def compare_words(
 ) -> Tensor:
     """A comparison of the attention of the words of two views, straight from queries and keys where both have them.
 
+    Averages over heads are compared by maps.
+
     Args:
         reading, reading_aug, word_ids, what: as for :func:`word_attention`.
         divergence: names the comparison for :func:`ear_ops.functional.qk_word_attention`.
         of_maps: the same comparison of maps.
         options: what both take beyond maps, queries, keys and masks.
     """
-    if isinstance(reading, AttentionInputs):
+    if isinstance(reading, AttentionInputs) and options.get("heads") != "mean":
         if reading_aug is None:
             return _qk_word_attention(reading, None, word_ids, divergence, what, options)
         if isinstance(reading_aug, AttentionInputs) and attend_alike(reading, reading_aug):
