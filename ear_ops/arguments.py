@@ -28,4 +28,4 @@ def check_choice(argument: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def is_finite_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf

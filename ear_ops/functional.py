@@ -33,6 +33,8 @@ from ear_ops.ops.qk_divergences import QK_DIVERGENCES, QK_SCORES_MSE
 from ear_ops.ops.qk_words import QK_WORD_ATTENTION, QK_WORD_ATTENTION_ON_SHARED_WORDS, WordsProblem, count_pieces
 from ear_ops.ops.reductions import check_reduction, reduce_attention, reduce_pooled
 
+HEADS = ("each", "mean")
+
 
 def qk_attention_mse(
     query: Tensor,
@@ -94,7 +96,7 @@ def qk_attention_mse(
         BackendUnavailableError: the backend asked for cannot run.
     """
     check_reduction(reduction)
-    check_divergence_options(heads=heads)
+    check_choice("heads", heads, HEADS)
     problem, counted_pairs = attention_problem(
         query,
         key,
@@ -148,7 +150,7 @@ def attention_mse(
         A scalar, or ``[B, H]`` for ``"none"`` (``[B]`` with ``heads="mean"``); float32 (float64 for float64 inputs).
     """
     check_reduction(reduction)
-    check_divergence_options(heads=heads)
+    check_choice("heads", heads, HEADS)
     problem, counted_pairs = maps_problem(
         attn,
         attn_aug,
@@ -803,7 +805,7 @@ def check_divergence_options(
     check_temperature(temperature)
     check_choice("direction", direction, ("forward", "reverse"))
     check_choice("support", support, ("all", "shared"))
-    check_choice("heads", heads, ("each", "mean"))
+    check_choice("heads", heads, HEADS)
 
 
 def _kl_name(direction: str) -> str:

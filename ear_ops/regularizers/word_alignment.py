@@ -5,9 +5,8 @@ the same word. The attention of word i to word j is a sum over the pieces of j a
 still sums to 1 (Clark et al. 2019, "What Does BERT Look At?", section 4.1).
 
 Where both views have queries and keys, this runs straight from them and its memory grows with L. Where a module gives
-its attention matrices alone (DeBERTa), where the views attend differently (one of them causally, say), and with
-``heads="mean"``, it is composed of torch operations and holds matrices ``[B, H, L, L]``. Both ways read the number of
-words from the device.
+its attention matrices alone (DeBERTa), or the views attend differently (one of them causally, say), it is composed of
+torch operations and holds matrices ``[B, H, L, L]``. Both ways read the number of words from the device.
 
 Where words are what stands between spaces, a Chinese or Thai sentence is one word. Its attention to itself is 1 in both
 views, so the loss would be near 0 whatever the model does. A pair is refused where this is so in both views: all but a
@@ -45,13 +44,15 @@ def compare_words(
 ) -> Tensor:
     """A comparison of the attention of the words of two views, straight from queries and keys where both have them.
 
+    Averages over heads are compared by maps.
+
     Args:
         reading, reading_aug, word_ids, what: as for :func:`word_attention`.
         divergence: names the comparison for :func:`ear_ops.functional.qk_word_attention`.
         of_maps: the same comparison of maps.
         options: what both take beyond maps, queries, keys and masks.
     """
-    if isinstance(reading, AttentionInputs) and options.get("heads", "each") == "each":
+    if isinstance(reading, AttentionInputs) and options.get("heads") != "mean":
         if reading_aug is None:
             return _qk_word_attention(reading, None, word_ids, divergence, what, options)
         if isinstance(reading_aug, AttentionInputs) and attend_alike(reading, reading_aug):

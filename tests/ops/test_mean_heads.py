@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.cases import LOSSES, Case, lengths_mask, qk_case
 from support.changes import fill_padding, same_results
@@ -481,6 +481,7 @@ def test_kernels_equal_the_reference(form: str, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_kernels_in_single_precision(form: str, data: st.DataObject) -> None:
     case = drawn(data, form, dtypes=(torch.float32, torch.bfloat16, torch.float16), empty=False)
+    assume(run(case.to(torch.float64))[0].abs().max() > 1e-6)  # of nothing but rounding there is no error
     check_case(case, case.x[0].dtype, "cpu", slack=4.0)
 
 
