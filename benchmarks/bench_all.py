@@ -31,6 +31,8 @@ RUNS = {  # the name of a file of results, and what measures it
     "--repeats 2",
     "divergences": "losses --ops qk_attention_kl,qk_attention_js,qk_scores_mse "
     "--presets paper,e5,xnli,long-512,long-2048 --modes forward+backward --repeats 5 --longest 2",
+    "heads": "losses --ops heads_mean --presets paper,xnli,long-512,long-2048 --modes forward+backward --repeats 5 "
+    "--longest 2",
     "distillation": "losses --ops distillation --presets distil --modes forward+backward --compile --repeats 5",
     "distil": "distil --repeats 5",
     "step": "step --dtypes float32 --repeats 3",

@@ -128,6 +128,19 @@ def _qk_fused(inputs: Inputs) -> Tensor:
     return ear_ops.qk_attention_mse(query, key, **_masks(inputs), **inputs.options, backend=query.device.type)
 
 
+def _mean_heads_eager(inputs: Inputs) -> Tensor:
+    """Return the error between the averages over the heads."""
+    averages = _maps(*inputs.tensors, inputs.mask, inputs.options).mean(1, keepdim=True)
+    return _map_mse(*averages.chunk(2), inputs.mask)
+
+
+def _mean_heads_fused(inputs: Inputs) -> Tensor:
+    query, key = inputs.tensors
+    return ear_ops.qk_attention_mse(
+        query, key, **_masks(inputs), **inputs.options, heads="mean", backend=query.device.type
+    )
+
+
 def _divergence(name: str, compared: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]) -> Operation:
     """Return the comparison of attention by the function called `name`, over keys that both views have.
 
@@ -331,6 +344,7 @@ OPERATIONS = {
     "qk_attention_kl": _divergence("qk_attention_kl", _kl_eager),
     "qk_attention_js": _divergence("qk_attention_js", _js_eager),
     "qk_scores_mse": _divergence("qk_scores_mse", _scores_eager),
+    "heads_mean": Operation(_qk_make, _mean_heads_eager, _mean_heads_fused, _qk_work, _qk_part, _maps_bytes),
     "distillation": Operation(
         _distillation_make,
         _distillation_eager,

@@ -88,6 +88,8 @@ class Checker {
 
 // The checked sizes of a problem, and the checker for what a backward gets beside it.
 
+constexpr int64_t kWordRowStats = 4;  // of a query: maximum, 1 / sum of exponentials, each of both views
+
 struct AttentionSizes {
   int64_t pairs, heads, key_heads, queries, keys, dim;
 
@@ -184,6 +186,28 @@ inline MeanHeadsSizes check_backward(const char* op, const MeanHeadsProblem& p, 
   const auto dtype = accumulator_of(p.query);
   checker.check("row_stats", row_stats, {kMeanRowStats, sizes.pairs, sizes.heads[0], sizes.queries}, dtype);
   checker.check("row_stats_aug", row_stats_aug, {kMeanRowStats, sizes.pairs, sizes.heads[1], sizes.queries}, dtype);
+  checker.check_needs(needs, 4);
+  return sizes;
+}
+
+inline AttentionSizes check(const char* op, const WordsProblem& p, const DeviceLimits& limits) {
+  const AttentionSizes sizes = check(op, p.tokens(), limits);
+  TORCH_CHECK_VALUE(sizes.keys == sizes.queries, op, ": key: expected as many keys as queries (a self-attention), got ",
+                    sizes.keys, " keys and ", sizes.queries, " queries");
+  const Checker checker(op, "query", p.query, 4, "[B, H, L, D]", limits);
+  checker.check("word_ids", p.word_ids, {2 * sizes.pairs, sizes.queries}, at::kLong);
+  TORCH_CHECK_VALUE(p.words > 0 && p.words < limits.size, op, ": words: expected a positive number of less than ",
+                    limits.size, ", got ", p.words);
+  return sizes;
+}
+
+inline AttentionSizes check_backward(const char* op, const WordsProblem& p, const DeviceLimits& limits,
+                                     const Tensor& grad_sums, const Tensor& row_stats, const c10::List<bool>& needs) {
+  const AttentionSizes sizes = check(op, p, limits);
+  const Checker checker(op, "query", p.query, 4, "[B, H, L, D]", limits);
+  checker.check_shape("grad_sums", grad_sums, {sizes.pairs, sizes.heads});
+  checker.check("row_stats", row_stats, {kWordRowStats, sizes.pairs, sizes.heads, sizes.queries},
+                accumulator_of(p.query));
   checker.check_needs(needs, 4);
   return sizes;
 }

@@ -63,6 +63,33 @@ struct MeanHeadsProblem {
                           const OptionalTensor&, double, double, bool, int64_t, std::optional<double>>;
 };
 
+struct WordsProblem {
+  const Tensor& query;                  // [B, H, L, D]
+  const Tensor& key;                    // [B, H_kv, L, D]
+  const OptionalTensor& query_aug;      // [B, H, L, D]
+  const OptionalTensor& key_aug;        // [B, H_kv, L, D]
+  const OptionalTensor& key_mask;       // [2B, L] bool, x first; none: every key is real
+  const Tensor& word_ids;               // [2B, L] int64, x first: the word of each token; negative: none
+  const OptionalTensor& attn_bias;      // [B, H, L, L]
+  const OptionalTensor& attn_bias_aug;  // [B, H, L, L]; none: the same bias for both views
+  double scale;
+  bool is_causal;
+  int64_t window;                 // 0: none
+  std::optional<double> softcap;  // no kernel computes it
+  int64_t words;                  // every word id is less
+
+  using Fields = TypeList<const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                          const OptionalTensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, double,
+                          bool, int64_t, std::optional<double>, int64_t>;
+
+  // The same queries and keys without their words; refers to the tensors that this refers to.
+  AttentionProblem tokens() const {
+    static const OptionalTensor none;
+    return {query,     key,           query_aug, key_aug,   key_mask, none,
+            attn_bias, attn_bias_aug, scale,     is_causal, window,   softcap};
+  }
+};
+
 struct MapsProblem {
   const Tensor& attn;                     // [B, H, L, S]
   const OptionalTensor& attn_aug;         // [B, H, L, S]

@@ -23,12 +23,14 @@ from ear_ops.arguments import check_choice, check_temperature
 from ear_ops.ops.attention_divergences import ATTENTION_DIVERGENCES
 from ear_ops.ops.attention_mse import ATTENTION_MSE, MapsProblem, maps_problem
 from ear_ops.ops.divergences import InfiniteDivergenceError
+from ear_ops.ops.masks import resolve_attention_masks
 from ear_ops.ops.mean_heads import QK_MEAN_HEADS, MeanHeadsProblem, mean_heads_problem, normalized_weights
 from ear_ops.ops.pooled_distance import POOLED_DISTANCE, pooled_problem
 from ear_ops.ops.probabilities import compute_dtype
 from ear_ops.ops.problem import AttentionProblem, attention_problem
 from ear_ops.ops.qk_attention_mse import QK_ATTENTION_MSE
 from ear_ops.ops.qk_divergences import QK_DIVERGENCES, QK_SCORES_MSE
+from ear_ops.ops.qk_words import QK_WORD_ATTENTION, QK_WORD_ATTENTION_ON_SHARED_WORDS, WordsProblem, count_pieces
 from ear_ops.ops.reductions import check_reduction, reduce_attention, reduce_pooled
 
 
@@ -351,6 +353,109 @@ def qk_scores_mse(
     return reduce_attention(sums, reduction, query.shape[2], key.shape[2], counted_pairs)
 
 
+def qk_word_attention(
+    query: Tensor,
+    key: Tensor,
+    query_aug: Tensor | None = None,
+    key_aug: Tensor | None = None,
+    *,
+    word_ids: Tensor,
+    words: int,
+    divergence: str = "mse",
+    attention_mask: Tensor | None = None,
+    attention_mask_aug: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    attn_bias_aug: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    support: str = "all",
+    head_weights: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """A comparison of the attention between words in two views, straight from Q and K.
+
+    The attention of word i to word j is the mean over the pieces of i of the sum over the pieces of j, so a row still
+    sums to 1. Words count where they would be tokens elsewhere: a row of a word that both views have, and columns of
+    words that either has. The memory grows with L. :class:`ear_ops.AttentionPull` with ``alignment="word"`` uses this.
+
+    Args:
+        query, key, query_aug, key_aug: as for :func:`qk_attention_mse`, of a self-attention: S = L.
+        word_ids: ``[2B, L]`` int64, the word of each token, x first; negative where a token has none. One number means
+            one word in both views.
+        words: W; every word id is less.
+        divergence: ``"mse"``, ``"kl"``, ``"reverse_kl"`` or ``"js"``, as for :class:`ear_ops.AttentionPull`.
+        attention_mask, attention_mask_aug, attn_bias, attn_bias_aug: as for :func:`qk_attention_mse`.
+        scale, is_causal, window, softcap, head_weights, backend: as for :func:`qk_attention_mse`.
+        support, reduction: as for :func:`attention_kl` (``"mse"``: :func:`attention_mse`) on maps of words;
+            ``"padded_mean"`` is refused.
+
+    Returns:
+        A scalar, or ``[B, H]`` for ``"none"``; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or KL is infinite; the message names the argument.
+        BackendUnavailableError: the backend asked for cannot run.
+    """
+    check_reduction(reduction)
+    check_choice("divergence", divergence, QK_WORD_ATTENTION)
+    check_choice("support", support, ("all",) if divergence == "mse" else ("all", "shared"))
+    if reduction == "padded_mean":
+        raise ValueError("reduction: 'padded_mean' counts padded tokens, which words do not have; use 'mean'")
+    tokens, _ = attention_problem(
+        query,
+        key,
+        query_aug,
+        key_aug,
+        attention_mask=attention_mask,
+        attention_mask_aug=attention_mask_aug,
+        query_mask=None,
+        query_mask_aug=None,
+        attn_bias=attn_bias,
+        attn_bias_aug=attn_bias_aug,
+        scale=scale,
+        is_causal=is_causal,
+        window=window,
+        softcap=softcap,
+        count_padded_queries=False,
+    )
+    expected = [2 * tokens.pairs, query.shape[2]]
+    if list(word_ids.shape) != expected or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"word_ids: expected {expected} to go with {query.shape[2]} queries and {key.shape[2]} keys of a "
+            f"self-attention, got {list(word_ids.shape)}"
+        )
+    if word_ids.dtype != torch.int64:
+        raise TypeError(f"word_ids: expected int64, got {word_ids.dtype}")
+    words = max(words, 1)  # where no token has a word, one that no sequence has
+    if tokens.key_mask is not None:
+        word_ids = word_ids.masked_fill(~tokens.key_mask, -1)
+    fields = tokens._asdict()
+    problem = WordsProblem(
+        **{name: fields[name] for name in WordsProblem._fields if name in fields}, word_ids=word_ids, words=words
+    )
+    has_word = count_pieces(word_ids, words) > 0
+    masks = resolve_attention_masks(
+        has_word,
+        None,
+        None,
+        None,
+        batch=problem.pairs,
+        query_length=words,
+        key_length=words,
+        stacked=True,
+        count_padded_queries=False,
+    )
+    operators = QK_WORD_ATTENTION if support == "all" else QK_WORD_ATTENTION_ON_SHARED_WORDS  # which have no "mse"
+    sums = operators[divergence].sums(problem, backend, problem.unsupported)
+    if divergence == "mse":
+        return reduce_attention(_weigh_heads(sums, head_weights), reduction, words, words, masks.counted_pairs)
+    sums = _weigh_heads(sums, head_weights)
+    return _reduce_rows(sums, divergence, masks.counted_queries, reduction, words, of_maps=True)
+
+
 def attention_kl(
     attn: Tensor,
     attn_aug: Tensor | None = None,
@@ -606,7 +711,7 @@ def _qk_divergence(
         compared = compared.on_shared_keys()
     sums = operator.sums(compared, backend, compared.unsupported)
     sums = sums if heads == "mean" else _weigh_heads(sums, head_weights)
-    return _reduce_rows(sums, name, problem, reduction, query.shape[2])
+    return _reduce_rows(sums, name, problem.counted_queries, reduction, query.shape[2])
 
 
 def _maps_divergence(
@@ -630,7 +735,8 @@ def _maps_divergence(
     else:
         problem = problem.on_shared_keys() if support == "shared" else problem
         sums = _weigh_heads(operator.sums(problem, backend), head_weights)
-    return _reduce_rows(sums, name, problem, reduction, problem.attn.shape[2])
+    length = problem.attn.shape[2]
+    return _reduce_rows(sums, name, problem.counted_queries, reduction, length, of_maps=True)
 
 
 def _averages(problem: AttentionProblem, head_weights: Tensor | None, one_scale: bool) -> MeanHeadsProblem:
@@ -651,18 +757,29 @@ def _can_be_read(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.is_cpu and not torch.compiler.is_compiling() and not _has_no_values(tensor)
 
 
-def _reduce_rows(sums: Tensor, name: str, problem: Any, reduction: str, query_length: int) -> Tensor:
-    """Reduce the sums ``[B, H]`` or ``[B]`` of a divergence, of which a row counts; raises where KL is infinite."""
+def _reduce_rows(
+    sums: Tensor,
+    name: str,
+    counted_queries: Tensor | None,
+    reduction: str,
+    query_length: int,
+    *,
+    of_maps: bool = False,
+) -> Tensor:
+    """Reduce the sums ``[B, H]`` or ``[B]`` of a divergence, of which a row counts; raises where KL is infinite.
+
+    ``of_maps``: probabilities were compared, which may have underflowed.
+    """
     if _can_be_read(sums) and torch.isinf(sums).any():
         target, other = ("first view", "second") if name == "reverse_kl" else ("second view", "first")
         reason = (
             f"expected the views to have the same keys, got a key that the {target} attends to and the {other} does "
             f"not, where KL is infinite"
         )
-        if isinstance(problem, MapsProblem):
+        if of_maps:
             reason += "; a probability of exactly 0 may also have underflowed, so compute the maps in float32"
         raise InfiniteDivergenceError(reason)
-    counted_rows = None if problem.counted_queries is None else problem.counted_queries.sum(dim=1)
+    counted_rows = None if counted_queries is None else counted_queries.sum(dim=1)
     return reduce_attention(sums, reduction, query_length, 1, counted_rows)
 
 

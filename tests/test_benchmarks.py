@@ -17,6 +17,7 @@ import bench_all
 import bench_distil
 import bench_losses
 import bench_step
+import bench_words
 import compare_results
 import gpu_check
 import limits
@@ -321,6 +322,17 @@ def test_every_way_of_distillation_has_the_same_loss_and_trains_another_copy() -
     torch.testing.assert_close(losses["fused"], losses["output_attentions"])
     assert losses["fused"] > losses["with teacher"]
     assert calls["fused"]() < losses["fused"]
+
+
+def test_every_way_to_compare_words_gives_the_same_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    word_ids = torch.tensor([[0, 1, 1, 2, 3, -1], [0, 1, 2, 3, 3, 4], [0, 1, 1, 1, 2, 3], [0, 1, 2, 2, 4, 4]])
+    calls = bench_words.ways(Preset(2, 3, 6, 4), word_ids, torch.float32)
+    assert list(calls) == ["composition", "reference", "fused"]
+    expected, *others = [call() for call in calls.values()]
+    for found in others:
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+    assert capsys.readouterr().out.count("errors of loss and gradients") == 3
 
 
 def test_a_sanitizer_is_judged_by_its_reports_on_our_kernels() -> None:

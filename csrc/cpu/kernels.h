@@ -68,6 +68,13 @@ struct MeanLoops {
   void (*head_gradient)(const LaneGroup<A>& group, const A* slopes, const A* peak, const A* d, A gradient);
 };
 
+// What kLanes queries of one view have seen of their keys, for sums over the keys of each word.
+template <typename A>
+struct WordRows {
+  A max[kLanes], sum[kLanes];  // the largest score, and the sum of exp(score - max)
+  A alive[kLanes];             // 1 once there was a key that the query may attend to, else 0
+};
+
 // Rows of attention maps of both views, the elements of each side by side.
 struct RowPairs {
   Kind kind;
@@ -98,6 +105,17 @@ struct ScoreLoops {
 
 constexpr int kComparisons = 4;
 
+// The loops of one comparison of rows of maps that exist, [rows, n] of each view, n padded with zeros.
+template <typename A>
+struct MapLoops {
+  // The sum over all entries.
+  double (*value)(const A* p, const A* t, int64_t rows, int64_t n);
+  // Its gradients times `gradient`, which lie like the maps. Either may be null.
+  void (*gradients)(const A* p, const A* t, int64_t rows, int64_t n, A gradient, A* to, A* to_aug);
+};
+
+constexpr int kMapComparisons = 3;  // all but that of scores
+
 template <typename A>
 struct Kernels {
   // dst [padded rows, ld] = rows `index` of src (row stride in elements). A row whose `real` byte is 0 is zero, and so
@@ -115,6 +133,22 @@ struct Kernels {
   ScoreLoops<A> compare[kComparisons];  // by Comparison
 
   MeanLoops<A> mean;
+
+  // Attention between words, a view at a time, which takes the first place in the group. Row word[j] of `sums`, laid
+  // out as the scores, is of the word of key j. Adds exp(score - max) of one more tile to them, under the largest score
+  // so far: all `words` rows of what was summed before go to it. The scores are lost.
+  void (*add_words)(const LaneGroup<A>& group, const int32_t* word, int64_t words, WordRows<A>* rows, A* sums);
+  // Raw scores become exp(score - max), which `sums` also gets added, unless it is null.
+  void (*word_exponentials)(const LaneGroup<A>& group, const int32_t* word, const A* max, A* sums);
+  // Exponentials e become e (gradients[word] - d), the gradients laid out as the sums.
+  void (*word_gradient)(const LaneGroup<A>& group, const int32_t* word, const A* gradients, const A* d);
+  // d [kLanes] = factor [kLanes] times the sums over `words` rows of gradients * sums, both with rows `ld` apart.
+  void (*word_dots)(const A* gradients, const A* sums, int64_t words, int64_t ld, const A* factor, A* d);
+  // Row to[i] of dst += factor[i] * row i of src, for `rows` rows of n elements, n padded.
+  void (*add_to_rows)(const A* src, int64_t rows, int64_t n, const int32_t* to, const A* factor, A* dst);
+  // Row i of dst = factor[i] * row from[i] of src, likewise.
+  void (*copy_from_rows)(const A* src, int64_t rows, int64_t n, const int32_t* from, const A* factor, A* dst);
+  MapLoops<A> compare_maps[kMapComparisons];  // by Comparison
 
   // The sum of (a - b)^2 over all elements.
   double (*squared_difference)(const RowPairs& pairs);

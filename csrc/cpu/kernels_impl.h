@@ -5,6 +5,7 @@
 
 #include "compare/js.h"
 #include "compare/kl.h"
+#include "compare/maps.h"
 #include "compare/mse.h"
 #include "compare/scores.h"
 #include "kernels.h"
@@ -12,6 +13,7 @@
 #include "pack_loops.h"
 #include "row_loops.h"
 #include "vec.h"
+#include "word_loops.h"
 
 namespace {
 
@@ -40,6 +42,13 @@ constexpr Kernels<A> table() {
       .product = product<A>,
       .compare = {score_loops<Mse<A>>(), score_loops<Kl<A>>(), score_loops<Js<A>>(), score_loops<Scores<A>>()},
       .mean = mean_loops<A>(),
+      .add_words = add_words<A>,
+      .word_exponentials = word_exponentials<A>,
+      .word_gradient = word_gradient<A>,
+      .word_dots = word_dots<A>,
+      .add_to_rows = add_to_rows<A>,
+      .copy_from_rows = copy_from_rows<A>,
+      .compare_maps = {map_loops<MapMse<A>>(), map_loops<MapKl<A>>(), map_loops<MapJs<A>>()},
       .squared_difference = squared_difference<A>,
       .difference_gradient = difference_gradient<A>,
       .add_rows = add_rows<A>,

@@ -143,9 +143,10 @@ struct MeanBackwardTask : MeanTask<P> {
   }
 
   // Adds the products of dS^T, which is in the place of the scores.
-  void multiply(int v, int64_t head, int64_t t, int64_t n, bool of_queries, bool of_keys, A* of_head, bool accumulate) {
+  void multiply_gradient(int v, int64_t head, int64_t t, int64_t n, bool of_queries, bool of_keys, A* of_head,
+                         bool accumulate) {
     const int64_t rows = this->padded_queries, ld = this->views[v].ld;
-    A* scores = this->scores_of(v, head);
+    A* scores = this->scores_of(v, head, t);
     const Operand* weights_right = right;
     const Operand* weights_left = left;
     int64_t ld_weights = rows;
@@ -183,7 +184,7 @@ void backward_part(MeanBackwardTask<P>& task, int64_t b, int64_t part, int64_t p
                                    task.logarithms ? view.top + c * kLanes : nullptr,
                                    task.of_head(view.d, head) + c * kLanes, static_cast<A>(p.view[v].scale) * upstream);
         A* grad_keys = task.grad_keys[v] + task.key_head(v, head) * task.padded_keys * view.ld;
-        task.multiply(v, head, t, n, out.query[v].data, out.key[v].data, grad_keys, !first_tile);
+        task.multiply_gradient(v, head, t, n, out.query[v].data, out.key[v].data, grad_keys, !first_tile);
       });
       first_tile = false;
     });

@@ -52,6 +52,25 @@ class AttentionInputs(NamedTuple):
             softcap=self.softcap,
         )
 
+    def padded(self, length: int) -> AttentionInputs:
+        """A self-attention with padding behind its L tokens, up to ``length``; its attention stays the same."""
+        queries, rest = self.shape[2], length - self.shape[2]
+        keys = self.attention_mask
+        if keys is None:
+            keys = torch.ones(self.query.shape[0], queries, dtype=torch.bool, device=self.query.device)
+        bias = self.attn_bias
+        if bias is not None and rest:
+            # Of a bias that is broadcast over queries or keys, that dimension stays.
+            sides = [rest if size == queries else 0 for size in bias.shape[-2:]]
+            bias = F.pad(bias, [side for after in reversed(sides) for side in (0, after)])
+        return self._replace(
+            query=F.pad(self.query, (0, 0, 0, rest)),
+            key=F.pad(self.key, (0, 0, 0, rest)),
+            attention_mask=F.pad(keys, (0, rest)),
+            query_mask=None if self.query_mask is None else F.pad(self.query_mask, (0, rest)),
+            attn_bias=bias,
+        )
+
 
 class AttentionMaps(NamedTuple):
     """Attention probabilities and masks, where a module gives no queries and keys."""
@@ -113,8 +132,7 @@ def align_attention(
             f"to one, so compare their averages with AttentionPull(layer, heads='mean'), use RelationPull(layer, "
             f"relation_heads=...) or HiddenPull, or choose a teacher (or a layer of it) with {count} heads"
         )
-    structure, structure_aug = ((r.is_causal, r.window, r.softcap, r.attn_bias is None) for r in (reading, reading_aug))
-    if structure != structure_aug:
+    if not attend_alike(reading, reading_aug):
         raise ValueError(f"{what}: the two views attend differently (causal, window or mask), so they do not compare")
     if heads == "each":
         reading, reading_aug = _one_head_size(reading, reading_aug)
@@ -130,6 +148,12 @@ def align_attention(
         for view, keys, queries in zip((reading, reading_aug), key_masks, query_masks, strict=True)
     )
     return first, second
+
+
+def attend_alike(reading: AttentionInputs, reading_aug: AttentionInputs) -> bool:
+    """Whether two views have one structure: causality, window, softcap, and whether there is a bias."""
+    structure, structure_aug = ((r.is_causal, r.window, r.softcap, r.attn_bias is None) for r in (reading, reading_aug))
+    return structure == structure_aug
 
 
 def align_maps(reading: AttentionMaps, reading_aug: AttentionMaps) -> tuple[AttentionMaps, AttentionMaps]:

@@ -55,10 +55,7 @@ class MapsProblem(NamedTuple):
 
     def on_shared_keys(self) -> MapsProblem:
         """The same with each row renormalised over the keys at which both views are positive."""
-        attn, attn_aug = self.probabilities()
-        unshared = (attn == 0) | (attn_aug == 0)
-        masked = (view.masked_fill(unshared, 0.0) for view in (attn, attn_aug))
-        first, second = (view / view.sum(-1, keepdim=True).masked_fill(unshared.all(-1, True), 1.0) for view in masked)
+        first, second = on_shared_keys(*self.probabilities())
         return self._replace(attn=first, attn_aug=second)
 
     def _masked(self, view: Tensor, key_mask: Tensor | None, rows: slice) -> Tensor:
@@ -67,6 +64,14 @@ class MapsProblem(NamedTuple):
         if self.counted_queries is not None:  # so that NaN in a row that does not count has no gradient
             view = view.masked_fill(~self.counted_queries[:, None, rows, None], 0.0)
         return view
+
+
+def on_shared_keys(attn: Tensor, attn_aug: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities ``[B, H, L, S]`` with each row renormalised over the keys at which both views are positive."""
+    unshared = (attn == 0) | (attn_aug == 0)
+    masked = (view.masked_fill(unshared, 0.0) for view in (attn, attn_aug))
+    first, second = (view / view.sum(-1, keepdim=True).masked_fill(unshared.all(-1, True), 1.0) for view in masked)
+    return first, second
 
 
 def maps_problem(

@@ -208,25 +208,27 @@ def _rows_of_scores(
     scores: Tensor, scores_aug: Tensor, allowed: Tensor | None, allowed_aug: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P, T and x of two sets of scores: x comes from them, so it is finite where P or T underflows."""
-    (p, log_sum), (t, log_sum_aug) = (
-        softmax_and_log_sum(*view) for view in ((scores, allowed), (scores_aug, allowed_aug))
-    )
-    x = (scores_aug - scores).sub_(log_sum_aug - log_sum)
+    p, shifted, log_sum = softmax_of(scores, allowed)
+    t, shifted_aug, log_sum_aug = softmax_of(scores_aug, allowed_aug)
+    x = (shifted_aug - shifted).sub_(log_sum_aug - log_sum)
     if allowed is not None and allowed_aug is not None:
         x = x.masked_fill(~allowed, math.inf).masked_fill(~allowed_aug, -math.inf)
         x = x.masked_fill(~(allowed | allowed_aug), 0.0)
     return p, t, x
 
 
-def softmax_and_log_sum(scores: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The softmax of the allowed scores, and the logarithm of the sum of their exponentials in each row."""
-    if allowed is not None:
-        scores = fill_masked(scores, allowed)
-    attn = torch.softmax(scores, -1)
+def softmax_of(scores: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The softmax of the allowed scores, all scores minus the largest allowed one of their row, and log sums.
+
+    The logarithm of the softmax is the second minus the third, which is that of the sum of the exponentials of the
+    second. A row of very large scores would lose it in a sum with the largest one.
+    """
+    filled = scores if allowed is None else fill_masked(scores, allowed)
+    attn = torch.softmax(filled, -1)
     if not attn.shape[-1]:
-        return attn, attn.sum(-1, keepdim=True)
-    log_sum = scores.amax(-1, keepdim=True) - torch.log(attn.amax(-1, keepdim=True))
-    return attn if allowed is None else attn.masked_fill(~allowed, 0.0), log_sum
+        return attn, scores, attn.sum(-1, keepdim=True)
+    shifted, log_sum = scores - filled.amax(-1, keepdim=True), -torch.log(attn.amax(-1, keepdim=True))
+    return attn if allowed is None else attn.masked_fill(~allowed, 0.0), shifted, log_sum
 
 
 def _log_ratio(p: Tensor, t: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.autograd import Function
 
 from ear_ops.ops.attention_mse import mean_over_heads
 from ear_ops.ops.blocks import sum_over_blocks
-from ear_ops.ops.divergences import DIVERGENCES, apply_function, finite_where_left_out, softmax_and_log_sum
+from ear_ops.ops.divergences import DIVERGENCES, apply_function, finite_where_left_out, softmax_of
 from ear_ops.ops.masks import split_views
 from ear_ops.ops.operator import Operator
 from ear_ops.ops.probabilities import attention_scores, compute_dtype
@@ -163,9 +163,9 @@ class _Average(NamedTuple):
 
 
 def _average(scores: Tensor, allowed: Tensor | None, weights: Tensor | None) -> _Average:
-    attn, log_sum = softmax_and_log_sum(scores, allowed)
+    attn, shifted, log_sum = softmax_of(scores, allowed)
     log_weights = -math.log(scores.shape[1]) if weights is None else torch.log(weights)[:, None, None]
-    logs = scores - log_sum + log_weights
+    logs = shifted - log_sum + log_weights
     if allowed is not None:
         logs = logs.masked_fill(~allowed, -math.inf)
     present = logs.amax(1, keepdim=True) != -math.inf
@@ -218,8 +218,7 @@ class _DivergenceOfAverages(Function):
 def _squares(scores: Tensor, scores_aug: Tensor, *rest: Tensor | None) -> Tensor:
     allowed, allowed_aug, weights = rest
     first, second = (
-        mean_over_heads(softmax_and_log_sum(*view)[0], weights)
-        for view in ((scores, allowed), (scores_aug, allowed_aug))
+        mean_over_heads(softmax_of(*view)[0], weights) for view in ((scores, allowed), (scores_aug, allowed_aug))
     )
     return (first - second).square().sum((-3, -2, -1))
 

@@ -308,7 +308,7 @@ def analyse(
 
 # The scripts of `benchmarks/` by the name that the command takes.
 _BENCHMARKS = {
-    **{name: f"bench_{name}.py" for name in ("all", "losses", "step", "distil", "epoch", "capture")},
+    **{name: f"bench_{name}.py" for name in ("all", "losses", "step", "distil", "epoch", "capture", "words")},
     "report": "report.py",
     "compare": "compare_results.py",
 }

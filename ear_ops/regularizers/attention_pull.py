@@ -18,7 +18,7 @@ from ear_ops.capture.readings import AttentionInputs, AttentionMaps, align_atten
 from ear_ops.capture.sites import Site
 from ear_ops.ops.divergences import InfiniteDivergenceError
 from ear_ops.regularizers.base import Regularizer, Weight, scaled
-from ear_ops.regularizers.word_alignment import WordIds, word_attention
+from ear_ops.regularizers.word_alignment import WordIds, compare_words
 
 # The name of a comparison, and the functions that compute it from queries and keys, and from given maps.
 _COMPARISONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor] | None]] = {
@@ -65,8 +65,8 @@ class AttentionPull(Regularizer):
         head_weights: a number for each head, which multiplies its part of the term, or weights the averages, as in
             :func:`ear_ops.qk_attention_mse`; the same for every layer.
         alignment: ``"token"`` compares position with position. ``"word"`` compares word with word, for views whose
-            words split into different numbers of pieces; it needs ``ear.loss(word_ids=...)`` and materialises the
-            matrices, see :mod:`ear_ops.regularizers.word_alignment`.
+            words split into different numbers of pieces; it needs ``ear.loss(word_ids=...)``, see
+            :mod:`ear_ops.regularizers.word_alignment`.
         reduction: see :mod:`ear_ops.ops.reductions`, except ``"none"``.
         name: key of the term in ``ear.components()``, ``"attention_pull.LAYER"`` by default. With several layers, each
             term is called ``"NAME.LAYER"``.
@@ -165,7 +165,7 @@ class AttentionPull(Regularizer):
         common = {**self._options, "head_weights": self._head_weights, "reduction": self.reduction}
         if word_ids is not None:
             assert of_maps is not None, "the constructor refuses scores of words"
-            return word_attention(reading, reading_aug, word_ids, of_maps, what=self.name, **common)
+            return compare_words(reading, reading_aug, word_ids, self.divergence, of_maps, what=self.name, **common)
         if reading_aug is not None and type(reading) is not type(reading_aug):
             raise ValueError(f"{self.name}: the two views compute attention differently, so they do not compare")
         first: Any = reading

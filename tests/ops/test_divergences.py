@@ -488,6 +488,17 @@ def test_temperature_leaves_a_finite_bias_finite(form: str, dtype: torch.dtype) 
     torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-4)
 
 
+@in_every_way(DIVERGENCES)
+def test_a_row_of_nothing_but_the_smallest_number(form: str, backend: str) -> None:
+    """Its scores are all equal in float32, so it is uniform: the sum of its exponentials counts, however small."""
+    query, key, query_aug, key_aug = (tensor.float() for tensor in case_of(form, 5).inputs())
+    smallest, zeros = torch.full((5, 5), torch.finfo(torch.float32).min), torch.zeros(5, 5)
+    options = {**FORMS[form][1], "backend": backend}
+    value = loss_of(form)(query, key, query_aug, key_aug, attn_bias=smallest, attn_bias_aug=zeros, **options)
+    expected = loss_of(form)(torch.zeros_like(query), key, query_aug, key_aug, **options)
+    torch.testing.assert_close(value, expected)
+
+
 @every_form
 def test_head_weights_and_stacked_views(form: str) -> None:
     case = case_of(form, 9, **RAGGED)

@@ -203,7 +203,7 @@ def test_bench_offers_the_scripts_of_the_checkout(monkeypatch: pytest.MonkeyPatc
         CliRunner().invoke(cli.app, ["bench", name, "--repeats", "2"])
     assert started == [[sys.executable, str(path), "--repeats", "2"] for path in expected.values()]
     assert set(cli._BENCHMARKS) == expected.keys()
-    names = "all, losses, step, distil, epoch, capture, report, compare"
+    names = "all, losses, step, distil, epoch, capture, words, report, compare"
     with pytest.raises(ConfigError, match=f"bench: expected one of {names}, got 'speed'"):
         CliRunner().invoke(cli.app, ["bench", "speed"], catch_exceptions=False)
 

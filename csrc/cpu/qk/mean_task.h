@@ -19,7 +19,7 @@ struct MeanView {
   int64_t ld;                 // of packed rows
   Operand *keys, *keys_t;     // [key_heads, keys, ld] and [key_heads, ld, keys], where keys are padded
   Operand *columns, *rows;    // [heads, ld, kBlock] and [heads, kBlock, ld], the queries of the block
-  A* scores;                  // [heads, tile, kMeanLd] and a cache line
+  A* scores;                  // [heads, kept keys, kMeanLd] and a cache line
   A *sum, *top;               // [tile, kMeanLd], of the averages
   A *max, *inverse, *d;       // [heads, kBlock]: of the softmax of a row, and d
   A *exponentials, *factors;  // [heads, kBlock]: the sum of a row, and weight times inverse
@@ -63,6 +63,10 @@ class MeanTask {
     tile = std::clamp<int64_t>(kRows / (in.view[0].heads + in.view[1].heads) / kBlock * kBlock, kBlock, kTile);
     tile = std::min(tile, std::max<int64_t>(all, P::kPadding));
     all_ = all, rows_ = block;
+    constexpr int64_t kMostKept = int64_t(1) << 22;  // bytes
+    const int64_t whole_rows = (in.view[0].heads + in.view[1].heads) * all * kMeanLd * static_cast<int64_t>(sizeof(A));
+    keeps_rows_ = !backward && whole_rows <= kMostKept;
+    kept_ = keeps_rows_ ? all : tile;
     for (int v = 0; v < 2; ++v) {
       const ViewInputs& of = in.view[v];
       MeanView<P>& view = views[v];
@@ -122,7 +126,8 @@ class MeanTask {
       std::fill_n(max, kBlock, -std::numeric_limits<A>::infinity());
       std::fill_n(sum, kBlock, A(0));
       for_tiles([&](int64_t t, int64_t n) {
-        score(v, head, t, n);
+        multiply(v, head, t, n);
+        load_bias(v, head, t, n);
         for (int64_t c = 0; c < lane_groups(); ++c)
           loops.add_softmax(lane_group(v, head, c, t, n), max + c * kLanes, sum + c * kLanes);
       });
@@ -158,7 +163,8 @@ class MeanTask {
       if (logarithms) std::fill_n(views[v].top, n * kMeanLd, -std::numeric_limits<A>::infinity());
     }
     for_heads([&](int v, int64_t head) {
-      score(v, head, t, n);
+      if (!keeps_rows_) multiply(v, head, t, n);
+      load_bias(v, head, t, n);
       for (int64_t c = 0; c < lane_groups(); ++c) {
         const A* max = of_head(views[v].max, head) + c * kLanes;
         if (logarithms) {
@@ -196,7 +202,7 @@ class MeanTask {
   // The c-th kLanes queries of e_h, without masks.
   LaneGroup<A> exponentials(int v, int64_t head, int64_t c, int64_t t, int64_t n) const {
     LaneGroup<A> group{};
-    group.scores[0] = scores_of(v, head) + c * kLanes;
+    group.scores[0] = scores_of(v, head, t) + c * kLanes;
     group.ld = kMeanLd, group.keys = real_keys(t, n), group.scale = static_cast<A>(inputs.view[v].scale);
     return group;
   }
@@ -219,18 +225,21 @@ class MeanTask {
   Operand* keys_t_of(int v, int64_t head) const { return views[v].keys_t + head * all_ * views[v].ld; }
   Operand* columns_of(int v, int64_t head) const { return views[v].columns + head * rows_ * views[v].ld; }
   Operand* rows_of(int v, int64_t head) const { return views[v].rows + (backward_ ? head : 0) * rows_ * views[v].ld; }
-  A* scores_of(int v, int64_t head) const { return views[v].scores + head * head_stride(); }
+  A* scores_of(int v, int64_t head, int64_t t) const {
+    return views[v].scores + head * head_stride() + (keeps_rows_ ? t * kMeanLd : 0);
+  }
   A* of_head(A* rows, int64_t head) const { return rows + head * kBlock; }
 
  private:
   const bool backward_;
-  int64_t b_ = 0, all_, rows_;
+  bool keeps_rows_;  // the raw scores of short rows are kept from softmaxes() to average()
+  int64_t b_ = 0, all_, rows_, kept_;
   Operand* gathered_;
   A* bias_;
   alignas(64) A first_[kLanes], last_[kLanes];
 
   // Heads lie a cache line further apart than a power of two, so that they spread over the sets of the cache.
-  int64_t head_stride() const { return tile * kMeanLd + kLanes; }
+  int64_t head_stride() const { return kept_ * kMeanLd + kLanes; }
 
   void set_row(int v, int64_t head, int64_t i, A max, A inverse) {
     of_head(views[v].max, head)[i] = max;
@@ -265,11 +274,14 @@ class MeanTask {
     return reinterpret_cast<const A*>(bias.head(b_, head)) + counted.query[first + i] * bias.row_stride;
   }
 
-  // The raw scores of a head for the keys [t, t + n), and its bias.
-  void score(int v, int64_t head, int64_t t, int64_t n) {
+  // The raw scores of a head for the keys [t, t + n).
+  void multiply(int v, int64_t head, int64_t t, int64_t n) {
     const int64_t ld = views[v].ld;
     products.multiply(n, padded_queries, ld, keys_of(v, key_head(v, head)) + t * ld, ld, columns_of(v, head),
-                      padded_queries, scores_of(v, head), kMeanLd, false);
+                      padded_queries, scores_of(v, head, t), kMeanLd, false);
+  }
+
+  void load_bias(int v, int64_t head, int64_t t, int64_t n) {
     if (!inputs.view[v].bias.data) return;
     for (int64_t i = 0; i < padded_queries; ++i) {
       const A* from = i < n_queries ? bias_row(v, head, i) : nullptr;

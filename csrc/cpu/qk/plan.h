@@ -52,8 +52,8 @@ inline int64_t workers(const QKInputs& p) {
 inline int64_t blocks(int64_t queries) { return (queries + kBlock - 1) / kBlock; }
 
 // Calls body(task, share) for every share whose pair has something to compare; the pair is selected in the task.
-template <typename Task, typename P, typename Body>
-void run(const QKInputs& p, const P& products, const Plan& plan, const Body& body) {
+template <typename Task, typename Inputs, typename P, typename Body>
+void run(const Inputs& p, const P& products, const Plan& plan, const Body& body) {
   const int64_t count = std::min(workers(p), plan.size());
   Arena measure(nullptr);
   Task(p, products, measure);
