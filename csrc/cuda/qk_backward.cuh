@@ -113,8 +113,9 @@ EAR_OPS_DEVICE void gradient_block(const QKArgs& a, int64_t pair, int head, int 
   const Stages<T, kD, kN, kOwner, Compared::kRowStats> stages{owned, first_owned, chunks};
   const auto add_tile = [&](const auto& step, auto& scores, int stage) {
     uint32_t alive = 0;
-    finish_scores<kN, kOwner, kGeneral>(a, pair, step.head, first_owned, step.first_visited, owned_real,
-                                        Real<kN>(step.visited(), step.first_visited), scores, &alive);
+    finish_scores<kN, kOwner, kGeneral, Compared::kInLog2>(a, pair, step.head, first_owned, step.first_visited,
+                                                           owned_real, Real<kN>(step.visited(), step.first_visited),
+                                                           scores, &alive);
     const float share =
         load_global(a.grad_sums + pair * a.heads + step.head) / upstream * gradient_range<T, Compared>();
     if (Compared::kMayBeInfinite && share == 0) return;  // for 0 times infinity would be NaN

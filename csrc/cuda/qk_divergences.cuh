@@ -25,7 +25,7 @@ EAR_OPS_DEVICE float excess(float x) {
 // second view. A key that only the second view has makes it infinite. A row without a key in the second view gives 0.
 struct Kl {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kKl));
-  static constexpr bool kSweepsTwice = false, kMayBeInfinite = true, kSharesSlopes = false;
+  static constexpr bool kInLog2 = true, kSweepsTwice = false, kMayBeInfinite = true, kSharesSlopes = false;
   static constexpr float kFactor = 1;
   static constexpr float kRange = 1024;  // P - T is at most 1, T (x - KL) more where scores differ by hundreds
 
@@ -152,7 +152,7 @@ struct Kl {
 struct Js {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kJs));
   static constexpr bool kSweepsTwice = true;  // entries need the sums of whole rows
-  static constexpr bool kMayBeInfinite = false, kSharesSlopes = false;
+  static constexpr bool kInLog2 = true, kMayBeInfinite = false, kSharesSlopes = false;
   static constexpr float kFactor = 0.5f * kLogOf2;  // entries and f are made in units of log(2) / 2
   static constexpr float kRange = 16384;            // f is at most 2
 

@@ -134,9 +134,9 @@ forward_long(EAR_OPS_ARGUMENT const QKArgs a) {
 #pragma unroll 1
     for (int sweep = 0; sweep < sweeps; ++sweep)
       for_tiles<false>(stages, steps, [&](const auto& step, auto& scores, int) {
-        finish_scores<kVisited, Role::kQueries, kGeneral>(a, at.pair, at.head, first_owned, step.first_visited, {},
-                                                          Real<kVisited>(step.visited(), step.first_visited), scores,
-                                                          &rows.alive);
+        finish_scores<kVisited, Role::kQueries, kGeneral, Compared::kInLog2>(
+            a, at.pair, at.head, first_owned, step.first_visited, {},
+            Real<kVisited>(step.visited(), step.first_visited), scores, &rows.alive);
         if constexpr (Compared::kSweepsTwice) {
           if (sweep == 0) rows.template measure<kVisited>(scores);
           if (sweep < sweeps - 1) return;

@@ -9,6 +9,7 @@ namespace ear_ops::cuda {
 // dS of one pair of a query and a key for the backward, times `share` of the upstream gradient.
 struct Mse {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kMse));
+  static constexpr bool kInLog2 = true;          // scores come in units of log 2
   static constexpr bool kSweepsTwice = false;    // over the keys: the first time for the statistics of a row alone
   static constexpr bool kMayBeInfinite = false;  // so that a head without upstream gradient has to be passed over
   static constexpr bool kSharesSlopes = true;    // dS of the second view is made even where nobody wants it

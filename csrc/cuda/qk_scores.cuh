@@ -53,7 +53,7 @@ EAR_OPS_DEVICE int64_t stats_index(const QKArgs& a, int64_t pair, int head, int 
 EAR_OPS_DEVICE int64_t stats_step(const QKArgs& a) { return a.pairs * a.heads * a.queries; }
 
 // A tile of scores under a bias, or of which positions forbid a part: every score is asked about.
-template <int kN, Role kOwner>
+template <int kN, Role kOwner, bool kInLog2>
 EAR_OPS_DEVICE void finish_each_score(const QKArgs& a, int64_t pair, int head, int first_owned, int first_visited,
                                       const bool (&owned_real)[2][2], const Real<kN>& visited_real,
                                       float (&scores)[2][kN / 8][4], uint32_t* alive) {
@@ -73,11 +73,13 @@ EAR_OPS_DEVICE void finish_each_score(const QKArgs& a, int64_t pair, int head, i
         float score = -infinity();
         if (allowed && (kQueries || owned_real[v][half]) && visited_real(v, n, visited_of_lane(e))) {
           float added = 0;
-          score = scores[v][n][e] * (a.scale * kLog2E);
+          score = scores[v][n][e] * (kInLog2 ? a.scale * kLog2E : a.scale);
           if (a.bias[v].data) {
             const Strides& s = a.bias[v].strides;
             added = load_global(a.bias[v].data + pair * s.batch + head * s.head + query * s.row + key * s.column);
-            score = added == -infinity() ? added : in_log2(scores[v][n][e] * a.scale + added);
+            score = added == -infinity() ? added
+                    : kInLog2            ? in_log2(scores[v][n][e] * a.scale + added)
+                                         : scores[v][n][e] * a.scale + added;
           }
           if (added != -infinity()) *alive |= 1u << (half + 2 * v);
         }
@@ -86,10 +88,10 @@ EAR_OPS_DEVICE void finish_each_score(const QKArgs& a, int64_t pair, int head, i
     }
 }
 
-// Turns products of queries and keys into scores, in units of log 2. Where a query and a key are not compared, the
-// score becomes -infinity; rows of queries that do not count keep numbers without a meaning. Sets the bit half + 2 view
-// of `alive` where something is compared. kGeneral: there may be a bias, a window or a causal mask.
-template <int kN, Role kOwner, bool kGeneral>
+// Turns products of queries and keys into scores; kInLog2: in units of log 2. Where a query and a key are not compared,
+// the score becomes -infinity; rows of queries that do not count keep numbers without a meaning. Sets the bit half + 2
+// view of `alive` where something is compared. kGeneral: there may be a bias, a window or a causal mask.
+template <int kN, Role kOwner, bool kGeneral, bool kInLog2 = true>
 EAR_OPS_DEVICE void finish_scores(const QKArgs& a, int64_t pair, int head, int first_owned, int first_visited,
                                   const bool (&owned_real)[2][2], const Real<kN>& visited_real,
                                   float (&scores)[2][kN / 8][4], uint32_t* alive) {
@@ -98,10 +100,10 @@ EAR_OPS_DEVICE void finish_scores(const QKArgs& a, int64_t pair, int head, int f
     if (a.bias[0].data || a.bias[1].data ||
         !Structure(a).allows_all(kQueries ? first_owned : first_visited, kQueries ? kOwned : kN,
                                  kQueries ? first_visited : first_owned, kQueries ? kN : kOwned))
-      return finish_each_score<kN, kOwner>(a, pair, head, first_owned, first_visited, owned_real, visited_real, scores,
-                                           alive);
+      return finish_each_score<kN, kOwner, kInLog2>(a, pair, head, first_owned, first_visited, owned_real, visited_real,
+                                                    scores, alive);
   }
-  const float factor = a.scale * kLog2E;
+  const float factor = kInLog2 ? a.scale * kLog2E : a.scale;
   const bool full = visited_real.full();
 #pragma unroll
   for (int v = 0; v < 2; ++v) {

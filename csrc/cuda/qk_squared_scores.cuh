@@ -7,11 +7,11 @@ namespace ear_ops::cuda {
 
 struct SquaredScores {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kScores));  // none
-  static constexpr bool kSweepsTwice = false, kMayBeInfinite = false, kSharesSlopes = true;
-  static constexpr float kFactor = 2 * kLogOf2;
+  static constexpr bool kInLog2 = false, kSweepsTwice = false, kMayBeInfinite = false, kSharesSlopes = true;
+  static constexpr float kFactor = 2;
   static constexpr float kRange = 64;  // scores of 16-bit models differ by less than 1000
 
-  // s - t in units of log 2; 0 where a view masks the pair.
+  // s - t; 0 where a view masks the pair.
   static EAR_OPS_DEVICE float difference(float first, float second) {
     return fminf(first, second) == -infinity() ? 0.0f : first - second;
   }
@@ -30,9 +30,7 @@ struct SquaredScores {
           squares[e / 2] += of_pair * of_pair;
         }
     }
-    EAR_OPS_DEVICE float finish(int half, float (&)[cuda::kRowStats]) {
-      return quad_sum(squares[half]) * (kLogOf2 * kLogOf2);
-    }
+    EAR_OPS_DEVICE float finish(int half, float (&)[cuda::kRowStats]) { return quad_sum(squares[half]); }
   };
 
   template <bool, typename Stat>
