@@ -5,8 +5,9 @@ the same word. The attention of word i to word j is a sum over the pieces of j a
 still sums to 1 (Clark et al. 2019, "What Does BERT Look At?", section 4.1).
 
 Where both views have queries and keys, this runs straight from them and its memory grows with L. Where a module gives
-its attention matrices alone (DeBERTa), or the views attend differently (one of them causally, say), it is composed of
-torch operations and holds matrices ``[B, H, L, L]``. Both ways read the number of words from the device.
+its attention matrices alone (DeBERTa), where the views attend differently (one of them causally, say), and with
+``heads="mean"``, it is composed of torch operations and holds matrices ``[B, H, L, L]``. Both ways read the number of
+words from the device.
 
 Where words are what stands between spaces, a Chinese or Thai sentence is one word. Its attention to itself is 1 in both
 views, so the loss would be near 0 whatever the model does. A pair is refused where this is so in both views: all but a
@@ -43,8 +44,6 @@ def compare_words(
     **options: Any,
 ) -> Tensor:
     """A comparison of the attention of the words of two views, straight from queries and keys where both have them.
-
-    Averages over heads are compared by maps.
 
     Args:
         reading, reading_aug, word_ids, what: as for :func:`word_attention`.
