@@ -134,14 +134,21 @@ inline AttentionSizes check(const char* op, const AttentionProblem& p, const Dev
 }
 
 inline AttentionSizes check_backward(const char* op, const AttentionProblem& p, const DeviceLimits& limits,
-                                     Comparison comparison, const Tensor& grad_sums, const Tensor& row_stats,
-                                     const c10::List<bool>& needs) {
+                                     const Tensor& grad_sums, const c10::List<bool>& needs) {
   const AttentionSizes sizes = check(op, p, limits);
   const Checker checker(op, "query", p.query, 4, "[B, H, L, D]", limits);
   checker.check_shape("grad_sums", grad_sums, {sizes.pairs, sizes.heads});
+  checker.check_needs(needs, 4);
+  return sizes;
+}
+
+inline AttentionSizes check_backward(const char* op, const AttentionProblem& p, const DeviceLimits& limits,
+                                     Comparison comparison, const Tensor& grad_sums, const Tensor& row_stats,
+                                     const c10::List<bool>& needs) {
+  const AttentionSizes sizes = check_backward(op, p, limits, grad_sums, needs);
+  const Checker checker(op, "query", p.query, 4, "[B, H, L, D]", limits);
   checker.check("row_stats", row_stats, {row_stats_of(comparison), sizes.pairs, sizes.heads, sizes.queries},
                 accumulator_of(p.query));
-  checker.check_needs(needs, 4);
   return sizes;
 }
 

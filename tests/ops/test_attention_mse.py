@@ -101,4 +101,4 @@ def test_functional_and_module_agree(device: str) -> None:
     given = {**case.masks, "head_weights": torch.linspace(0, 1, case.inputs()[0].shape[1], device=device)}
     expected = ear_ops.attention_mse(*case.inputs(), **given, reduction="equations", backend=device)
     assert torch.equal(module(*case.inputs(), **given), expected)
-    assert repr(module) == "AttentionMSELoss(reduction='equations')"
+    assert repr(module) == "AttentionMSELoss(heads='each', reduction='equations')"
