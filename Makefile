@@ -16,10 +16,11 @@ SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1
 TORCH_INCLUDES = $(shell $(PY) -c "from torch.utils.cpp_extension import include_paths as p; print(*(f'-I{d}' for d in p()))")
 
+FULL_LOG := benchmarks/results/full.log
 ON_HOST := build/cuda_on_host/ear_ops_cuda_on_host.so
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: all install demo test sanitize check-aarch64 check-cuda cuda-full check-ptx ptx-full ptx-mutants gpu-check wheels lint \
+.PHONY: all install demo test full sanitize check-aarch64 check-cuda cuda-full check-ptx ptx-full ptx-mutants gpu-check wheels lint \
 	format docs notebooks clean
 all: install
 install: $(INSTALLED)
@@ -44,6 +45,13 @@ demo: install
 
 test: install $(ON_HOST)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
+
+# What takes too long for every change: tests of processes that are killed at random and of long studies, every instance
+# and every case of the CUDA kernels, kernels that are broken on purpose, and the notebooks. Logs go to benchmarks/results.
+full: install $(ON_HOST)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 -m full --verbose --no-header >$(FULL_LOG) \
+		|| { tail $(FULL_LOG); exit 1; }
+	$(MAKE) cuda-full ptx-full ptx-mutants notebooks
 
 # The CUDA kernels compiled for the host, so that tests run them without a GPU.
 $(ON_HOST): $(shell find csrc/cuda tests/cuda_on_host -type f -not -name '*.py') $(wildcard csrc/*.h) | install

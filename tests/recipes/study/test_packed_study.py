@@ -52,6 +52,7 @@ def metrics(results: dict[str, Any]) -> dict[str, Any]:
     return {name: results[name] for name in ("languages", "best", "terms", "config")}
 
 
+@pytest.mark.full
 def test_a_packed_study_gives_the_same_runs_in_slices(study: Path, tmp_path: Path) -> None:
     whole = {name: tmp_path / "whole" / name for name in sweep(study, tmp_path / "whole").finished}
     said = packed_study.pack(study, tmp_path / "packed" / "study.tar.gz")

@@ -84,6 +84,7 @@ def trained_with_models(trained: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     return trained
 
 
+@pytest.mark.full
 def test_killed_while_another_process_works_in_the_folder(write_study, tmp_path: Path) -> None:
     """The other process takes over what the killed one began; nothing runs twice, nothing is lost."""
     study = write_study(METHODS, epochs=1)
@@ -115,6 +116,7 @@ def test_killed_while_another_process_works_in_the_folder(write_study, tmp_path:
     assert sweep(study, tmp_path / "shared").finished == [], "a finished sweep has nothing to do"
 
 
+@pytest.mark.full
 def test_killed_ten_times_at_random_moments(write_study, tmp_path: Path) -> None:
     study = write_study(METHODS, epochs=2)
     start = time.monotonic()
