@@ -69,7 +69,7 @@ sanitize: install
 		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	cd $(SANITIZED); export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"; \
 	$(PY) -c "import ear_ops; assert 'sanitized' in ear_ops.__file__, ear_ops.__file__" && \
-	$(PY) -m pytest -q -s -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/ops/test_properties.py
+	$(PY) -m pytest -q -n 2 -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/ops/test_properties.py
 
 # Syntax only: that the portable path keeps compiling where there is no x86-64.
 check-aarch64: install
@@ -94,7 +94,7 @@ HAVE_NVCC = @command -v nvcc >/dev/null || { echo "NOT RUN: there is no nvcc"; e
 
 check-ptx: $(ON_HOST)
 	$(HAVE_NVCC)
-	$(PTX) -m ptx
+	$(PTX) -m ptx -n 2 --dist loadgroup
 
 ptx-full: $(PTX_RESULTS)/sm_80.log $(PTX_RESULTS)/sm_90.log
 

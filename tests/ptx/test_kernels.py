@@ -40,7 +40,14 @@ def parameters() -> Iterator[object]:
             if check.core_architecture:
                 in_turn = architecture == check.core_architecture
             mark = pytest.mark.ptx if check.core and in_turn else pytest.mark.ptx_full
-            yield pytest.param(check, architecture, id=f"{check.name}-{architecture}", marks=mark)
+            marks = [mark, pytest.mark.xdist_group(architecture)]
+            yield pytest.param(check, architecture, id=f"{check.name}-{architecture}", marks=marks)
+
+
+# With `--dist loadgroup`, one process compiles the kernels of an architecture and runs all of its tests.
+of_each_architecture = pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ARCHITECTURES]
+)
 
 
 @pytest.mark.parametrize(("check", "architecture"), parameters())
@@ -55,13 +62,13 @@ def test_kernels(
 
 
 @pytest.mark.ptx
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each_architecture
 def test_primitives(architecture: str, compilers: dict[str, Compiler]) -> None:
     primitives(compilers[architecture])
 
 
 @pytest.mark.ptx_full
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_each_architecture
 def test_no_kernel_was_left_out(
     architecture: str, compilers: dict[str, Compiler], launched: dict[str, set[str]]
 ) -> None:
