@@ -202,7 +202,8 @@ def divergence_checks(dtype: torch.dtype) -> Iterator[Check]:
         yield Check(f"{name}, masks", right(compared(replace(both, masks=masks)), dtype), core, "sm_90")
         for dim in (32, 64, 96, 128, 160):
             yield Check(f"{name}, dim {dim}", right(compared(qk(20, 130, dim)), dtype))
-        near = compared(qk(9, 70, 64, closeness=1e-2))
+        # A difference of scores keeps their rounding errors, so that it is less exact the smaller it is.
+        near = compared(qk(9, 70, 64, closeness=0.1 if name == "scores" else 1e-2))
         yield Check(f"{name}, nearly equal", right(near, dtype) if dtype is F32 else right_value(near, dtype))
 
 
