@@ -49,7 +49,7 @@ test: install $(ON_HOST)
 # What takes too long for every change: tests of processes that are killed at random and of long studies, every instance
 # and every case of the CUDA kernels, kernels that are broken on purpose, and the notebooks. Logs go to benchmarks/results.
 full: install $(ON_HOST)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 -m full --verbose --no-header >$(FULL_LOG) \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 -m full --verbose --no-header >$(FULL_LOG) \
 		|| { tail $(FULL_LOG); exit 1; }
 	$(MAKE) cuda-full ptx-full ptx-mutants notebooks
 
