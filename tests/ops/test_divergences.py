@@ -166,7 +166,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("feature", FEATURES)
 @in_every_way(QK)
 def test_the_error_rule(form: str, backend: str, feature: str, dtype: torch.dtype) -> None:
-    check_case(case_of(form, 33, reduction="sum", **FEATURES[feature]), dtype, backend)
+    options = FEATURES[feature]
+    if form == "qk scores" and "closeness" in options:  # closer scores differ by little more than their rounding
+        options = options | {"closeness": 0.1}
+    check_case(case_of(form, 33, reduction="sum", **options), dtype, backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)  # float16 has no probabilities of less than 6e-8
