@@ -68,8 +68,8 @@ def check_gradient(name: str, actual: Tensor, plain: Tensor, oracle: Tensor, *, 
         GRADIENT_FACTOR**2 * cosine_gap(plain, oracle) + max(8 * eps**2, floor**2 / 2),
     )
     assert gap <= slack**2 * bound, f"{name}: 1 - cosine {gap:.2e}, allowed {slack**2 * bound:.2e}"
-    # Unbiased errors leave some bias by chance. It is judged by rows, since a wrong score is wrong for all features of a
-    # row: where a few rows hold most of the gradient, it is more than loss / sqrt(count). Float32 sums add a few eps.
+    # Unbiased errors leave some bias by chance. It is judged by rows, since a wrong score is wrong for all features of
+    # a row: where few rows hold most of the gradient, it is more than loss / sqrt(count). Float32 sums add a few eps.
     rows = ((actual.double() - oracle) * oracle).sum(dim=-1)
     chance = 4 * float(rows.norm() / oracle.square().sum()) + 0.1 * eps + 8 * torch.finfo(torch.float32).eps
     bias, bound = abs(signed_bias(actual, oracle)), GRADIENT_FACTOR * abs(signed_bias(plain, oracle)) + chance
