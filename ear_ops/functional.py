@@ -25,6 +25,7 @@ from ear_ops.ops.attention_mse import ATTENTION_MSE, MapsProblem, maps_problem
 from ear_ops.ops.divergences import InfiniteDivergenceError
 from ear_ops.ops.masks import resolve_attention_masks
 from ear_ops.ops.mean_heads import QK_MEAN_HEADS, MeanHeadsProblem, mean_heads_problem, normalized_weights
+from ear_ops.ops.operator import ReferenceOperator
 from ear_ops.ops.pooled_distance import POOLED_DISTANCE, pooled_problem
 from ear_ops.ops.probabilities import compute_dtype
 from ear_ops.ops.problem import AttentionProblem, attention_problem
@@ -706,7 +707,7 @@ def _qk_divergence(
         **masks,
     )
     compared: AttentionProblem | MeanHeadsProblem = problem
-    operator = QK_DIVERGENCES[name]
+    operator: ReferenceOperator = QK_DIVERGENCES[name]
     if heads == "mean":
         compared, operator = _averages(problem, head_weights, one_scale), QK_MEAN_HEADS[name]
     if support == "shared":
