@@ -37,7 +37,7 @@ int64_t workers(const MeanInputs& p) {
 
 int64_t blocks(int64_t queries) { return (queries + kBlock - 1) / kBlock; }
 
-// Of each view, shaped like the inputs and of the accumulator's type; data null where it is not asked for.
+// Of each view, shaped like the inputs; data null where it is not asked for.
 struct MeanGradients {
   std::array<HeadsPointer, 2> query, key;
 
@@ -51,7 +51,6 @@ template <typename P>
 struct MeanGradientTask : MeanTask<P> {
   using A = typename P::Accumulator;
   using Operand = typename P::Operand;
-  static constexpr Kind kGradient = sizeof(A) == sizeof(double) ? Kind::kFloat64 : Kind::kFloat32;
 
   const MeanGradients& out;
   A *grad_queries_t[2], *grad_queries, *grad_keys[2];  // [heads, ld, kBlock]; [kBlock, ld]; [key_heads, keys, ld]
@@ -98,7 +97,7 @@ struct MeanGradientTask : MeanTask<P> {
       if (!out.query[v].data) return;
       const int64_t rows = this->padded_queries, ld = this->views[v].ld;
       this->table.transpose(grad_queries_of(v, head), rows, ld, rows, grad_queries, ld);
-      this->table.scatter_rows(grad_queries, ld, this->n_queries, this->inputs.view[v].dim, kGradient,
+      this->table.scatter_rows(grad_queries, ld, this->n_queries, this->inputs.view[v].dim, this->inputs.kind,
                                out.query[v].row_stride, this->counted.query + this->first, out.query[v].head(b, head));
     });
   }
@@ -107,8 +106,8 @@ struct MeanGradientTask : MeanTask<P> {
     for (int v = 0; v < 2; ++v)
       for (int64_t head = 0; out.key[v].data && head < this->inputs.view[v].key_heads; ++head)
         this->table.scatter_rows(from[v] + head * this->padded_keys * this->views[v].ld, this->views[v].ld,
-                                 this->counted.n_keys, this->inputs.view[v].dim, kGradient, out.key[v].row_stride,
-                                 this->counted.key, out.key[v].head(b, head));
+                                 this->counted.n_keys, this->inputs.view[v].dim, this->inputs.kind,
+                                 out.key[v].row_stride, this->counted.key, out.key[v].head(b, head));
   }
 
  private:
@@ -220,11 +219,10 @@ struct MeanHeads {
   static std::tuple<Tensor, std::vector<Tensor>> forward(const MeanHeadsProblem& problem,
                                                          const c10::List<bool>& needs) {
     const MeanInputs inputs(problem, check(kOp, problem, kLimits, needs), kComparison, kExchanged);
-    const auto options = problem.query.options().dtype(accumulator_of(problem.query));
-    Tensor sums = at::zeros({inputs.pairs}, options);
+    Tensor sums = at::zeros({inputs.pairs}, problem.query.options().dtype(accumulator_of(problem.query)));
     Gradients gradients =
         make_gradients({{problem.query, problem.query_aug}, {problem.key, problem.key_aug}}, needs, inputs.pairs,
-                       [&](const Tensor& like) { return at::zeros(like.sizes(), options); });
+                       [](const Tensor& like) { return at::zeros(like.sizes(), like.options()); });
     MeanGradients out;
     for (int v = 0; v < 2; ++v) {
       out.query[v] = HeadsPointer(gradients.views[0][inputs.view_of_problem(v)]);

@@ -2,8 +2,7 @@
 
 A sum of a pair takes one number as its upstream gradient. So the forward, which has all probabilities at hand, can make
 the gradients for an upstream gradient of 1, and the backward multiplies by it. That saves the backward's exponentials
-and products of queries and keys. The gradients stay in memory from the forward to the backward, in the compute dtype:
-as large as the inputs.
+and products of queries and keys. The gradients stay in memory from the forward to the backward, as large as the inputs.
 
 The operator is registered as ``torch.ops.ear_ops.NAME``. It takes a problem and ``needs``, one bool for each
 differentiable input. It returns the sums ``[B]`` and the gradients that ``needs`` asks for, in the order of the inputs.
@@ -43,10 +42,9 @@ class GradientOperator(ReferenceOperator):
 
         def fake(*inputs: Any) -> tuple[Tensor, list[Tensor]]:
             made, needs = problem(*inputs[:-1]), inputs[-1]
-            dtype = compute_dtype(made[0].dtype)
             wanted = [tensor for tensor, needed in zip(made[:differentiable], needs, strict=True) if needed]
-            gradients = [torch.empty(tensor.shape, dtype=dtype, device=tensor.device) for tensor in wanted]
-            return made[0].new_empty((made.pairs,), dtype=dtype), gradients
+            gradients = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in wanted]
+            return made[0].new_empty((made.pairs,), dtype=compute_dtype(made[0].dtype)), gradients
 
         define(name, f"({inputs}, bool[] needs) -> (Tensor sums, Tensor[] gradients)", fake)
         self.forward_op = getattr(torch.ops.ear_ops, name).default
