@@ -38,7 +38,7 @@ from sass import counts, issue  # noqa: E402
 from sass.counts import Case  # noqa: E402
 from sass.listing import Kernel, parse  # noqa: E402
 
-OTHERS = ("attention_mse.cu", "pooled_distance.cu")
+OTHERS = ("attention_mse.cu", "pooled_distance.cu", "qk_words.cu")
 HOPPER = "qk_hopper.cu"  # for sm_90a alone
 CORE = tuple(f"instances/qk_{name}.cu" for name in ("bfloat16_64", "float_64", "divergences_bfloat16_64"))
 CORE += (HOPPER, *OTHERS)
@@ -188,7 +188,7 @@ def complaints(row: dict[str, Any]) -> list[str]:
     amiss = []
     if row["spills"] > 0:
         amiss.append(f"spills {row['spills']} bytes")
-    tensor_cores = re.match(r"(forward_short|forward_long|backward|backward_short)<", row["kernel"])
+    tensor_cores = re.match(r"(forward_short|forward_long|backward|backward_short|words_\w+)<", row["kernel"])
     if re.match(r"(forward|gradient)_hopper<", row["kernel"]):
         return amiss + [f"holds no {name}" for name in ("HGMMA", "tiles") if row.get(name) == 0]
     needed = ("HMMA", "copies", *(("stores",) if row["kernel"].startswith("backward") else ())) if tensor_cores else ()

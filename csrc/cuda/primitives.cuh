@@ -120,6 +120,11 @@ EAR_OPS_DEVICE void multiply_add(float16, float (&c)[4], const uint32_t (&a)[4],
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// The same number, of which the compiler knows nothing, so that it keeps nothing that follows from it in registers.
+EAR_OPS_DEVICE int unknown(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 EAR_OPS_DEVICE uint32_t float_as_bits(float value) { return __float_as_uint(value); }
 EAR_OPS_DEVICE float bits_as_float(uint32_t bits) { return __uint_as_float(bits); }
 EAR_OPS_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }  // never fused with what is added to it
