@@ -35,7 +35,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OUT = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check").resolve()
-KERNEL_TESTS = [f"tests/ops/test_{name}.py" for name in ("qk_attention_mse", "attention_mse", "pooled_distance")]
+KERNEL_TESTS = [
+    f"tests/ops/test_{name}.py" for name in ("qk_attention_mse", "attention_mse", "pooled_distance", "word_kernels")
+]
 OTHER_TESTS = [
     f"tests/{name}.py"
     for name in ("ops/test_properties", "ops/test_compile", "ops/test_backend", "capture/test_exactness")

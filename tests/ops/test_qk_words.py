@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from support import plain
 from support.memory import peak_memory
 from support.rules import check_gradient, check_value
+from support.words import ids_of, loss_of, plain_loss, results, views
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -27,13 +27,6 @@ from ear_ops.regularizers.word_alignment import compare_words
 DIVERGENCES = list(qk_words.QK_WORD_ATTENTION)
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 
-
-def ids_of(pieces: list[int], length: int, leave_out: tuple[int, ...] = ()) -> list[int]:
-    """The ids of words that split into so many pieces, padded with -1; without the words to leave out."""
-    ids = [word for word, count in enumerate(pieces) for _ in range(count) if word not in leave_out]
-    return ids + [-1] * (length - len(ids))
-
-
 # The same words in other pieces in each view. In the second pair, x lacks word 4 and x^a lacks word 1, and the special
 # token of word 7 stands in front, so that ids do not ascend.
 SPLIT = torch.tensor(
@@ -46,51 +39,6 @@ SPLIT = torch.tensor(
 )
 SAME = torch.cat([SPLIT[:2], SPLIT[:2]])
 ALIKE = torch.cat([SPLIT[::2], SPLIT[:1].flip(1), SPLIT[:1]])  # both views have the same words, in other pieces
-
-
-def views(ids: Tensor, *, heads: int = 2, key_heads: int = 2, dim: int = 4, closeness: float | None = None) -> Any:
-    """Queries and keys ``[2B, H, L, D]`` in float64; the second view is the first plus noise of size ``closeness``."""
-    generator = torch.Generator().manual_seed(ids.shape[1])
-    inputs = []
-    for count in (heads, key_heads):
-        both = torch.randn(len(ids), count, ids.shape[1], dim, generator=generator, dtype=torch.float64)
-        if closeness is not None:
-            first = both[: len(ids) // 2]
-            both = torch.cat([first, first + closeness * both[len(ids) // 2 :]])
-        inputs.append(both)
-    return inputs
-
-
-def loss_of(query: Tensor, key: Tensor, ids: Tensor, **options: Any) -> Tensor:
-    return qk_word_attention(query, key, word_ids=ids, words=int(ids.max()) + 1, **options)
-
-
-def plain_loss(
-    query: Tensor, key: Tensor, ids: Tensor, *, divergence: str = "mse", reduction: str = "mean", **options: Any
-) -> Tensor:
-    """The same as one writes it: matrices of tokens, products with matrices of ones, a comparison of maps."""
-    mask, bias = options.pop("attention_mask", None), options.pop("attn_bias", None)
-    ids = ids if mask is None else ids.masked_fill(mask == 0, -1)
-    attn = plain.probabilities(query, key, mask, bias, **options)
-    member = (ids[:, None] == torch.arange(int(ids.max()) + 1)[:, None]).to(attn.dtype)[:, None]  # [2B, 1, W, L]
-    means = member / member.sum(-1, keepdim=True).clamp(min=1)
-    maps = (means @ attn @ member.mT).chunk(2)
-    masks = dict(zip(("attention_mask", "attention_mask_aug"), member.any(-1)[:, 0].chunk(2), strict=True))
-    masks.update({name.replace("attention", "query"): value for name, value in masks.items()})
-    if divergence == "mse":
-        return plain.attention_mse(*maps, **masks, reduction=reduction)
-    name, direction = ("js", {}) if divergence == "js" else ("kl", {"direction": "forward"})
-    if divergence == "reverse_kl":
-        direction = {"direction": "reverse"}
-    return plain.LOSSES[f"attention_{name}"](*maps, **masks, reduction=reduction, **direction)
-
-
-def results(function: Callable[..., Tensor], inputs: list[Tensor], *rest: Any, **options: Any) -> list[Tensor]:
-    """The value and the gradients of the inputs, with an upstream gradient that is not 1."""
-    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-    value = function(*inputs, *rest, **options)
-    upstream = torch.linspace(0.5, 2.0, value.numel(), dtype=value.dtype).view(value.shape)
-    return [value.detach(), *torch.autograd.grad(value, inputs, upstream)]
 
 
 def assert_equal(actual: list[Tensor], expected: list[Tensor], **tolerances: float) -> None:

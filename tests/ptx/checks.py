@@ -15,6 +15,7 @@ from ptx.compiler import Compiler
 from ptx.machine import run
 from ptx.memory import GlobalMemory, extent_of
 from ptx.program import Program
+from support import words
 from support.cases import Case, attention_case, lengths_mask, pooled_case, qk_case
 from support.rules import check_case, check_pairs_without_upstream, check_strides_and_forms, peak_error
 
@@ -254,6 +255,39 @@ def pooled_checks(dtype: torch.dtype) -> Iterator[Check]:
     yield Check("slices", strides(case, "slices", dtype), dtype is BF16)
 
 
+def word_checks(dtype: torch.dtype) -> Iterator[Check]:
+    """Of the operators that compare attention between words."""
+    few = words.words_of([1, 2, 1, 3, 1], [1, 2, 2, 1, 1], [2, 1, 1, 1, 2], [1, 1, 3, 1, 1], length=11, front=7)
+    many = words.words_of([1, 2] * 20, [2, 1, 1] * 14, length=72)
+    padding = {"attention_mask": (few >= 0).long()}
+    groups = {"heads": 2, "key_heads": 1, "dim": 40}
+    for divergence in ("mse", "kl", "js"):
+        options = {**padding, "divergence": divergence, "is_causal": divergence == "mse"}
+        # Plain PyTorch gives no finite KL in float16.
+        if (divergence, dtype) != ("kl", F16):
+            yield Check(
+                f"{divergence}, padding",
+                partial(words.check_words, few, groups, options, dtype),
+                divergence == "mse",
+                "sm_80",
+            )
+    one_head = {"heads": 1, "key_heads": 1}
+    pieces = words.words_of([66, 2], [2, 3], length=70)  # more than a block of threads owns, in one view
+    mask = {"attention_mask": (pieces >= 0).long()}
+    yield Check("many pieces", partial(words.check_words, pieces, {**one_head, "dim": 16}, mask, dtype))
+    yield Check("strips", partial(words.check_words, many, {**one_head, "dim": 64}, {}, dtype))
+    yield Check("chunks", partial(words.check_words, few, {**one_head, "dim": 130}, {}, dtype))
+    yield Check("NaN in padding", partial(padding_of_words_is_never_touched, few, dtype), dtype is BF16, "sm_80")
+
+
+def padding_of_words_is_never_touched(ids: torch.Tensor, dtype: torch.dtype) -> None:
+    found = []
+    for value in (0.0, torch.nan):
+        inputs = [view.masked_fill((ids < 0)[:, None, :, None], value).to(dtype) for view in words.views(ids, dim=16)]
+        found.append(words.results(words.loss_of, inputs, ids, attention_mask=(ids >= 0).long(), backend="cpu"))
+    assert all(map(torch.equal, *found)), "a result depends on padding"
+
+
 def checks() -> list[Check]:
     """All of them, named ``operator dtype what``."""
     families = {
@@ -262,6 +296,7 @@ def checks() -> list[Check]:
         "maps": maps_checks,
         "pooled": pooled_checks,
         "divergences": divergence_checks,
+        "words": word_checks,
     }
     only = {"hopper": ("sm_90",)}
     return [

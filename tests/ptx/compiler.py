@@ -78,5 +78,6 @@ def source_of(name: str) -> str:
         "QKArgs": f"instances/qk_{divergences}{element}_{number}.cu",
         "MapsArgs": "attention_mse.cu",
         "PooledArgs": "pooled_distance.cu",
+        "WordArgs": "qk_words.cu",
     }
     return files[arguments]

@@ -68,12 +68,20 @@ HOPPER = (
     "hopper bfloat16 backward",
     "hopper float16 backward",
 )
+WORDS = (
+    "words bfloat16 mse, padding",
+    "words float32 mse, padding",
+    "words bfloat16 strips",
+    "words bfloat16 chunks",
+    "words bfloat16 many pieces",
+)
 # by how the name of the file begins
 CHECKS = {
     "hopper": HOPPER,
     "qk_hopper_backward": HOPPER[-2:],
     "qk_hopper": HOPPER,
     "primitives.cuh": (*ATTENTION, *OTHERS),
+    "qk_word": WORDS,
     "qk": ATTENTION,
     "split": ATTENTION,
     "": OTHERS,
@@ -265,6 +273,9 @@ SURVIVORS = {
     "gradients: no registers are taken": "It lets ptxas use more registers; PTX has as many as it wants.",
     "qk_backward, sync_warp number 3: left out": (
         "It orders no memory: it keeps the compiler from making both gradients at a time, which takes registers."
+    ),
+    "qk_words_backward, sync_warp number 1: left out": (
+        "It orders no memory: it keeps the compiler from multiplying more at a time, which takes registers."
     ),
     "split_products, sync_warp number 2: left out": (
         "It orders no memory: it keeps the compiler from loading far ahead, which takes registers."
