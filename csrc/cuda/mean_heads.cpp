@@ -67,7 +67,7 @@ struct MeanCall {  // the arguments of the kernels, and what keeps their memory 
 
   // Of strips of queries, and of keys.
   void make_slopes(bool of_queries, bool of_keys, const Tensor& like) {
-    slopes = make({slopes_size(args, of_queries, of_keys)}, like.options().dtype(at::kFloat));
+    slopes = make_scratch({slopes_size(args, of_queries, of_keys)}, like.options().dtype(at::kFloat));
     args.slopes.data = floats(slopes);
   }
 };
