@@ -76,6 +76,7 @@ CHECKS = {
     "primitives.cuh": (*ATTENTION, *OTHERS),
     "qk": ATTENTION,
     "split": ATTENTION,
+    "mean": ("mean float32 mse, masks",),
     "": OTHERS,
 }
 
