@@ -181,6 +181,14 @@ def test_where_the_average_underflows(backend: str) -> None:
     assert gradient.flatten().tolist() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("form", ["forward", "reverse"])
+def test_where_the_target_underflows(form: str, backend: str) -> None:
+    """T is 0 at most keys, and each entry of the sum still has the P of its key."""
+    case = case_of(form, 9, 70, gain=60.0)
+    case = replace(case, x_aug=tuple(view / 5 for view in case.x_aug))
+    check_case(case, torch.float32, backend)
+
+
 @every_form
 @given(data=st.data())
 def test_exactly_zero_for_equal_views(form: str, data: st.DataObject) -> None:
