@@ -128,7 +128,11 @@ mean_average(EAR_OPS_ARGUMENT const MeanArgs a) {
           if (Compared::kLogarithms) top[0][n % kTops][e] = top[1][n % kTops][e], top[1][n % kTops][e] = -infinity();
         }
     };
-    if (any_query && Structure(a.view[0]).allows_any(first_query, kOwned, first_key, kN))
+    bool any_key = false;
+#pragma unroll
+    for (int v = 0; v < 2; ++v)
+      any_key = any_key || Real<kN, 1>(Vectors<Role::kKeys>{a.view[v], pair, 0}, first_key).any();
+    if (any_query && any_key && Structure(a.view[0]).allows_any(first_query, kOwned, first_key, kN))
       for_tiles<false>(HeadStages<T, kD, kN>{first_query, first_key}, HeadSteps(a, pair, kD),
                        [&](const HeadSteps& step, auto& scores, int) {
                          if (step.view != view) next_view();
