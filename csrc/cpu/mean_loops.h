@@ -238,7 +238,7 @@ struct MeanKl {
     V x = near ? vlog1p(difference / p) : (shift[1] - shift[0]) + (vlog(scaled[1]) - vlog(scaled[0]));
     x = absent[0] | absent[1] | (t == V{}) ? V{} : x;
     V entry = relative_entropy<A>(p, t, x);
-    entry = absent[1] ? p : entry;
+    entry = absent[1] | (t == V{}) ? p : entry;  // also where T underflows
     const auto only_second = absent[0] & ~absent[1];
     entry = only_second ? infinite : entry;
     x = only_second ? infinite : x;

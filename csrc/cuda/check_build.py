@@ -1,7 +1,7 @@
 """What nvcc made of the kernels: registers, spills, the instructions that speed depends on and how many of them run.
 
     python csrc/cuda/check_build.py            the core set: head dimension 64 in bfloat16 and float32 (divergences:
-                                               bfloat16); the others
+                                               and averages over heads: bfloat16); the others
     python csrc/cuda/check_build.py --all      every instance
     python csrc/cuda/check_build.py FILE ...   these
     python csrc/cuda/check_build.py --record   and write down what was counted, in counts.json
@@ -40,8 +40,8 @@ from sass.listing import Kernel, parse  # noqa: E402
 
 OTHERS = ("attention_mse.cu", "pooled_distance.cu", "qk_words.cu")
 HOPPER = "qk_hopper.cu"  # for sm_90a alone
-CORE = tuple(f"instances/qk_{name}.cu" for name in ("bfloat16_64", "float_64", "divergences_bfloat16_64"))
-CORE += (HOPPER, *OTHERS)
+CORE = ("qk_bfloat16_64", "qk_float_64", "qk_divergences_bfloat16_64", "mean_bfloat16_64")
+CORE = (*(f"instances/{name}.cu" for name in CORE), HOPPER, *OTHERS)
 ARCHITECTURES = ("80", "90")
 RECORD = HERE / "counts.json"
 INSTRUCTIONS = {
@@ -188,10 +188,11 @@ def complaints(row: dict[str, Any]) -> list[str]:
     amiss = []
     if row["spills"] > 0:
         amiss.append(f"spills {row['spills']} bytes")
-    tensor_cores = re.match(r"(forward_short|forward_long|backward|backward_short|words_\w+)<", row["kernel"])
+    tensor_cores = re.match(r"(forward_short|forward_long|backward|backward_short|(?:words|mean)_\w+)<", row["kernel"])
     if re.match(r"(forward|gradient)_hopper<", row["kernel"]):
         return amiss + [f"holds no {name}" for name in ("HGMMA", "tiles") if row.get(name) == 0]
-    needed = ("HMMA", "copies", *(("stores",) if row["kernel"].startswith("backward") else ())) if tensor_cores else ()
+    of_gradient = ("stores",) if re.match("backward|mean_gradient", row["kernel"]) else ()
+    needed = ("HMMA", "copies", *of_gradient) if tensor_cores else ()
     amiss += [f"holds no {name}" for name in needed if row.get(name) == 0]
     return amiss
 

@@ -24,6 +24,7 @@ inline void* begin_call(c10::Device) {  // the kernels of a call touch the memor
 }
 inline void allow(const void* data, int64_t bytes) { host::allow(data, bytes); }
 inline void spoil(void* data, int64_t bytes) { host::spoil(data, bytes); }
+inline void spoil_scratch(void* data, int64_t bytes) { host::spoil_scratch(data, bytes); }
 
 }  // namespace ear_ops::cuda
 
@@ -42,6 +43,7 @@ inline void* begin_call(c10::Device device) {  // the current stream
 }
 inline void allow(const void*, int64_t) {}
 inline void spoil(void*, int64_t) {}
+inline void spoil_scratch(void*, int64_t) {}
 
 }  // namespace ear_ops::cuda
 
@@ -76,6 +78,13 @@ inline char* memory_of(const at::Tensor& tensor) {
 inline at::Tensor make(at::IntArrayRef shape, const at::TensorOptions& options) {
   at::Tensor tensor = at::empty(shape, options);
   if (tensor.numel() > 0) spoil(tensor.data_ptr(), tensor.nbytes());
+  return tensor;
+}
+
+// Memory between the kernels of a call. Each of them may write an element once.
+inline at::Tensor make_scratch(at::IntArrayRef shape, const at::TensorOptions& options) {
+  at::Tensor tensor = at::empty(shape, options);
+  if (tensor.numel() > 0) spoil_scratch(tensor.data_ptr(), tensor.nbytes());
   return tensor;
 }
 

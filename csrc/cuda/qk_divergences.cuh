@@ -208,26 +208,10 @@ struct Js {
       }
     }
 
-    // Of the first sweep: puts the scores of a tile into the maxima and sums of the rows.
+    // Of the first sweep.
     template <int kN>
     EAR_OPS_DEVICE void measure(const float (&scores)[2][kN / 8][4]) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int v = 0; v < 2; ++v) {
-          float largest = scores[v][0][2 * half], total = 0;
-#pragma unroll
-          for (int n = 0; n < kN / 8; ++n)
-            largest = fmaxf(largest, fmaxf(scores[v][n][2 * half], scores[v][n][2 * half + 1]));
-          const float before = maximum[v][half];
-          maximum[v][half] = fmaxf(before, quad_max(largest));
-          const float shift = shift_of(maximum[v][half]);
-#pragma unroll
-          for (int n = 0; n < kN / 8; ++n)
-#pragma unroll
-            for (int e = 2 * half; e < 2 * half + 2; ++e) total += exponential(scores[v][n][e], shift);
-          sum[v][half] = sum[v][half] * exponential(before, shift) + quad_sum(total);
-        }
+      measure_rows<kN>(scores, maximum, sum);
     }
 
     // 1 over the sum of the first view, or of the second where the first is empty.

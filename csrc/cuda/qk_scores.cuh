@@ -52,11 +52,18 @@ EAR_OPS_DEVICE int64_t stats_index(const QKArgs& a, int64_t pair, int head, int 
 }
 EAR_OPS_DEVICE int64_t stats_step(const QKArgs& a) { return a.pairs * a.heads * a.queries; }
 
+// Whether the two owned vectors of a lane take part, in each view.
+template <int kViews>
+struct RealOwned {
+  using Type = bool[kViews][2];  // a name of its own, so that no number of views is read off an empty list
+};
+
 // A tile of scores under a bias, or of which positions forbid a part: every score is asked about.
-template <int kN, Role kOwner, bool kInLog2>
+template <int kN, Role kOwner, bool kInLog2, int kViews>
 EAR_OPS_DEVICE void finish_each_score(const QKArgs& a, int64_t pair, int head, int first_owned, int first_visited,
-                                      const bool (&owned_real)[2][2], const Real<kN>& visited_real,
-                                      float (&scores)[2][kN / 8][4], uint32_t* alive) {
+                                      const typename RealOwned<kViews>::Type& owned_real,
+                                      const Real<kN, kViews>& visited_real, float (&scores)[kViews][kN / 8][4],
+                                      uint32_t* alive) {
   constexpr bool kQueries = kOwner == Role::kQueries;
   const Structure structure(a);
   const int owned = first_owned + owned_of_lane(0), visited = first_visited + visited_of_lane(0);
@@ -69,7 +76,7 @@ EAR_OPS_DEVICE void finish_each_score(const QKArgs& a, int64_t pair, int head, i
       const int query = first_query + (kQueries ? 8 * half : across), key = first_key + (kQueries ? across : 8 * half);
       const bool allowed = structure.allows(query, key) && (!kQueries || query < a.queries);
 #pragma unroll
-      for (int v = 0; v < 2; ++v) {
+      for (int v = 0; v < kViews; ++v) {
         float score = -infinity();
         if (allowed && (kQueries || owned_real[v][half]) && visited_real(v, n, visited_of_lane(e))) {
           float added = 0;
@@ -91,10 +98,11 @@ EAR_OPS_DEVICE void finish_each_score(const QKArgs& a, int64_t pair, int head, i
 // Turns products of queries and keys into scores; kInLog2: in units of log 2. Where a query and a key are not compared,
 // the score becomes -infinity; rows of queries that do not count keep numbers without a meaning. Sets the bit half + 2
 // view of `alive` where something is compared. kGeneral: there may be a bias, a window or a causal mask.
-template <int kN, Role kOwner, bool kGeneral, bool kInLog2 = true>
+template <int kN, Role kOwner, bool kGeneral, bool kInLog2 = true, int kViews>
 EAR_OPS_DEVICE void finish_scores(const QKArgs& a, int64_t pair, int head, int first_owned, int first_visited,
-                                  const bool (&owned_real)[2][2], const Real<kN>& visited_real,
-                                  float (&scores)[2][kN / 8][4], uint32_t* alive) {
+                                  const typename RealOwned<kViews>::Type& owned_real,
+                                  const Real<kN, kViews>& visited_real, float (&scores)[kViews][kN / 8][4],
+                                  uint32_t* alive) {
   constexpr bool kQueries = kOwner == Role::kQueries;
   if constexpr (kGeneral) {
     if (a.bias[0].data || a.bias[1].data ||
@@ -106,7 +114,7 @@ EAR_OPS_DEVICE void finish_scores(const QKArgs& a, int64_t pair, int head, int f
   const float factor = kInLog2 ? a.scale * kLog2E : a.scale;
   const bool full = visited_real.full();
 #pragma unroll
-  for (int v = 0; v < 2; ++v) {
+  for (int v = 0; v < kViews; ++v) {
     if (visited_real.any(v)) *alive |= 3u << (2 * v);
     const float hidden[2] = {owned_real[v][0] ? 0 : -infinity(), owned_real[v][1] ? 0 : -infinity()};
 #pragma unroll
@@ -127,17 +135,40 @@ EAR_OPS_DEVICE void finish_scores(const QKArgs& a, int64_t pair, int head, int f
   }
 }
 
-template <Role kOwner>
-EAR_OPS_DEVICE void real_owned(const Vectors<kOwner>& owned, int first_owned, bool (&real)[2][2]) {
+// Puts the scores of a tile into the maxima and sums of exponentials of the rows, which all lanes of a row know.
+template <int kN, int kViews>
+EAR_OPS_DEVICE void measure_rows(const float (&scores)[kViews][kN / 8][4], float (&maximum)[kViews][2],
+                                 float (&sum)[kViews][2]) {
 #pragma unroll
-  for (int v = 0; v < 2; ++v)
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int v = 0; v < kViews; ++v) {
+      float largest = scores[v][0][2 * half], total = 0;
+#pragma unroll
+      for (int n = 0; n < kN / 8; ++n)
+        largest = fmaxf(largest, fmaxf(scores[v][n][2 * half], scores[v][n][2 * half + 1]));
+      const float before = maximum[v][half];
+      maximum[v][half] = fmaxf(before, quad_max(largest));
+      const float shift = shift_of(maximum[v][half]);
+#pragma unroll
+      for (int n = 0; n < kN / 8; ++n)
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) total += exponential(scores[v][n][e], shift);
+      sum[v][half] = sum[v][half] * exponential(before, shift) + quad_sum(total);
+    }
+}
+
+template <Role kOwner, int kViews>
+EAR_OPS_DEVICE void real_owned(const Vectors<kOwner>& owned, int first_owned, bool (&real)[kViews][2]) {
+#pragma unroll
+  for (int v = 0; v < kViews; ++v)
 #pragma unroll
     for (int half = 0; half < 2; ++half) real[v][half] = owned.real(v, first_owned + owned_of_lane(half));
 }
 
-template <typename T, int kD>
-EAR_OPS_CONSTANT int views_bytes() {  // of 64 vectors of both views
-  return 2 * SharedVectors<T, kD>::bytes(kOwned);
+template <typename T, int kD, int kViews = 2>
+EAR_OPS_CONSTANT int views_bytes() {  // of 64 vectors of all views
+  return kViews * SharedVectors<T, kD>::bytes(kOwned);
 }
 
 template <int kViews, int kN>
@@ -151,11 +182,11 @@ EAR_OPS_DEVICE void clear(float (&scores)[kViews][kN][4]) {
 }
 
 // Of the warp's 16 owned vectors and kN visited ones. In shared memory lie kOwnedRows and kVisitedRows of a view.
-template <typename T, int kD, int kN, Role kOwner, int kOwnedRows = kOwned, int kVisitedRows = kN>
-EAR_OPS_DEVICE void add_scores(const char* owned, const char* visited, float (&scores)[2][kN / 8][4]) {
+template <typename T, int kD, int kN, Role kOwner, int kOwnedRows = kOwned, int kVisitedRows = kN, int kViews>
+EAR_OPS_DEVICE void add_scores(const char* owned, const char* visited, float (&scores)[kViews][kN / 8][4]) {
   using Layout = SharedVectors<T, kD>;
 #pragma unroll
-  for (int v = 0; v < 2; ++v)
+  for (int v = 0; v < kViews; ++v)
     Products<T>::template add_scores<kD, kN, kOwner == Role::kKeys>(
         owned + v * Layout::bytes(kOwnedRows) + Layout::bytes(16) * warp_index(),
         visited + v * Layout::bytes(kVisitedRows), scores[v]);

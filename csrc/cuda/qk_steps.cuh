@@ -14,7 +14,7 @@ namespace ear_ops::cuda {
 // Where a block is on its way over everything it visits: the heads of the group, the tiles of a head, the chunks of the
 // head dimension. It passes over tiles in which nothing is compared. Every pass sums the chunks in one order, since the
 // backward subtracts what the forward has summed.
-template <int kN, Role kOwner>
+template <int kN, Role kOwner, int kViews = 2>
 struct Steps {
   static constexpr Role kVisitedRole = kOwner == Role::kQueries ? Role::kKeys : Role::kQueries;
   const QKArgs& a;
@@ -55,7 +55,7 @@ struct Steps {
     if (!Structure(a).allows_any(queries ? first_owned : first_visited, queries ? kOwned : kN,
                                  queries ? first_visited : first_owned, queries ? kN : kOwned))
       return false;
-    return !visited().masked() || Real<kN>(visited(), first_visited).any();
+    return !visited().masked() || Real<kN, kViews>(visited(), first_visited).any();
   }
   EAR_OPS_DEVICE void find_tile() {
     for (; head < end_head; ++head, first_visited = 0)
@@ -79,10 +79,14 @@ EAR_OPS_DEVICE void copy_stats(char* to, const QKArgs& a, int64_t pair, int head
 
 // Two stages in shared memory: while one is worked on, the next is on its way. What the block owns is loaded once;
 // where the head dimension has several chunks it is loaded with every stage.
-template <typename T, int kD, int kN, Role kOwner, int kStatRows = kRowStats>
+template <typename Element, int kFeatures, int kVisits, Role kOwnerRole, int kStatRows = kRowStats, int kOfViews = 2>
 struct Stages {
-  static constexpr int kOwnedBytes = views_bytes<T, kD>();
-  static constexpr int kVisitedBytes = 2 * SharedVectors<T, kD>::bytes(kN);
+  using T = Element;
+  using Tiles = Steps<kVisits, kOwnerRole, kOfViews>;
+  static constexpr int kD = kFeatures, kN = kVisits, kViews = kOfViews;
+  static constexpr Role kOwner = kOwnerRole;
+  static constexpr int kOwnedBytes = views_bytes<T, kD, kViews>();
+  static constexpr int kVisitedBytes = kViews * SharedVectors<T, kD>::bytes(kN);
   static constexpr int kStats = kOwner == Role::kKeys ? kStatRows * kN * 4 : 0;
   static EAR_OPS_CONSTANT int64_t bytes(int chunks) {
     return chunks == 1 ? kOwnedBytes + 2 * (kVisitedBytes + kStats) : 2 * (kOwnedBytes + kVisitedBytes + kStats);
@@ -97,45 +101,59 @@ struct Stages {
     return shared_memory() + 2 * (kVisitedBytes + kStats) + (chunks == 1 ? 0 : stage) * kOwnedBytes;
   }
 
-  EAR_OPS_DEVICE void fill_chunk(int stage, const Steps<kN, kOwner>& step, int chunk, bool first) const {
-    copy_vectors<T, kD, kN, kThreads>(visited(stage), step.visited(), step.first_visited, chunk * kD);
-    if (first || chunks > 1) copy_vectors<T, kD, kOwned, kThreads>(owned(stage), vectors, first_owned, chunk * kD);
+  EAR_OPS_DEVICE void fill_chunk(int stage, const Tiles& step, int chunk, bool first) const {
+    copy_vectors<T, kD, kN, kThreads, kViews>(visited(stage), step.visited(), step.first_visited, chunk * kD);
+    if (first || chunks > 1)
+      copy_vectors<T, kD, kOwned, kThreads, kViews>(owned(stage), vectors, first_owned, chunk * kD);
   }
   // Makes a stage ready for products. kClears: what masks hide becomes zero.
   template <bool kClears>
-  EAR_OPS_DEVICE void prepare(int stage, const Steps<kN, kOwner>& step, bool first) const {
+  EAR_OPS_DEVICE void prepare(int stage, const Tiles& step, bool first) const {
     const bool with_owned = first || chunks > 1;
     if constexpr (kClears) {
       const bool of_visited = step.visited().masked(), of_owned = with_owned && vectors.masked();
-      if (of_visited) clear_hidden<T, kD, kN, kThreads>(visited(stage), Real<kN>(step.visited(), step.first_visited));
-      if (of_owned) clear_hidden<T, kD, kOwned, kThreads>(owned(stage), Real<kOwned>(vectors, first_owned));
+      if (of_visited)
+        clear_hidden<T, kD, kN, kThreads>(visited(stage), Real<kN, kViews>(step.visited(), step.first_visited));
+      if (of_owned) clear_hidden<T, kD, kOwned, kThreads>(owned(stage), Real<kOwned, kViews>(vectors, first_owned));
       if (of_visited || of_owned) sync_block();
     }
     if constexpr (Products<T>::kSplit) {
-      Products<T>::template split<kD, 2 * kN, kThreads / kWarp>(visited(stage));
-      if (with_owned) Products<T>::template split<kD, 2 * kOwned, kThreads / kWarp>(owned(stage));
+      Products<T>::template split<kD, kViews * kN, kThreads / kWarp>(visited(stage));
+      if (with_owned) Products<T>::template split<kD, kViews * kOwned, kThreads / kWarp>(owned(stage));
       sync_block();
     }
   }
-  EAR_OPS_DEVICE void fill(int stage, const Steps<kN, kOwner>& step, bool first) const {
+  EAR_OPS_DEVICE void fill(int stage, const Tiles& step, bool first) const {
     fill_chunk(stage, step, step.chunk, first);
     if (kOwner == Role::kQueries) return;
     copy_stats<kStatRows, kN, kThreads>(stats(stage), vectors.args, step.pair, step.head, step.first_visited);
   }
+  // After the last chunk of a tile: loads the block's own chunk once more, where that is another.
+  template <bool kClears>
+  EAR_OPS_DEVICE void fill_own_chunk(int stage, const Tiles& step) const {
+    if (step.chunk == step.own_chunk) return;
+    sync_block();
+    fill_chunk(stage, step, step.own_chunk, false);
+    commit_copies();
+    wait_copies<0>();
+    sync_block();
+    prepare<kClears>(stage, step, false);
+  }
 };
 
 // Calls body(step, scores, stage) for every tile, with the bare products of vectors. The stage then holds the owned and
-// the visited vectors of the block's own chunk; where another chunk came last, they are loaded once more. kClears: what
-// masks hide is zero in both.
-template <bool kClears, typename T, int kD, int kN, Role kOwner, int kStatRows, typename Body>
-EAR_OPS_DEVICE void for_tiles(const Stages<T, kD, kN, kOwner, kStatRows>& stages, Steps<kN, kOwner> step,
-                              const Body& body) {
+// the visited vectors of the block's own chunk. kClears: what masks hide is zero in both. The stages and the steps are
+// those above, or others with the same functions (mean_average.cuh).
+template <bool kClears, typename StagesOfTiles, typename StepsOfTiles, typename Body>
+EAR_OPS_DEVICE void for_tiles(const StagesOfTiles& stages, StepsOfTiles step, const Body& body) {
+  using T = typename StagesOfTiles::T;
+  constexpr int kD = StagesOfTiles::kD, kN = StagesOfTiles::kN;
   if (step.done()) return;
-  Steps<kN, kOwner> ahead = step;
+  StepsOfTiles ahead = step;
   stages.fill(0, ahead, true);
   commit_copies();
   ahead.advance();
-  float scores[2][kN / 8][4];
+  float scores[StagesOfTiles::kViews][kN / 8][4];
   bool first = true;
   for (int stage = 0; !step.done(); stage ^= 1) {
     if (!ahead.done()) {
@@ -148,16 +166,9 @@ EAR_OPS_DEVICE void for_tiles(const Stages<T, kD, kN, kOwner, kStatRows>& stages
     stages.template prepare<kClears>(stage, step, first);
     first = false;
     if (step.is_first_chunk()) clear(scores);
-    add_scores<T, kD, kN, kOwner>(stages.owned(stage), stages.visited(stage), scores);
+    add_scores<T, kD, kN, StagesOfTiles::kOwner>(stages.owned(stage), stages.visited(stage), scores);
     if (step.is_last_chunk()) {
-      if (step.chunk != step.own_chunk) {
-        sync_block();
-        stages.fill_chunk(stage, step, step.own_chunk, false);
-        commit_copies();
-        wait_copies<0>();
-        sync_block();
-        stages.template prepare<kClears>(stage, step, false);
-      }
+      stages.template fill_own_chunk<kClears>(stage, step);
       body(step, scores, stage);
     }
     sync_block();

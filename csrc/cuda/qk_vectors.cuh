@@ -15,7 +15,7 @@ constexpr int kVisited = 64;   // vectors of a tile that a block visits, at most
 
 enum class Role { kQueries, kKeys };
 
-// The vectors of one role in one pair and head.
+// The vectors of one role in one pair and head. Where a block works on one view alone (mean_args.h), that is view 0.
 template <Role kRole>
 struct Vectors {
   const QKArgs& args;
@@ -45,15 +45,15 @@ struct Vectors {
 };
 
 // Which of the vectors [first, first + kN) take part, a bit each. Every warp works it out for itself.
-template <int kN>
+template <int kN, int kViews = 2>
 struct Real {
-  uint32_t words[2][(kN + 31) / 32];
+  uint32_t words[kViews][(kN + 31) / 32];
 
   template <Role kRole>
   EAR_OPS_DEVICE Real(const Vectors<kRole>& vectors, int first) {
     const int lane = thread_index() % kWarp;
 #pragma unroll
-    for (int v = 0; v < 2; ++v)
+    for (int v = 0; v < kViews; ++v)
 #pragma unroll
       for (int w = 0; w < (kN + 31) / 32; ++w)
         words[v][w] = ballot((kN >= 32 || lane < kN) && vectors.real(v, first + w * 32 + lane));
@@ -61,11 +61,11 @@ struct Real {
   EAR_OPS_DEVICE Real() {}
   // Of the vectors [index * kPart, (index + 1) * kPart) among these.
   template <int kPart>
-  EAR_OPS_DEVICE Real<kPart> tile(int index) const {
+  EAR_OPS_DEVICE Real<kPart, kViews> tile(int index) const {
     static_assert(kPart % 32 == 0, "a part is made of whole words");
-    Real<kPart> part;
+    Real<kPart, kViews> part;
 #pragma unroll
-    for (int v = 0; v < 2; ++v)
+    for (int v = 0; v < kViews; ++v)
 #pragma unroll
       for (int w = 0; w < (kPart + 31) / 32; ++w) part.words[v][w] = words[v][index * (kPart / 32) + w];
     return part;
@@ -76,11 +76,11 @@ struct Real {
     for (int w = 0; w < (kN + 31) / 32; ++w) all |= words[v][w];
     return all != 0;
   }
-  EAR_OPS_DEVICE bool any() const { return any(0) || any(1); }
+  EAR_OPS_DEVICE bool any() const { return any(0) || (kViews == 2 && any(kViews - 1)); }
   EAR_OPS_DEVICE bool full() const {
     uint32_t all = ~0u;
 #pragma unroll
-    for (int w = 0; w < (kN + 31) / 32; ++w) all &= words[0][w] & words[1][w];
+    for (int w = 0; w < (kN + 31) / 32; ++w) all &= words[0][w] & words[kViews - 1][w];
     return all == ~0u >> (kN < 32 ? 32 - kN : 0);
   }
   // Of vector `of_eight` of the n-th eight.
@@ -89,16 +89,16 @@ struct Real {
   }
 };
 
-// Copies the features [feature, feature + kD) of kCount vectors of both views into shared memory, and zeros for those
+// Copies the features [feature, feature + kD) of kCount vectors of all views into shared memory, and zeros for those
 // that do not exist. Masks are not asked, so that no copy waits for one.
-template <typename T, int kD, int kCount, int kThreads, Role kRole>
+template <typename T, int kD, int kCount, int kThreads, int kViews = 2, Role kRole>
 EAR_OPS_DEVICE void copy_vectors(char* to, const Vectors<kRole>& vectors, int first, int feature) {
   using Layout = SharedVectors<T, kD>;
   constexpr int kElements = 16 / sizeof(T), kAccesses = kD / kElements, kBytes = sizeof(T);
   constexpr int kPass = kThreads / kAccesses;  // vectors that the block copies at a time
   const int exist = vectors.count() - first, features = vectors.args.dim - feature;
 #pragma unroll 1
-  for (int v = 0; v < 2; ++v, to += Layout::bytes(kCount)) {
+  for (int v = 0; v < kViews; ++v, to += Layout::bytes(kCount)) {
     if (vectors.args.vectorized) {
       const int mine = thread_index() / kAccesses, c = thread_index() % kAccesses * kElements;
       if (kThreads % kAccesses != 0 && mine >= kPass) continue;
@@ -123,12 +123,12 @@ EAR_OPS_DEVICE void copy_vectors(char* to, const Vectors<kRole>& vectors, int fi
 }
 
 // Zeros the vectors that take no part. A mask may hide any number, and even zero times infinity would be NaN.
-template <typename T, int kD, int kCount, int kThreads>
-EAR_OPS_DEVICE void clear_hidden(char* to, const Real<kCount>& real) {
+template <typename T, int kD, int kCount, int kThreads, int kViews>
+EAR_OPS_DEVICE void clear_hidden(char* to, const Real<kCount, kViews>& real) {
   using Layout = SharedVectors<T, kD>;
   constexpr int kElements = 16 / sizeof(T), kAccesses = kD / kElements, kWord = kCount < 32 ? kCount : 32;
 #pragma unroll
-  for (int v = 0; v < 2; ++v)
+  for (int v = 0; v < kViews; ++v)
 #pragma unroll
     for (int first = 0; first < kCount; first += kWord, to += Layout::bytes(kWord))
 #pragma unroll 1

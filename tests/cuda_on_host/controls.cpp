@@ -73,10 +73,10 @@ TORCH_LIBRARY_FRAGMENT(ear_ops_cuda_on_host, m) {
   m.def("set_device(int function) -> ()", [](int64_t function) {
     ear_ops::cuda::host::set_device(reinterpret_cast<ear_ops::cuda::host::Device>(function));
   });
-  m.def("memory() -> int[]", []() {  // address, bytes and whether kernels write it, of everything that they may touch
+  m.def("memory() -> int[]", []() {  // address, bytes and writes, of everything that kernels may touch
     std::vector<int64_t> numbers;
     for (const auto& of : ear_ops::cuda::host::memory())
-      numbers.insert(numbers.end(), {reinterpret_cast<int64_t>(of.data), of.bytes, of.written});
+      numbers.insert(numbers.end(), {reinterpret_cast<int64_t>(of.data), of.bytes, of.writes});
     return numbers;
   });
   m.def("run_mistaken(Tensor(a!) data, int mistake, int blocks=1) -> str", &ear_ops::cuda::run_mistaken);

@@ -472,10 +472,14 @@ float round_to_zero(double value) {
 int64_t shared_limit() { return state.limit; }
 void set_shared_limit(int64_t bytes) { state.limit = bytes; }
 void set_seed(uint64_t seed) { state.seed = seed; }
-void allow(const void* data, int64_t bytes) { state.tensors.push_back({static_cast<const char*>(data), bytes, false}); }
+void allow(const void* data, int64_t bytes) { state.tensors.push_back({static_cast<const char*>(data), bytes, 0}); }
 void spoil(void* data, int64_t bytes) {
   std::memset(data, 0xff, bytes);
-  state.tensors.push_back({static_cast<const char*>(data), bytes, true});
+  state.tensors.push_back({static_cast<const char*>(data), bytes, 1});
+}
+void spoil_scratch(void* data, int64_t bytes) {
+  spoil(data, bytes);
+  state.tensors.back().writes = 2;
 }
 void forbid_all() { state.tensors.clear(); }
 const std::vector<Memory>& memory() { return state.tensors; }

@@ -6,8 +6,9 @@
 
 namespace ear_ops::cuda::host {
 
-void allow(const void* data, int64_t bytes);  // memory that kernels may touch from now on
-void spoil(void* data, int64_t bytes);        // fills memory that kernels must write with NaN
+void allow(const void* data, int64_t bytes);    // memory that kernels may touch from now on
+void spoil(void* data, int64_t bytes);          // fills memory that kernels must write with NaN
+void spoil_scratch(void* data, int64_t bytes);  // the same, where every launch may write again
 void forbid_all();
 void set_shared_limit(int64_t bytes);  // of a block
 void set_hopper(bool is_hopper);       // whether the device is one of sm_90
@@ -21,7 +22,7 @@ void set_device(Device device);  // null: the fibers
 struct Memory {
   const char* data;
   int64_t bytes;
-  bool written;  // by kernels, and not only read
+  int writes;  // by kernels: 0 none, 1 one of every byte, 2 one in every launch
 };
 const std::vector<Memory>& memory();  // that kernels may touch
 

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support.cases import LOSSES, Case, lengths_mask, qk_case
+from support.cases import LOSSES, Case, in_form, lengths_mask, other_heads, qk_case
+from support.cases import MEAN_FORMS as FORMS
+from support.cases import mean_case as case_of
 from support.changes import fill_padding, same_results
 from support.memory import peak_memory
 from support.rules import check_case, l2_error
@@ -23,37 +25,10 @@ from ear_ops.capture import AttentionInputs
 from ear_ops.ops import blocks, extension
 from ear_ops.ops.mean_heads import QK_MEAN_HEADS
 
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mse": ("qk_attention_mse", {}),
-    "forward": ("qk_attention_kl", {"direction": "forward"}),
-    "reverse": ("qk_attention_kl", {"direction": "reverse"}),
-    "js": ("qk_attention_js", {}),
-}
 every_form = pytest.mark.parametrize("form", FORMS)
 every_divergence = pytest.mark.parametrize("form", [form for form in FORMS if form != "mse"])
 FORM_NAMES = {"mse": "mse", "forward": "kl", "reverse": "reverse_kl", "js": "js"}  # of operators
 Result = tuple[Tensor, list[Tensor]]
-
-
-def in_form(case: Case, form: str, **options: Any) -> Case:
-    """A case of the MSE, head by head, as a case of the averages over the heads."""
-    op, of_form = FORMS[form]
-    return replace(case, op=op, options={**case.options, **of_form, "heads": "mean", **options})
-
-
-def other_heads(case: Case, heads: int, key_heads: int, dim: int, seed: int = 1) -> Case:
-    """The same with other heads in the second view."""
-    generator = torch.Generator().manual_seed(seed)
-    (pairs, _, queries, _), keys = case.x[0].shape, case.x[1].shape[2]
-    shapes = ((pairs, heads, queries, dim), (pairs, key_heads, keys, dim))
-    second = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    return replace(case, x_aug=tuple(tensor.to(case.x[0].dtype) for tensor in second), stacked=False)
-
-
-def case_of(form: str, *sizes: Any, heads_aug: int | None = 3, **rest: Any) -> Case:
-    """A case of two and ``heads_aug`` heads (None: two, of the same size)."""
-    case = in_form(qk_case(*sizes, **rest), form)
-    return case if heads_aug is None else other_heads(case, heads_aug, 1, 2 * case.x[0].shape[3])
 
 
 def run(case: Case, backend: str | None = "reference", upstream: Tensor | None = None, **arguments: Any) -> Result:
@@ -204,6 +179,14 @@ def test_where_the_average_underflows(backend: str) -> None:
     share = 1 / (1 + math.exp(-10.0))  # the second head has nearly all of the average at the second key
     expected = [0.5 * (1 - share), -0.5 * (1 - share), 0.5 * share, -0.5 * share]
     assert gradient.flatten().tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("form", ["forward", "reverse"])
+def test_where_the_target_underflows(form: str, backend: str) -> None:
+    """T is 0 at most keys, and each entry of the sum still has the P of its key."""
+    case = case_of(form, 9, 70, gain=60.0)
+    case = replace(case, x_aug=tuple(view / 5 for view in case.x_aug))
+    check_case(case, torch.float32, backend)
 
 
 @every_form

@@ -16,7 +16,7 @@ from ptx.machine import run
 from ptx.memory import GlobalMemory, extent_of
 from ptx.program import Program
 from support import words
-from support.cases import Case, attention_case, lengths_mask, pooled_case, qk_case
+from support.cases import Case, attention_case, lengths_mask, mean_case, pooled_case, qk_case
 from support.rules import check_case, check_pairs_without_upstream, check_strides_and_forms, peak_error
 
 HERE = Path(__file__).parent
@@ -208,6 +208,20 @@ def divergence_checks(dtype: torch.dtype) -> Iterator[Check]:
         yield Check(f"{name}, nearly equal", right(near, dtype) if dtype is F32 else right_value(near, dtype))
 
 
+def mean_checks(dtype: torch.dtype) -> Iterator[Check]:
+    """Of averages over heads. The core compiles one file, for one architecture."""
+    both = lengths_mask([70, 33], 70)
+    masks = {**masked_case(20, 70, 64).masks, "attention_mask": both, "attention_mask_aug": both}
+    for form in ("mse", "forward", "js"):
+        # The average is that of the larger head dimension.
+        small = mean_case(form, 20, 70, 16, heads=4, key_heads=2, masks=masks, reduction="none")
+        yield Check(f"{form}, masks", right(small, dtype), dtype is BF16, "sm_90")
+        large = mean_case(form, 70, 130, 40, pairs=1, options={"is_causal": True}, reduction="sum")
+        yield Check(f"{form}, strips and chunks", right(large, dtype))
+    near = mean_case("reverse", 20, 70, 32, closeness=1e-2, heads_aug=None, reduction="sum")
+    yield Check("reverse, nearly equal", right(near, dtype) if dtype is F32 else right_value(near, dtype))
+
+
 def right_value(case: Case, dtype: torch.dtype) -> Callable[[], None]:
     """The value alone, so that no kernel of a backward has to be compiled."""
 
@@ -297,6 +311,7 @@ def checks() -> list[Check]:
         "pooled": pooled_checks,
         "divergences": divergence_checks,
         "words": word_checks,
+        "mean": mean_checks,
     }
     only = {"hopper": ("sm_90",)}
     return [

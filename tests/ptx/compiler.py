@@ -76,6 +76,7 @@ def source_of(name: str) -> str:
     divergences = "divergences_" if re.search(r"::(Kl|Js|SquaredScores)>\(", demangled(name)) else ""
     files = {
         "QKArgs": f"instances/qk_{divergences}{element}_{number}.cu",
+        **dict.fromkeys(("MeanArgs", "MeanViewArgs"), f"instances/mean_{element}_{number}.cu"),
         "MapsArgs": "attention_mse.cu",
         "PooledArgs": "pooled_distance.cu",
         "WordArgs": "qk_words.cu",

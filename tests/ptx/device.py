@@ -83,7 +83,10 @@ class Device:
 
 def _memory_of_the_call() -> list[Extent]:
     numbers = torch.ops.ear_ops_cuda_on_host.memory()
-    extents = [Extent(numbers[i], numbers[i + 1], bool(numbers[i + 2])) for i in range(0, len(numbers), 3)]
+    extents = [
+        Extent(address, size, written=writes > 0, rewritten=writes > 1)
+        for address, size, writes in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)
+    ]
     return [extent for extent in extents if extent.bytes]
 
 

@@ -222,6 +222,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "le": operator.le,
     "gt": operator.gt,
     "ge": operator.ge,
+    "num": lambda a, b: np.full(np.broadcast(a, b).shape, True),  # where neither is NaN
 }
 _COMBINATIONS = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
 
@@ -229,10 +230,11 @@ _COMBINATIONS = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
 @instruction("setp")
 def _setp(kernel: Kernel, of: Instruction) -> Step:
     """``p = a ? b``, combined with another predicate if there is one; with ``u``, NaN makes it true."""
-    comparisons = [*_COMPARISONS, *(f"{name}u" for name in _COMPARISONS)]
+    comparisons = [*_COMPARISONS, *(f"{name}u" for name in _COMPARISONS if name != "num")]
     known = f"{' '.join([*comparisons, *_COMBINATIONS])} {INTEGERS} {BITS} {FLOATS}"
     name, *combination, kind = modifiers(of, "setp", known)
-    compare, unordered = _COMPARISONS[name[:2]], len(name) == 3
+    unordered = name not in _COMPARISONS
+    compare = _COMPARISONS[name.removesuffix("u") if unordered else name]
     a, b = reader(kernel, of.operands[1], kind), reader(kernel, of.operands[2], kind)
     also = reader(kernel, of.operands[3], "pred") if combination else None
     write = writer(kernel, of.operands[0], "pred")

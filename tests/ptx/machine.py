@@ -43,6 +43,7 @@ def run(
     Raises:
         Fault: what the kernel does wrong, with the instruction, its place in the source, the block and the thread.
     """
+    memory.begin_launch()
     at_once = max(1, LANES_AT_ONCE // threads)
     for first in range(0, grid, at_once):
         blocks = range(first, min(grid, first + at_once))

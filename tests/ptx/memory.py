@@ -34,7 +34,7 @@ def _check_aligned(what: str, addresses: Array, size: int, lanes: Array) -> None
 
 # --- global memory --------------------------------------------------------------------------------------------------
 
-_READABLE, _WRITABLE = 1, 2
+_READABLE, _WRITABLE, _REWRITABLE = 1, 2, 3
 _ARENA_ALIGNMENT = 256
 
 
@@ -45,6 +45,7 @@ class Extent:
     address: int
     bytes: int
     written: bool  # by kernels, every byte once; what is not written may be read alone
+    rewritten: bool = False  # by the later launches of a call, every byte once in each
 
 
 def extent_of(array: Array, written: bool) -> Extent:
@@ -71,22 +72,27 @@ class GlobalMemory:
             offsets.append(offset)
             size = -(-(offset + end - start) // _ARENA_ALIGNMENT) * _ARENA_ALIGNMENT
         self._offsets = np.array(offsets, np.int64)
-        self._data, self._rights, self._writes = (np.zeros(size, np.uint8) for _ in range(3))
+        self._data, self._rights = (np.zeros(size, np.uint8) for _ in range(2))
+        self._writes, self._launch = np.zeros(size, np.uint16), 0  # the launch that wrote a byte last; 0: none
         for start, end, offset in zip(self._starts, self._ends, self._offsets, strict=True):
             self._data[offset : offset + end - start] = _process_memory(int(start), int(end - start))
         for extent in sorted(self.extents, key=lambda extent: extent.written):
-            self._rights[self._span(extent)] = _WRITABLE if extent.written else _READABLE
+            written = _REWRITABLE if extent.rewritten else _WRITABLE
+            self._rights[self._span(extent)] = written if extent.written else _READABLE
 
     def _span(self, extent: Extent) -> slice:
         index = int(np.searchsorted(self._starts, extent.address, "right")) - 1
         offset = int(self._offsets[index] + extent.address - self._starts[index])
         return slice(offset, offset + extent.bytes)
 
+    def begin_launch(self) -> None:
+        self._launch += 1
+
     def load(self, addresses: Array, size: int, lanes: Array) -> Array:
         """Bytes ``[lanes, size]``."""
         rows = self._rows("read", addresses, size, lanes)
         rights, writes = self._rights.reshape(-1, size)[rows], self._writes.reshape(-1, size)[rows]
-        bad = ((rights == _WRITABLE) & (writes == 0)).any(1)
+        bad = ((rights != _READABLE) & (writes == 0)).any(1)
         if bad.any():
             raise Fault("global memory: a result is read before it is written", _first(bad, lanes))
         return self._data.reshape(-1, size)[rows]
@@ -95,14 +101,15 @@ class GlobalMemory:
         """Writes bytes ``[lanes, size]``."""
         size = values.shape[1]
         rows = self._rows("write", addresses, size, lanes)
-        bad = (self._rights.reshape(-1, size)[rows] != _WRITABLE).any(1)
+        rights, writes = self._rights.reshape(-1, size)[rows], self._writes.reshape(-1, size)[rows]
+        bad = (rights == _READABLE).any(1)
         if bad.any():
             raise Fault("global memory: a write to an input", _first(bad, lanes))
-        bad = self._writes.reshape(-1, size)[rows].any(1)
+        bad = ((writes == self._launch) | (rights != _REWRITABLE) & (writes != 0)).any(1)
         if bad.any() or len(np.unique(rows)) != len(rows):
             raise Fault("global memory: a byte of a result is written a second time", _first(bad, lanes))
         self._data.reshape(-1, size)[rows] = values
-        self._writes.reshape(-1, size)[rows] = 1
+        self._writes.reshape(-1, size)[rows] = self._launch
 
     def _rows(self, verb: str, addresses: Array, size: int, lanes: Array) -> Array:
         """Which rows of the arena, ``size`` bytes each, the addresses are."""

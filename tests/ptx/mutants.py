@@ -84,6 +84,7 @@ CHECKS = {
     "qk_word": WORDS,
     "qk": ATTENTION,
     "split": ATTENTION,
+    "mean": ("mean float32 mse, masks",),
     "": OTHERS,
 }
 

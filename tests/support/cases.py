@@ -257,6 +257,36 @@ def in_comparison(case: Case, op: str, **options: Any) -> Case:
     return replace(case, masks=masks, biases={n: b for n, b in case.biases.items() if n == "attn_bias"})
 
 
+# The comparisons of averages over heads: the loss, and its options beside heads="mean".
+MEAN_FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mse": ("qk_attention_mse", {}),
+    "forward": ("qk_attention_kl", {"direction": "forward"}),
+    "reverse": ("qk_attention_kl", {"direction": "reverse"}),
+    "js": ("qk_attention_js", {}),
+}
+
+
+def in_form(case: Case, form: str, **options: Any) -> Case:
+    """A case of the MSE, head by head, as a case of the averages over the heads."""
+    op, of_form = MEAN_FORMS[form]
+    return replace(case, op=op, options={**case.options, **of_form, "heads": "mean", **options})
+
+
+def other_heads(case: Case, heads: int, key_heads: int, dim: int, seed: int = 1) -> Case:
+    """The same with other heads in the second view."""
+    generator = torch.Generator().manual_seed(seed)
+    (pairs, _, queries, _), keys = case.x[0].shape, case.x[1].shape[2]
+    shapes = ((pairs, heads, queries, dim), (pairs, key_heads, keys, dim))
+    second = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return replace(case, x_aug=tuple(tensor.to(case.x[0].dtype) for tensor in second), stacked=False)
+
+
+def mean_case(form: str, *sizes: Any, heads_aug: int | None = 3, **rest: Any) -> Case:
+    """A case of averages over two and ``heads_aug`` heads (None: two, of the same size)."""
+    case = in_form(qk_case(*sizes, **rest), form)
+    return case if heads_aug is None else other_heads(case, heads_aug, 1, 2 * case.x[0].shape[3])
+
+
 def _padding(
     lengths: tuple[Sequence[int], Sequence[int]] | None, width: int, side: str, masks: dict[str, Tensor] | None
 ) -> dict[str, Tensor]:

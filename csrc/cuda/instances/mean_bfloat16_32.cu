@@ -1,0 +1,3 @@
+#include "../mean_launch.cuh"
+
+template struct ear_ops::cuda::MeanKernels<ear_ops::cuda::bfloat16, 32>;

@@ -1,0 +1,3 @@
+#include "../mean_launch.cuh"
+
+template struct ear_ops::cuda::MeanKernels<float, 64>;

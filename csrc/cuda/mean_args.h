@@ -1,0 +1,85 @@
+// The arguments of the kernels that compare the averages over the heads of two views straight from Q and K.
+//
+// All heads of both views are in an average, so no block of threads can hold what the gradients of all of them need.
+// One kernel therefore writes the slopes of the averages for a rectangle of scores, and others pass over these once for
+// each head. A rectangle is a strip of queries with all keys, or a strip of keys with all queries. All strips share one
+// piece of memory, which is never larger than the inputs in float32, or than one strip of 64. So memory grows with the
+// length, and not with its square.
+//
+//   memory            Q and K of all heads
+//     | statistics    of each head and 64 queries, over the tiles of keys
+//   row_stats         maximum and 1 / sum of exponentials
+//     | average       of each tile of the rectangle, over all heads of both views; values --> block_sums
+//   slopes            F of each view; for KL, the logarithms of what they are scaled by
+//     | sums          of each head and 64 queries: d           | gradient     of each head and 64 queries or keys
+//   row_stats                                                  dQ, dK
+//
+// Products of 64 x 64 scores for each head: three in the forward. In the backward one for the slopes, and two for each
+// gradient; the slopes are made twice where the memory does not hold all of them at once.
+#pragma once
+
+#include <algorithm>
+
+#include "qk_args.h"
+
+namespace ear_ops::cuda {
+
+// In memory [B, planes, rows, columns], of the queries from first_query on and the keys from first_key on.
+struct Slopes {
+  float* data;
+  int planes;  // F of the first view and of the second, and where a comparison needs them the logarithms of each
+  int first_query, rows, first_key, columns;  // multiples of kOwned
+};
+
+// What the kernels of one view take. Of `view`, the first entries are those of this view.
+struct MeanViewArgs {
+  QKArgs view;                // row_stats [3, B, H, L]; key_mask [B, S]; grad_sums [B]
+  const float* head_weights;  // [H], which add up to 1; null: the average divides by H
+  Slopes slopes;
+  int plane;    // of this view
+  float range;  // what dS is multiplied by before it is rounded for the product
+};
+
+struct MeanArgs {
+  QKArgs view[2];  // as above
+  const float* head_weights;
+  float divisor[2];  // of the sum over the heads
+  Slopes slopes;
+  float* block_sums;  // [B, blocks of queries, key_parts]; null in the backward
+  int key_parts;      // blocks of threads that share the keys of 64 queries in the forward
+};
+
+inline int padded(int length) { return blocks_of(length) * kOwned; }
+
+// How many queries, or keys, a strip of slopes has: all of them if the memory for slopes allows it.
+inline int strip_of(const MeanArgs& a, int length, int others) {
+  double inputs = 0;  // numbers of a pair
+  for (const QKArgs& of : a.view)
+    inputs += static_cast<double>(of.dim) * (static_cast<double>(of.heads) * of.queries + 1.0 * of.key_heads * of.keys);
+  const double rows = inputs / a.slopes.planes / std::max(padded(others), kOwned);
+  return rows >= padded(length) ? padded(length) : std::max(static_cast<int>(rows) / kOwned * kOwned, kOwned);
+}
+inline int queries_of_strip(const MeanArgs& a) { return strip_of(a, a.view[0].queries, a.view[0].keys); }
+inline int keys_of_strip(const MeanArgs& a) { return strip_of(a, a.view[0].keys, a.view[0].queries); }
+
+// Whether the memory for slopes holds all of them, so that one strip is all that there is.
+inline bool is_one_strip(const MeanArgs& a) { return queries_of_strip(a) >= padded(a.view[0].queries); }
+
+inline bool wants_queries(const MeanArgs& a) { return a.view[0].query[0].gradient || a.view[1].query[0].gradient; }
+inline bool wants_keys(const MeanArgs& a) { return a.view[0].key[0].gradient || a.view[1].key[0].gradient; }
+
+// How many numbers the slopes of the largest strip are. `queries` and `keys`: which strips are made.
+inline int64_t slopes_size(const MeanArgs& a, bool queries, bool keys) {
+  int64_t largest = 0;
+  if (queries || (keys && is_one_strip(a))) largest = int64_t(1) * queries_of_strip(a) * padded(a.view[0].keys);
+  if (keys) largest = std::max(largest, int64_t(1) * keys_of_strip(a) * padded(a.view[0].queries));
+  return a.view[0].pairs * a.slopes.planes * largest;
+}
+
+inline int slope_planes(Comparison comparison) { return comparison == Comparison::kKl ? 4 : 2; }
+
+// Null, or what went wrong. The forward writes row_stats and block_sums, the backward the gradients that are not null.
+const char* launch_mean_forward(Comparison comparison, Element element, const MeanArgs& args, void* stream);
+const char* launch_mean_backward(Comparison comparison, Element element, const MeanArgs& args, void* stream);
+
+}  // namespace ear_ops::cuda

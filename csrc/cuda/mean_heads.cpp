@@ -1,0 +1,129 @@
+// Compares the averages over the heads of two views straight from Q and K, on CUDA.
+#include <ATen/ops/sum.h>
+
+#include <algorithm>
+
+#include "../register.h"
+#include "mean_args.h"
+#include "tensors.h"
+
+namespace ear_ops::cuda {
+
+namespace {
+
+constexpr int kKeyParts = 8;  // blocks of threads that share the keys of 64 queries in the forward, at most
+
+// An operator. The kernels of a divergence know one direction; the other one exchanges views.
+struct MeanComparing {
+  const char* name;
+  Comparison comparison;
+  bool exchanged;  // view v of the kernels is view 1 - v of the problem
+
+  int view(int v) const { return exchanged ? 1 - v : v; }
+};
+
+constexpr MeanComparing kMse = {"qk_mean_attention_mse", Comparison::kMse, false};
+constexpr MeanComparing kKl = {"qk_mean_attention_kl", Comparison::kKl, false};
+constexpr MeanComparing kReverseKl = {"qk_mean_attention_reverse_kl", Comparison::kKl, true};
+constexpr MeanComparing kJs = {"qk_mean_attention_js", Comparison::kJs, false};
+
+struct MeanCall {  // the arguments of the kernels, and what keeps their memory alive
+  MeanArgs args{};
+  Element element;
+  OptionalTensor key_mask, counted_queries, head_weights;
+  Tensor slopes;  // scratch memory
+
+  MeanCall(const MeanComparing& op, const MeanHeadsProblem& problem, const MeanHeadsSizes& sizes)
+      : element(element_of(problem.query)),
+        key_mask(contiguous(problem.key_mask)),
+        counted_queries(contiguous(problem.counted_queries)),
+        head_weights(contiguous(problem.head_weights)) {
+    const auto queries = split_views(problem.query, problem.query_aug, sizes.pairs);
+    const auto keys = split_views(problem.key, problem.key_aug, sizes.pairs);
+    const uint8_t *masks = mask_of(key_mask), *counted = mask_of(counted_queries);
+    for (int v = 0; v < 2; ++v) {
+      const int from = op.view(v);
+      QKArgs& view = args.view[v];
+      view.pairs = sizes.pairs;
+      view.heads = static_cast<int>(sizes.heads[from]), view.key_heads = static_cast<int>(sizes.key_heads[from]);
+      view.queries = static_cast<int>(sizes.queries), view.keys = static_cast<int>(sizes.keys);
+      view.dim = static_cast<int>(sizes.dim[from]);
+      view.scale = static_cast<float>(from ? problem.scale_aug : problem.scale);
+      view.is_causal = problem.is_causal;
+      view.window = static_cast<int>(std::min<int64_t>(problem.window, int64_t(1) << 30));
+      view.key_mask = masks ? masks + from * sizes.pairs * sizes.keys : nullptr;
+      view.counted_queries = counted;
+      view.query[0] = heads_pointer(queries[from]), view.key[0] = heads_pointer(keys[from]);
+      view.vectorized = reads_16_bytes(queries[from]) && reads_16_bytes(keys[from]);
+      args.divisor[v] = head_weights ? 1.0f : static_cast<float>(view.heads);
+      if (!problem.attn_bias) continue;
+      const Tensor& bias = from && problem.attn_bias_aug ? *problem.attn_bias_aug : *problem.attn_bias;
+      view.bias[0] = {floats(bias), strides_of(bias)};
+    }
+    args.head_weights = head_weights ? floats(*head_weights) : nullptr;
+    args.slopes.planes = slope_planes(op.comparison);
+    args.key_parts = std::clamp(blocks_of(args.view[0].keys), 1, kKeyParts);
+  }
+
+  // Of strips of queries, and of keys.
+  void make_slopes(bool of_queries, bool of_keys, const Tensor& like) {
+    slopes = make_scratch({slopes_size(args, of_queries, of_keys)}, like.options().dtype(at::kFloat));
+    args.slopes.data = floats(slopes);
+  }
+};
+
+template <const MeanComparing& kOp>
+std::tuple<Tensor, Tensor, Tensor> forward(const MeanHeadsProblem& problem) {
+  const Launch launch(problem.query);
+  const MeanHeadsSizes sizes = check(kOp.name, problem, kLimits);
+  MeanCall call(kOp, problem, sizes);
+  const auto options = problem.query.options().dtype(at::kFloat);
+  std::array<Tensor, 2> row_stats;  // of the views of the problem
+  for (int v = 0; v < 2; ++v) {
+    row_stats[kOp.view(v)] = make({kMeanRowStats, sizes.pairs, call.args.view[v].heads, sizes.queries}, options);
+    call.args.view[v].row_stats = floats(row_stats[kOp.view(v)]);
+  }
+  const Tensor block_sums = make({sizes.pairs, blocks_of(call.args.view[0].queries), call.args.key_parts}, options);
+  call.args.block_sums = floats(block_sums);
+  call.make_slopes(true, false, problem.query);
+  launch.check(kOp.name, launch_mean_forward(kOp.comparison, call.element, call.args, launch.stream()));
+  return {block_sums.sum({1, 2}), row_stats[0], row_stats[1]};
+}
+
+template <const MeanComparing& kOp>
+std::vector<Tensor> backward(const Tensor& grad_sums, const MeanHeadsProblem& problem, const Tensor& row_stats,
+                             const Tensor& row_stats_aug, const c10::List<bool>& needs) {
+  const Launch launch(problem.query);
+  const MeanHeadsSizes sizes = check_backward(kOp.name, problem, kLimits, grad_sums, row_stats, row_stats_aug, needs);
+  MeanCall call(kOp, problem, sizes);
+  const Gradients gradients = make_gradients({{problem.query, problem.query_aug}, {problem.key, problem.key_aug}},
+                                             needs, sizes.pairs, make_like);
+  const Tensor upstream = grad_sums.to(at::kFloat).contiguous();
+  const float* grad = floats(upstream);
+  const std::array<Tensor, 2> stats = {row_stats.contiguous(), row_stats_aug.contiguous()};
+  for (int v = 0; v < 2; ++v) {
+    QKArgs& view = call.args.view[v];
+    view.query[0].gradient = memory_or_null(gradients.views[0][kOp.view(v)]);
+    view.key[0].gradient = memory_or_null(gradients.views[1][kOp.view(v)]);
+    view.row_stats = floats(stats[kOp.view(v)]), view.grad_sums = grad;
+  }
+  call.make_slopes(wants_queries(call.args), wants_keys(call.args), problem.query);
+  launch.check(kOp.name, launch_mean_backward(kOp.comparison, call.element, call.args, launch.stream()));
+  return gradients.returned;
+}
+
+template <const MeanComparing& kOp>
+void register_comparing(torch::Library& library) {
+  register_operator<&forward<kOp>, &backward<kOp>>(library, kOp.name, kDispatchKey);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(EAR_OPS_LIBRARY, m) {
+  register_comparing<kMse>(m);
+  register_comparing<kKl>(m);
+  register_comparing<kReverseKl>(m);
+  register_comparing<kJs>(m);
+}
+
+}  // namespace ear_ops::cuda
