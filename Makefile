@@ -46,12 +46,13 @@ demo: install
 test: install $(ON_HOST)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
 
-# What takes too long for every change: tests of processes that are killed at random and of long studies, every instance
-# and every case of the CUDA kernels, kernels that are broken on purpose, and the notebooks. Logs go to benchmarks/results.
+# What takes too long for every change: tests of processes that are killed at random and of long studies, the sanitizers,
+# every instance and every case of the CUDA kernels, kernels that are broken on purpose, and the notebooks. Logs go to
+# benchmarks/results.
 full: install $(ON_HOST)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 -m full --verbose --no-header >$(FULL_LOG) \
 		|| { tail $(FULL_LOG); exit 1; }
-	$(MAKE) cuda-full ptx-full ptx-mutants notebooks
+	$(MAKE) sanitize cuda-full ptx-full ptx-mutants notebooks
 
 # The CUDA kernels compiled for the host, so that tests run them without a GPU.
 $(ON_HOST): $(shell find csrc/cuda tests/cuda_on_host -type f -not -name '*.py') $(wildcard csrc/*.h) | install

@@ -351,6 +351,9 @@ def main() -> int:
         del INPUTS[op]
     base, new = Build(options.base), Build(options.new)
     report = {"base": base.commit, "new": new.commit, "rounds": options.rounds, **new.ask("facts")}
+    report["command"] = (
+        f"python benchmarks/compare_builds.py BASE_CHECKOUT NEW_CHECKOUT --rounds {options.rounds} --ops {options.ops}"
+    )
     print("\n".join(f"{name}: {value}" for name, value in report.items()), flush=True)
     report["bits"] = compare_bits(base, new)
     for build in (base, new):

@@ -96,8 +96,6 @@ struct AttentionSizes {
   int64_t group() const { return heads / key_heads; }  // query heads that share a key head
 };
 
-constexpr int64_t kMeanRowStats = 3;  // of a head and query: maximum, 1 / sum of exponentials, and d
-
 struct MeanHeadsSizes {
   int64_t pairs, queries, keys;
   int64_t heads[2], key_heads[2], dim[2];  // of each view
@@ -152,7 +150,8 @@ inline AttentionSizes check_backward(const char* op, const AttentionProblem& p, 
   return sizes;
 }
 
-inline MeanHeadsSizes check(const char* op, const MeanHeadsProblem& p, const DeviceLimits& limits) {
+inline MeanHeadsSizes check(const char* op, const MeanHeadsProblem& p, const DeviceLimits& limits,
+                            const c10::List<bool>& needs) {
   const Checker checker(op, "query", p.query, 4, "[B, H, L, D]", limits);
   const int64_t pairs = checker.pairs(!p.query_aug);
   TORCH_CHECK_VALUE(p.query_aug.has_value() == p.key_aug.has_value(), op,
@@ -179,21 +178,9 @@ inline MeanHeadsSizes check(const char* op, const MeanHeadsProblem& p, const Dev
   }
   checker.check("key_mask", p.key_mask, {2 * pairs, sizes.keys}, at::kBool);
   checker.check("counted_queries", p.counted_queries, {pairs, sizes.queries}, at::kBool);
+  checker.check_needs(needs, 4);
   for (int v = 0; v < 2; ++v) checker.check("head_weights", p.head_weights, {sizes.heads[v]}, accumulator_of(p.query));
   TORCH_CHECK_VALUE(!p.softcap, op, ": softcap: computed by the reference only, use backend='reference'");
-  return sizes;
-}
-
-inline MeanHeadsSizes check_backward(const char* op, const MeanHeadsProblem& p, const DeviceLimits& limits,
-                                     const Tensor& grad_sums, const Tensor& row_stats, const Tensor& row_stats_aug,
-                                     const c10::List<bool>& needs) {
-  const MeanHeadsSizes sizes = check(op, p, limits);
-  const Checker checker(op, "query", p.query, 4, "[B, H, L, D]", limits);
-  checker.check_shape("grad_sums", grad_sums, {sizes.pairs});
-  const auto dtype = accumulator_of(p.query);
-  checker.check("row_stats", row_stats, {kMeanRowStats, sizes.pairs, sizes.heads[0], sizes.queries}, dtype);
-  checker.check("row_stats_aug", row_stats_aug, {kMeanRowStats, sizes.pairs, sizes.heads[1], sizes.queries}, dtype);
-  checker.check_needs(needs, 4);
   return sizes;
 }
 

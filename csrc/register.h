@@ -14,9 +14,9 @@ namespace ear_ops {
 template <auto kOperator, typename Function, typename Fields>
 struct Flat;
 
-template <auto kOperator, typename Result, typename Problem, typename... Fields>
-struct Flat<kOperator, Result (*)(const Problem&), TypeList<Fields...>> {
-  static Result call(Fields... fields) { return kOperator(Problem{fields...}); }
+template <auto kOperator, typename Result, typename Problem, typename... Rest, typename... Fields>
+struct Flat<kOperator, Result (*)(const Problem&, Rest...), TypeList<Fields...>> {
+  static Result call(Fields... fields, Rest... rest) { return kOperator(Problem{fields...}, rest...); }
 };
 
 template <auto kOperator, typename Result, typename Problem, typename... Saved, typename... Fields>
@@ -26,13 +26,14 @@ struct Flat<kOperator, Result (*)(const Tensor&, const Problem&, Saved...), Type
   }
 };
 
-template <typename Result, typename Problem>
-typename Problem::Fields fields_of(Result (*)(const Problem&));
+template <typename Result, typename Problem, typename... Rest>
+typename Problem::Fields fields_of(Result (*)(const Problem&, Rest...));
 template <typename Result, typename Problem, typename... Saved>
 typename Problem::Fields fields_of(Result (*)(const Tensor&, const Problem&, Saved...));
 
-// The function of flat arguments that calls kOperator, which is a forward `Result(const Problem&)` or a backward
-// `Result(const Tensor& grad_sums, const Problem&, what the forward saved..., needs)`.
+// The function of flat arguments that calls kOperator, which is a forward `Result(const Problem&)`, one that makes the
+// gradients, too, `Result(const Problem&, needs)`, or a backward `Result(const Tensor& grad_sums, const Problem&, what
+// the forward saved..., needs)`.
 template <auto kOperator>
 constexpr auto flat() {
   return &Flat<kOperator, decltype(kOperator), decltype(fields_of(kOperator))>::call;
@@ -57,17 +58,25 @@ void refuse_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, to
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
 }
 
+template <auto kOperator, bool kIsBackward>
+void register_kernel(torch::Library& library, const std::string& name, c10::DispatchKey device) {
+  const auto autograd = c10::getAutogradKeyFromBackend(c10::toBackendComponent(device));
+  library.impl(name.c_str(), torch::dispatch(device, flat<kOperator>()));
+  library.impl(name.c_str(),
+               torch::dispatch(autograd, torch::CppFunction::makeFromBoxedFunction<&refuse_gradient<kIsBackward>>()));
+}
+
+// Registers kForward as `name`.
+template <auto kForward>
+void register_forward(torch::Library& library, const std::string& name, c10::DispatchKey device) {
+  register_kernel<kForward, false>(library, name, device);
+}
+
 // Registers kForward as `name` and kBackward as `name`_backward.
 template <auto kForward, auto kBackward>
 void register_operator(torch::Library& library, const std::string& name, c10::DispatchKey device) {
-  const auto autograd = c10::getAutogradKeyFromBackend(c10::toBackendComponent(device));
-  const std::string backward = name + "_backward";
-  library.impl(name.c_str(), torch::dispatch(device, flat<kForward>()));
-  library.impl(backward.c_str(), torch::dispatch(device, flat<kBackward>()));
-  library.impl(name.c_str(),
-               torch::dispatch(autograd, torch::CppFunction::makeFromBoxedFunction<&refuse_gradient<false>>()));
-  library.impl(backward.c_str(),
-               torch::dispatch(autograd, torch::CppFunction::makeFromBoxedFunction<&refuse_gradient<true>>()));
+  register_kernel<kForward, false>(library, name, device);
+  register_kernel<kBackward, true>(library, name + "_backward", device);
 }
 
 }  // namespace ear_ops

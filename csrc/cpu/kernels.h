@@ -55,6 +55,13 @@ template <typename A>
 struct MeanLoops {
   // Adds a tile of raw scores of one head to the max and sum [kLanes] of its rows.
   void (*add_softmax)(const LaneGroup<A>& group, A* max, A* sum);
+  // The same in two steps, for rows whose scores all stay. raise_max takes a tile of raw scores and leaves the final
+  // ones, -inf where they are masked. Then exponentiate takes the whole row: its scores become exp(score - max), whose
+  // sum is written.
+  void (*raise_max)(const LaneGroup<A>& group, A* max);
+  void (*exponentiate)(const LaneGroup<A>& group, const A* max, A* sum);
+  // Exponentials become e_h, with M = 0, and are added to `sum`. `factor` [kLanes] is w / sum_h.
+  void (*add_exponentials)(const LaneGroup<A>& group, const A* factor, A* sum);
   // Raw scores become score - max, and `top` is raised to the largest of them.
   void (*raise_top)(const LaneGroup<A>& group, const A* max, A* top);
   // Raw scores become e_h and are added to `sum`; `top` null: M is 0, else raise_top has seen all heads. `factor`

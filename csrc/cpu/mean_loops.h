@@ -46,6 +46,63 @@ void add_softmax(const LaneGroup<A>& c, A* max, A* sum) {
   add_softmax_of<A, false>(c, max, sum);
 }
 
+// Raises max to the largest score of a tile. Raw scores become those that a softmax takes, whose masks and bias are not
+// read again.
+template <typename A, bool kMasked>
+void raise_max_of(const LaneGroup<A>& c, A* max) {
+  using V = typename Vec<A>::type;
+  for (int64_t lane = 0; lane < kLanes; lane += Vec<A>::lanes) {
+    V best = vload<A>(max + lane);
+    for (int64_t j = 0; j < c.keys; ++j) {
+      const V score = shifted_score<A, kMasked>(c, 0, j, lane, V{});
+      vstore<A>(c.scores[0] + j * c.ld + lane, score);
+      best = vmax<A>(score, best);
+    }
+    vstore<A>(max + lane, best);
+  }
+}
+
+template <typename A>
+void raise_max(const LaneGroup<A>& c, A* max) {
+  if (is_masked(c)) return raise_max_of<A, true>(c, max);
+  raise_max_of<A, false>(c, max);
+}
+
+// What raise_max has left becomes exp(score - max), whose sum is written.
+template <typename A>
+void exponentiate(const LaneGroup<A>& c, const A* max, A* sum) {
+  using V = typename Vec<A>::type;
+  for (int64_t lane = 0; lane < kLanes; lane += Vec<A>::lanes) {
+    const V shift = shift_of<A>(vload<A>(max + lane));
+    V total{};
+    for_chunks(c, [&](int64_t begin, int64_t end) {
+      V part{};
+      for (int64_t j = begin; j < end; ++j) {
+        const V e = vexp(vload<A>(c.scores[0] + j * c.ld + lane) - shift);
+        vstore<A>(c.scores[0] + j * c.ld + lane, e);
+        part += e;
+      }
+      total += part;
+    });
+    vstore<A>(sum + lane, total);
+  }
+}
+
+// Exponentials become e_h and are added to the sum over the heads.
+template <typename A>
+void add_exponentials(const LaneGroup<A>& c, const A* factor, A* sum) {
+  using V = typename Vec<A>::type;
+  for (int64_t lane = 0; lane < kLanes; lane += Vec<A>::lanes) {
+    const V of_row = vload<A>(factor + lane);
+    for (int64_t j = 0; j < c.keys; ++j) {
+      const V exponential = vload<A>(c.scores[0] + j * c.ld + lane);
+      const V e = exponential == V{} ? V{} : exponential * of_row;  // a masked key, which a NaN must not reach
+      vstore<A>(c.scores[0] + j * c.ld + lane, e);
+      vstore<A>(sum + j * c.ld + lane, vload<A>(sum + j * c.ld + lane) + e);
+    }
+  }
+}
+
 template <typename A, bool kMasked>
 void raise_top_of(const LaneGroup<A>& c, const A* max, A* top) {
   using V = typename Vec<A>::type;
@@ -238,6 +295,9 @@ template <typename A>
 constexpr MeanLoops<A> mean_loops() {
   return {
       .add_softmax = add_softmax<A>,
+      .raise_max = raise_max<A>,
+      .exponentiate = exponentiate<A>,
+      .add_exponentials = add_exponentials<A>,
       .raise_top = raise_top<A>,
       .add_head = add_head<A>,
       .compare = {compare_averages<A, MeanMse>, compare_averages<A, MeanKl>, compare_averages<A, MeanJs>},

@@ -34,27 +34,20 @@ class Call {
   Call(Comparison comparison, Element element, const MeanArgs& args, void* stream)
       : comparison_(comparison), element_(element), args_(args), stream_(stream) {}
 
-  const char* forward() {
+  const char* run() {
     set_rectangle(0, padded(queries()), 0, 0);
     for (int v = 0; v < 2; ++v)
       of_view(v, [](auto kernels, const auto& a, void* stream) { return kernels.statistics(a, stream); });
     for_strips_of_queries([&]() {
       average();
       for (int v = 0; v < 2; ++v)
-        of_view(v, [](auto kernels, const auto& a, void* stream) { return kernels.sums(a, stream); });
+        if (args_.view[v].query[0].gradient || args_.view[v].key[0].gradient)
+          of_view(v, [](auto kernels, const auto& a, void* stream) { return kernels.sums(a, stream); });
+      query_gradients();
+      if (is_one_strip(args_)) key_gradients();
     });
-    return error_;
-  }
-
-  const char* backward() {
-    const bool whole = is_one_strip(args_);
-    if (wants_queries(args_) || (whole && wants_keys(args_)))
-      for_strips_of_queries([&]() {
-        average();
-        query_gradients();
-        if (whole) key_gradients();
-      });
-    if (whole || !wants_keys(args_)) return error_;
+    if (!has_strips_of_keys(args_)) return error_;
+    args_.block_sums = nullptr;
     const int strip = keys_of_strip(args_);
     for (int first = 0; first < padded(keys()); first += strip) {
       set_rectangle(0, padded(queries()), first, std::min(strip, padded(keys()) - first));
@@ -116,12 +109,8 @@ class Call {
 
 }  // namespace
 
-const char* launch_mean_forward(Comparison comparison, Element element, const MeanArgs& args, void* stream) {
-  return Call(comparison, element, args, stream).forward();
-}
-
-const char* launch_mean_backward(Comparison comparison, Element element, const MeanArgs& args, void* stream) {
-  return Call(comparison, element, args, stream).backward();
+const char* launch_mean_heads(Comparison comparison, Element element, const MeanArgs& args, void* stream) {
+  return Call(comparison, element, args, stream).run();
 }
 
 }  // namespace ear_ops::cuda

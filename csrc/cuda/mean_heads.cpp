@@ -31,7 +31,6 @@ struct MeanCall {  // the arguments of the kernels, and what keeps their memory 
   MeanArgs args{};
   Element element;
   OptionalTensor key_mask, counted_queries, head_weights;
-  Tensor slopes;  // scratch memory
 
   MeanCall(const MeanComparing& op, const MeanHeadsProblem& problem, const MeanHeadsSizes& sizes)
       : element(element_of(problem.query)),
@@ -64,57 +63,36 @@ struct MeanCall {  // the arguments of the kernels, and what keeps their memory 
     args.slopes.planes = slope_planes(op.comparison);
     args.key_parts = std::clamp(blocks_of(args.view[0].keys), 1, kKeyParts);
   }
-
-  // Of strips of queries, and of keys.
-  void make_slopes(bool of_queries, bool of_keys, const Tensor& like) {
-    slopes = make_scratch({slopes_size(args, of_queries, of_keys)}, like.options().dtype(at::kFloat));
-    args.slopes.data = floats(slopes);
-  }
 };
 
 template <const MeanComparing& kOp>
-std::tuple<Tensor, Tensor, Tensor> forward(const MeanHeadsProblem& problem) {
+std::tuple<Tensor, std::vector<Tensor>> forward(const MeanHeadsProblem& problem, const c10::List<bool>& needs) {
   const Launch launch(problem.query);
-  const MeanHeadsSizes sizes = check(kOp.name, problem, kLimits);
+  const MeanHeadsSizes sizes = check(kOp.name, problem, kLimits, needs);
   MeanCall call(kOp, problem, sizes);
-  const auto options = problem.query.options().dtype(at::kFloat);
-  std::array<Tensor, 2> row_stats;  // of the views of the problem
-  for (int v = 0; v < 2; ++v) {
-    row_stats[kOp.view(v)] = make({kMeanRowStats, sizes.pairs, call.args.view[v].heads, sizes.queries}, options);
-    call.args.view[v].row_stats = floats(row_stats[kOp.view(v)]);
-  }
-  const Tensor block_sums = make({sizes.pairs, blocks_of(call.args.view[0].queries), call.args.key_parts}, options);
-  call.args.block_sums = floats(block_sums);
-  call.make_slopes(true, false, problem.query);
-  launch.check(kOp.name, launch_mean_forward(kOp.comparison, call.element, call.args, launch.stream()));
-  return {block_sums.sum({1, 2}), row_stats[0], row_stats[1]};
-}
-
-template <const MeanComparing& kOp>
-std::vector<Tensor> backward(const Tensor& grad_sums, const MeanHeadsProblem& problem, const Tensor& row_stats,
-                             const Tensor& row_stats_aug, const c10::List<bool>& needs) {
-  const Launch launch(problem.query);
-  const MeanHeadsSizes sizes = check_backward(kOp.name, problem, kLimits, grad_sums, row_stats, row_stats_aug, needs);
-  MeanCall call(kOp, problem, sizes);
+  MeanArgs& args = call.args;
   const Gradients gradients = make_gradients({{problem.query, problem.query_aug}, {problem.key, problem.key_aug}},
                                              needs, sizes.pairs, make_like);
-  const Tensor upstream = grad_sums.to(at::kFloat).contiguous();
-  const float* grad = floats(upstream);
-  const std::array<Tensor, 2> stats = {row_stats.contiguous(), row_stats_aug.contiguous()};
+  const auto options = problem.query.options().dtype(at::kFloat);
+  std::array<Tensor, 2> row_stats;
   for (int v = 0; v < 2; ++v) {
-    QKArgs& view = call.args.view[v];
+    QKArgs& view = args.view[v];
     view.query[0].gradient = memory_or_null(gradients.views[0][kOp.view(v)]);
     view.key[0].gradient = memory_or_null(gradients.views[1][kOp.view(v)]);
-    view.row_stats = floats(stats[kOp.view(v)]), view.grad_sums = grad;
+    const int rows = view.query[0].gradient || view.key[0].gradient ? kMeanStats : kMeanStats - 1;
+    row_stats[v] = make({rows, sizes.pairs, view.heads, sizes.queries}, options);
+    view.row_stats = floats(row_stats[v]);
   }
-  call.make_slopes(wants_queries(call.args), wants_keys(call.args), problem.query);
-  launch.check(kOp.name, launch_mean_backward(kOp.comparison, call.element, call.args, launch.stream()));
-  return gradients.returned;
+  const Tensor block_sums = make({sizes.pairs, blocks_of(args.view[0].queries), args.key_parts}, options);
+  const Tensor slopes = make_scratch({slopes_size(args)}, options);
+  args.block_sums = floats(block_sums), args.slopes.data = floats(slopes);
+  launch.check(kOp.name, launch_mean_heads(kOp.comparison, call.element, args, launch.stream()));
+  return {block_sums.sum({1, 2}), gradients.returned};
 }
 
 template <const MeanComparing& kOp>
 void register_comparing(torch::Library& library) {
-  register_operator<&forward<kOp>, &backward<kOp>>(library, kOp.name, kDispatchKey);
+  register_forward<&forward<kOp>>(library, kOp.name, kDispatchKey);
 }
 
 }  // namespace

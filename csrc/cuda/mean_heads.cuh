@@ -7,8 +7,6 @@
 
 namespace ear_ops::cuda {
 
-constexpr int kMeanStats = 3;  // rows of row_stats: maximum, 1 / sum of exponentials, d
-
 EAR_OPS_DEVICE float weight_of(const float* head_weights, int head) {
   return head_weights ? load_global(head_weights + head) : 1.0f;
 }
@@ -185,9 +183,7 @@ mean_gradient(EAR_OPS_ARGUMENT const MeanViewArgs a) {
       }
     Products<T>::template add_weighted<kD, kN>(scores[0], stages.visited(stage), gradient);
   };
-  const float upstream = load_global(view.grad_sums + pair);
-  // A pair without upstream gradient has none, also where its divergence is infinite.
-  if (upstream != 0 && Real<kOwned, 1>(owned, first_owned).any())
+  if (Real<kOwned, 1>(owned, first_owned).any())
     for_tiles<true>(stages, Steps<kN, kOwner, 1>(view, pair, first_owned, first_head, end_head, chunks, own_chunk),
                     add_tile);
   real_owned(owned, first_owned, owned_real);
@@ -195,7 +191,7 @@ mean_gradient(EAR_OPS_ARGUMENT const MeanViewArgs a) {
   const HeadsPointer& pointer = owned.pointer(0);
   T* to =
       static_cast<T*>(pointer.gradient) + ((pair * heads + head) * owned.count() + first_of_warp) * view.dim + feature;
-  write_gradient<T, kD>(gradient, view.scale * upstream / a.range, owned_real[0],
+  write_gradient<T, kD>(gradient, view.scale / a.range, owned_real[0],
                         stages.owned(0) + SharedVectors<T, kD>::bytes(16) * warp_index(), to,
                         owned.count() - first_of_warp, view.dim, view.dim - feature);
 }

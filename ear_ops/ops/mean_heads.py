@@ -22,12 +22,10 @@ from torch.autograd import Function
 from ear_ops.ops.attention_mse import mean_over_heads
 from ear_ops.ops.blocks import sum_over_blocks
 from ear_ops.ops.divergences import DIVERGENCES, apply_function, finite_where_left_out, softmax_of
+from ear_ops.ops.gradient_operator import GradientOperator
 from ear_ops.ops.masks import split_views
-from ear_ops.ops.operator import Operator
 from ear_ops.ops.probabilities import attention_scores, compute_dtype
 from ear_ops.ops.problem import AttentionProblem, views_of
-
-ROW_STATS = 3  # of a head and query: maximum, 1 / sum of exponentials, and what its gradient takes off the slopes
 
 
 class MeanHeadsProblem(NamedTuple):
@@ -241,23 +239,11 @@ _COMPARISONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _fake(problem: MeanHeadsProblem) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(problem.query.dtype)
-    second = problem.query if problem.query_aug is None else problem.query_aug
-    stats = [
-        view.new_empty((ROW_STATS, problem.pairs, view.shape[1], view.shape[2]), dtype=dtype)
-        for view in (problem.query, second)
-    ]
-    return problem.query.new_empty((problem.pairs,), dtype=dtype), stats[0], stats[1]
-
-
 QK_MEAN_HEADS = {
-    name: Operator(
+    name: GradientOperator(
         f"qk_mean_attention_{name}",
         MeanHeadsProblem,
         reference=functools.partial(reference, compare),
-        fake=_fake,
-        saved=("row_stats", "row_stats_aug"),
         differentiable=4,
     )
     for name, compare in _COMPARISONS.items()

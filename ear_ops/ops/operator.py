@@ -6,7 +6,8 @@ binaries only register implementations for their device.
 
 The forward operator returns the sums and the tensors that it saves for the backward. The backward operator takes the
 gradient of the sums, the problem, the saved tensors and ``needs``: one bool for each differentiable input. It returns
-the gradients that ``needs`` asks for, in the order of the inputs, and nothing else.
+the gradients that ``needs`` asks for, in the order of the inputs, and nothing else. Where the forward can make the
+gradients at little more cost, :mod:`ear_ops.ops.gradient_operator` has another kind.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.autograd import Function
 from ear_ops.installation import rebuild
 from ear_ops.ops.backend import kernels_of, select_backend
 
-OPERATORS: dict[str, Operator] = {}
+OPERATORS: dict[str, Any] = {}
 """Every operator of the package by its name."""
 
 SCHEMAS: dict[str, str] = {}
@@ -62,7 +63,11 @@ class ReferenceOperator:
         if select_backend(backend, problem[0], self.name, self.kernels, unsupported) == "reference":
             with _without_autocast(problem[0]):
                 return self.reference(problem)
-        return FusedOperator.apply(self.name, *problem)[0]
+        return self.fused_sums(problem)
+
+    def fused_sums(self, problem: Any) -> Tensor:
+        """The sums by the kernels, differentiable."""
+        raise NotImplementedError(f"{self.name} has no kernels")
 
 
 class Operator(ReferenceOperator):
@@ -90,18 +95,19 @@ class Operator(ReferenceOperator):
     ) -> None:
         super().__init__(name, reference)
         self.differentiable = differentiable
-        types = [_SCHEMA_TYPES[hint] for hint in get_type_hints(problem).values()]
-        self.tensors = sum(kind.startswith("Tensor") for kind in types)
-        inputs = ", ".join(f"{kind} {field}" for kind, field in zip(types, problem._fields, strict=True))
+        inputs, self.tensors = schema_inputs(problem)
         saved_tensors = [f"Tensor {field}" for field in saved]
         outputs = f"(Tensor sums, {', '.join(saved_tensors)})" if saved else "Tensor"
         backward_inputs = ", ".join(["Tensor grad_sums", inputs, *saved_tensors, "bool[] needs"])
-        _define(name, f"({inputs}) -> {outputs}", lambda *fields: _one_or_several(fake(problem(*fields))))
-        _define(f"{name}_backward", f"({backward_inputs}) -> Tensor[]", self._fake_gradients)
+        define(name, f"({inputs}) -> {outputs}", lambda *fields: _one_or_several(fake(problem(*fields))))
+        define(f"{name}_backward", f"({backward_inputs}) -> Tensor[]", self._fake_gradients)
         self.forward_op = getattr(torch.ops.ear_ops, name).default
         self.backward_op = getattr(torch.ops.ear_ops, f"{name}_backward").default
         self.kernels = kernels_of(name)
         OPERATORS[name] = self
+
+    def fused_sums(self, problem: Any) -> Tensor:
+        return FusedOperator.apply(self.name, *problem)[0]
 
     def _fake_gradients(self, grad_sums: Tensor, *inputs: Any) -> list[Tensor]:
         needs = inputs[-1]
@@ -132,11 +138,7 @@ class FusedOperator(Function):
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         operator = OPERATORS[ctx.name]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # grad mode is on in a backward only for this
-            raise RuntimeError(
-                f"{ctx.name}: its kernels have no second derivative (backward was called with create_graph=True); "
-                f"use backend='reference', or EAR_OPS_BACKEND=reference for regularisers on a model"
-            )
+        refuse_second_derivative(ctx.name)
         tensors, saved = ctx.saved_tensors[: operator.tensors], ctx.saved_tensors[operator.tensors :]
         needs = list(ctx.needs_input_grad[1 : 1 + operator.differentiable])
         gradients = iter(operator.backward_op(grad_sums, *tensors, *ctx.options, *saved, needs))
@@ -145,7 +147,28 @@ class FusedOperator(Function):
         return (None, *placed, *[None] * without_gradient)
 
 
-def _define(name: str, schema: str, fake: Callable[..., Any]) -> None:
+def refuse_second_derivative(name: str) -> None:
+    """Raises where a backward is itself recorded."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # grad mode is on in a backward only for this
+        raise RuntimeError(
+            f"{name}: its kernels have no second derivative (backward was called with create_graph=True); "
+            f"use backend='reference', or EAR_OPS_BACKEND=reference for regularisers on a model"
+        )
+
+
+def schema_inputs(problem: type[Any]) -> tuple[str, int]:
+    """The inputs of a schema, from the type of a problem, and how many of them are tensors, which come first."""
+    types = [_SCHEMA_TYPES[hint] for hint in get_type_hints(problem).values()]
+    inputs = ", ".join(f"{kind} {field}" for kind, field in zip(types, problem._fields, strict=True))
+    return inputs, sum(kind.startswith("Tensor") for kind in types)
+
+
+def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Registers ``torch.ops.ear_ops.NAME`` and what it gives for tensors without data.
+
+    Raises:
+        RuntimeError: the compiled kernels were built for another schema.
+    """
     try:
         torch.library.define(f"ear_ops::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     except RuntimeError as error:

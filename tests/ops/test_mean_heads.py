@@ -436,6 +436,13 @@ KERNEL_FEATURES: dict[str, dict[str, Any]] = {
     "window": {"queries": 70, "options": {"window": 9}, "side": "left", "lengths": ([70, 40], [70, 40])},
     "many pairs": {"queries": 7, "pairs": 5},
     "many heads": {"queries": 9, "heads": 30},
+    "two tiles with a bias": {
+        "queries": 20,
+        "keys": 280,
+        "biases": {"attn_bias": torch.linspace(-3.0, 3.0, 20 * 280, dtype=torch.float64).view(20, 280).sin()},
+        "options": {"is_causal": True},
+    },
+    "rows that do not stay in memory": {"queries": 18, "keys": 720, "heads": 18, "key_heads": 6, "dim": 8},
 }
 
 
@@ -541,11 +548,33 @@ def test_opcheck(form: str) -> None:
     mask = torch.cat([case.masks["attention_mask"], case.masks["attention_mask_aug"]]).bool()
     problem = (*case.inputs(), mask, None, None, None, None, 0.25, 0.2, False, 0, None)
     forward = getattr(torch.ops.ear_ops, name).default
-    torch.library.opcheck(forward, problem)
-    stats = forward(*problem)[1:]
-    backward = getattr(torch.ops.ear_ops, f"{name}_backward").default
-    arguments = (torch.ones(2), *problem[:9], *problem[9:], *stats, [True, True, False, True])
-    torch.library.opcheck(backward, arguments)
+    for needs in ([False] * 4, [True, True, False, True]):
+        torch.library.opcheck(forward, (*problem, needs))
+        assert [len(gradient) for gradient in forward(*problem, needs)[1]] == [2] * sum(needs)
+
+
+@every_kernel
+def test_gradients_are_made_once_and_kept(form: str) -> None:
+    """A second backward gives the same, whatever the first one was multiplied by."""
+    case = case_of(form, 9, reduction="none").to(torch.float32)
+    inputs = [tensor.requires_grad_() for tensor in case.inputs()]
+    value = case.call(inputs, "cpu")
+    first, doubled, again = (
+        torch.autograd.grad(value, inputs, torch.tensor(upstream), retain_graph=True)
+        for upstream in ([1.0, 1.0], [2.0, 2.0], [1.0, 1.0])
+    )
+    for gradient, twice, repeated in zip(first, doubled, again, strict=True):
+        assert torch.equal(gradient, repeated) and torch.equal(2 * gradient, twice) and gradient.any()
+
+
+@every_kernel
+def test_no_gradient_is_made_where_none_can_be_asked_for(form: str) -> None:
+    case = case_of(form, 64, None, 8).to(torch.float32)
+    recorded = [tensor.requires_grad_() for tensor in case.inputs()]
+    with torch.no_grad():
+        peak = peak_memory(lambda: case.call(recorded, "cpu"))
+    assert peak == peak_memory(lambda: case.call(case.inputs(), "cpu"))
+    assert peak < peak_memory(lambda: case.call(recorded, "cpu"))
 
 
 @every_kernel
@@ -562,7 +591,9 @@ def test_the_operator_checks_its_inputs(form: str) -> None:
         ((query, key, query_aug, key_aug, None, *rest[:-1], 2.0), "softcap: computed by the reference only"),
     ):
         with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
-            forward(*problem)
+            forward(*problem, [False] * 4)
+    with pytest.raises(ValueError, match="needs: expected 4 entries, got 1"):
+        forward(query, key, query_aug, key_aug, None, *rest, [True])
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------

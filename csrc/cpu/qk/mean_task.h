@@ -1,5 +1,5 @@
-// What forward and backward of the averages over heads share: a tile of scores of all heads of both views, for one
-// block of queries. Scores lie as in task.h.
+// The averages over the heads: tiles of scores of all heads of both views, for one block of queries. Scores lie as in
+// task.h.
 #pragma once
 
 #include "../isa.h"
@@ -20,7 +20,7 @@ struct MeanView {
   Operand *keys, *keys_t;     // [key_heads, keys, ld] and [key_heads, ld, keys], where keys are padded
   Operand *columns, *rows;    // [heads, ld, kBlock] and [heads, kBlock, ld], the queries of the block
   A* scores;                  // [heads, kept keys, kMeanLd] and a cache line
-  A *sum, *top;               // [tile, kMeanLd], of the averages
+  A *sum, *top;               // [kept keys, kMeanLd], of the averages
   A *max, *inverse, *d;       // [heads, kBlock]: of the softmax of a row, and d
   A *exponentials, *factors;  // [heads, kBlock]: the sum of a row, and weight times inverse
 };
@@ -28,10 +28,11 @@ struct MeanView {
 // The working memory of one thread. Calls come in this order, and each invalidates what the later ones left:
 //   select(b)       the keys of all heads of pair b
 //   load_queries    a block of queries of all heads
-//   softmaxes       max, inverse and factors of the block; or load_stats, which takes them from what was saved
+//   softmaxes       max, inverse and factors of the block
 //   average(t, n)   e_h of all heads for the keys [t, t + n), and their sums
 //   compare         the slopes in place of the sums
-// Heads with a weight of 0 are left out of everything.
+// Where rows are kept, the latter two leave what they made of all keys of the row, else of the last tile alone. Heads
+// with a weight of 0 are left out of everything.
 template <typename P>
 class MeanTask {
  public:
@@ -46,17 +47,20 @@ class MeanTask {
   Counted counted;
   KeyBounds bounds;
   int64_t first = 0, n_queries = 0, padded_queries = 0;  // of the block, as in QueryBlock
-  int64_t padded_keys = 0, tile;
+  const bool gradients;                                  // whether any are wanted
+  bool keeps_rows;                                       // all keys of a block's rows stay in memory
+  int64_t padded_keys = 0;
+  int64_t tile, wide_tile;  // keys of all heads at a time, and of one head
   MeanView<P> views[2];
 
-  MeanTask(const MeanInputs& in, const P& p, Arena& arena, bool backward)
+  MeanTask(const MeanInputs& in, const P& p, Arena& arena, bool wanted)
       : inputs(in),
         products(p),
         table(kernels<A>(*selection().isa)),
         loops(table.mean),
         logarithms(in.comparison == Comparison::kKl),
         counted(in, arena),
-        backward_(backward) {
+        gradients(wanted) {
     const int64_t all = round_up(in.keys, P::kPadding), block = round_up(std::min(in.queries, kBlock), P::kPadding);
     // Scores of all heads stay in the cache of a core.
     constexpr int64_t kRows = 1536;
@@ -65,25 +69,26 @@ class MeanTask {
     all_ = all, rows_ = block;
     constexpr int64_t kMostKept = int64_t(1) << 22;  // bytes
     const int64_t whole_rows = (in.view[0].heads + in.view[1].heads) * all * kMeanLd * static_cast<int64_t>(sizeof(A));
-    keeps_rows_ = !backward && whole_rows <= kMostKept;
-    kept_ = keeps_rows_ ? all : tile;
+    keeps_rows = whole_rows <= kMostKept;
+    kept_ = keeps_rows ? all : tile;
+    wide_tile = keeps_rows ? std::min(kTile, std::max<int64_t>(all, P::kPadding)) : tile;
     for (int v = 0; v < 2; ++v) {
       const ViewInputs& of = in.view[v];
       MeanView<P>& view = views[v];
       view.ld = round_up(of.dim, P::kWidth);
       view.keys = arena.take<Operand>(of.key_heads * all * view.ld);
-      view.keys_t = arena.take<Operand>(backward * of.key_heads * all * view.ld);
+      view.keys_t = arena.take<Operand>(gradients * of.key_heads * all * view.ld);
       view.columns = arena.take<Operand>(of.heads * block * view.ld);
-      view.rows = arena.take<Operand>((backward ? of.heads : 1) * block * view.ld);
+      view.rows = arena.take<Operand>((gradients ? of.heads : 1) * block * view.ld);
       view.scores = arena.take<A>(of.heads * head_stride());
-      view.sum = arena.take<A>(tile * kMeanLd);
-      view.top = arena.take<A>(logarithms * tile * kMeanLd);
+      view.sum = arena.take<A>(kept_ * kMeanLd);
+      view.top = arena.take<A>(logarithms * kept_ * kMeanLd);
       for (A** of_heads : {&view.max, &view.inverse, &view.d, &view.exponentials, &view.factors})
         *of_heads = arena.take<A>(of.heads * kBlock);
     }
     const int64_t widest = std::max(views[0].ld, views[1].ld);
     gathered_ = arena.take<Operand>(P::kInPairs * block * widest);
-    bias_ = arena.take<A>(in.view[0].bias.data ? tile * kMeanLd : 0);
+    bias_ = arena.take<A>(in.view[0].bias.data ? wide_tile * kMeanLd : 0);
   }
 
   void select(int64_t b) {
@@ -96,7 +101,7 @@ class MeanTask {
         Operand* keys = keys_of(v, head);
         products.gather(of.key.head(b, head), inputs.kind, of.key.row_stride, counted.key, inputs.key_mask_of(v, b),
                         counted.n_keys, padded_keys, of.dim, views[v].ld, keys);
-        if (backward_) products.transpose(keys, views[v].ld, padded_keys, views[v].ld, keys_t_of(v, head), padded_keys);
+        if (gradients) products.transpose(keys, views[v].ld, padded_keys, views[v].ld, keys_t_of(v, head), padded_keys);
       }
     }
   }
@@ -115,7 +120,7 @@ class MeanTask {
                       n_queries, padded_queries, of.dim, ld, rows);
       products.columns(rows, ld, padded_queries, ld, columns_of(v, head));
       if constexpr (P::kInPairs) {
-        if (backward_) products.pair_rows(rows, ld, padded_queries, ld, rows_of(v, head));
+        if (gradients) products.pair_rows(rows, ld, padded_queries, ld, rows_of(v, head));
       }
     });
   }
@@ -125,12 +130,21 @@ class MeanTask {
       A *max = of_head(views[v].max, head), *sum = of_head(views[v].exponentials, head);
       std::fill_n(max, kBlock, -std::numeric_limits<A>::infinity());
       std::fill_n(sum, kBlock, A(0));
-      for_tiles([&](int64_t t, int64_t n) {
+      for_tiles(wide_tile, [&](int64_t t, int64_t n) {
         multiply(v, head, t, n);
         load_bias(v, head, t, n);
-        for (int64_t c = 0; c < lane_groups(); ++c)
-          loops.add_softmax(lane_group(v, head, c, t, n), max + c * kLanes, sum + c * kLanes);
+        for (int64_t c = 0; c < lane_groups(); ++c) {
+          const LaneGroup<A> group = lane_group(v, head, c, t, n);
+          if (exponentiates_rows()) {
+            loops.raise_max(group, max + c * kLanes);
+          } else {
+            loops.add_softmax(group, max + c * kLanes, sum + c * kLanes);
+          }
+        }
       });
+      for (int64_t c = 0; exponentiates_rows() && c < lane_groups(); ++c)
+        loops.exponentiate(exponentials(v, head, c, bounds.tile_begin, bounds.tile_end - bounds.tile_begin),
+                           max + c * kLanes, sum + c * kLanes);
       for (int64_t i = 0; i < kBlock; ++i) {
         const bool empty = i >= n_queries || (max[i] == -std::numeric_limits<A>::infinity() && !has_key(v, head, i));
         set_row(v, head, i, max[i], empty ? A(0) : 1 / sum[i]);
@@ -139,39 +153,27 @@ class MeanTask {
     if (inputs.comparison == Comparison::kKl) leave_out_rows_without_target();
   }
 
-  // saved: [kMeanRowStats, B, H, L] of each view.
-  void load_stats(const A* const saved[2]) {
-    for_heads([&](int v, int64_t head) {
-      const int64_t all = inputs.pairs * inputs.view[v].heads * inputs.queries;
-      for (int64_t i = 0; i < kBlock; ++i) {
-        const bool padding = i >= n_queries;
-        const A* from = saved[v] + saved_at(v, head, padding ? 0 : i);
-        set_row(v, head, i, padding ? A(0) : from[0], padding ? A(0) : from[all]);
-        of_head(views[v].d, head)[i] = padding ? A(0) : from[2 * all];
-      }
-    });
-  }
-
-  // Where the block's i-th query lies in what is saved of a view.
-  int64_t saved_at(int v, int64_t head, int64_t i) const {
-    return (b_ * inputs.view[v].heads + head) * inputs.queries + counted.query[first + i];
-  }
-
   void average(int64_t t, int64_t n) {
     for (int v = 0; v < 2; ++v) {
-      std::fill_n(views[v].sum, n * kMeanLd, A(0));
-      if (logarithms) std::fill_n(views[v].top, n * kMeanLd, -std::numeric_limits<A>::infinity());
+      std::fill_n(sum_of(v, t), n * kMeanLd, A(0));
+      if (logarithms) std::fill_n(top_of(v, t), n * kMeanLd, -std::numeric_limits<A>::infinity());
     }
     for_heads([&](int v, int64_t head) {
-      if (!keeps_rows_) multiply(v, head, t, n);
+      if (exponentiates_rows()) {
+        for (int64_t c = 0; c < lane_groups(); ++c)
+          loops.add_exponentials(exponentials(v, head, c, t, n), of_head(views[v].factors, head) + c * kLanes,
+                                 sum_of(v, t) + c * kLanes);
+        return;
+      }
+      if (!keeps_rows) multiply(v, head, t, n);
       load_bias(v, head, t, n);
       for (int64_t c = 0; c < lane_groups(); ++c) {
         const A* max = of_head(views[v].max, head) + c * kLanes;
         if (logarithms) {
-          loops.raise_top(lane_group(v, head, c, t, n), max, views[v].top + c * kLanes);
+          loops.raise_top(lane_group(v, head, c, t, n), max, top_of(v, t) + c * kLanes);
         } else {
           loops.add_head(lane_group(v, head, c, t, n), max, of_head(views[v].factors, head) + c * kLanes, nullptr,
-                         views[v].sum + c * kLanes);
+                         sum_of(v, t) + c * kLanes);
         }
       }
     });
@@ -179,7 +181,7 @@ class MeanTask {
     for_heads([&](int v, int64_t head) {
       for (int64_t c = 0; c < lane_groups(); ++c)
         loops.add_head(exponentials(v, head, c, t, n), nullptr, of_head(views[v].factors, head) + c * kLanes,
-                       views[v].top + c * kLanes, views[v].sum + c * kLanes);
+                       top_of(v, t) + c * kLanes, sum_of(v, t) + c * kLanes);
     });
   }
 
@@ -189,13 +191,35 @@ class MeanTask {
     for (int64_t c = 0; c < lane_groups(); ++c) {
       Averages<A> averages{};
       for (int v = 0; v < 2; ++v) {
-        averages.sum[v] = views[v].sum + c * kLanes;
-        if (logarithms) averages.top[v] = views[v].top + c * kLanes;
+        averages.sum[v] = sum_of(v, t) + c * kLanes;
+        if (logarithms) averages.top[v] = top_of(v, t) + c * kLanes;
         averages.divisor[v] = static_cast<A>(inputs.divisor(v));
       }
       averages.ld = kMeanLd, averages.keys = real_keys(t, n);
       total += loops.compare[static_cast<int>(inputs.comparison)](averages);
     }
+    return total;
+  }
+
+  // Returns the sum over the rows of the block. Where gradients are wanted, also makes d of each row.
+  double compare_rows() {
+    if (gradients) for_heads([&](int v, int64_t head) { std::fill_n(of_head(views[v].d, head), kBlock, A(0)); });
+    double total = 0;
+    for_tiles(tile, [&](int64_t t, int64_t n) {
+      average(t, n);
+      total += compare(t, n);
+      if (!gradients) return;
+      for_heads([&](int v, int64_t head) {
+        for (int64_t c = 0; c < lane_groups(); ++c)
+          loops.add_slopes(exponentials(v, head, c, t, n), sum_of(v, t) + c * kLanes,
+                           of_head(views[v].d, head) + c * kLanes);
+      });
+    });
+    if (gradients)
+      for_heads([&](int v, int64_t head) {
+        A* d = of_head(views[v].d, head);
+        for (int64_t i = 0; i < kBlock; ++i) d[i] = static_cast<A>(d[i] / inputs.weight(head));
+      });
     return total;
   }
 
@@ -214,8 +238,8 @@ class MeanTask {
         if (inputs.weight(head) != 0) body(v, head);
   }
   template <typename Body>
-  void for_tiles(const Body& body) const {
-    for (int64_t t = bounds.tile_begin; t < bounds.tile_end; t += tile) body(t, std::min(tile, bounds.tile_end - t));
+  void for_tiles(int64_t size, const Body& body) const {
+    for (int64_t t = bounds.tile_begin; t < bounds.tile_end; t += size) body(t, std::min(size, bounds.tile_end - t));
   }
 
   int64_t lane_groups() const { return padded_queries / kLanes; }
@@ -224,19 +248,21 @@ class MeanTask {
   Operand* keys_of(int v, int64_t head) const { return views[v].keys + head * all_ * views[v].ld; }
   Operand* keys_t_of(int v, int64_t head) const { return views[v].keys_t + head * all_ * views[v].ld; }
   Operand* columns_of(int v, int64_t head) const { return views[v].columns + head * rows_ * views[v].ld; }
-  Operand* rows_of(int v, int64_t head) const { return views[v].rows + (backward_ ? head : 0) * rows_ * views[v].ld; }
-  A* scores_of(int v, int64_t head, int64_t t) const {
-    return views[v].scores + head * head_stride() + (keeps_rows_ ? t * kMeanLd : 0);
-  }
+  Operand* rows_of(int v, int64_t head) const { return views[v].rows + (gradients ? head : 0) * rows_ * views[v].ld; }
+  A* scores_of(int v, int64_t head, int64_t t) const { return views[v].scores + head * head_stride() + row_of(t); }
+  A* sum_of(int v, int64_t t) const { return views[v].sum + row_of(t); }
+  A* top_of(int v, int64_t t) const { return views[v].top + row_of(t); }
   A* of_head(A* rows, int64_t head) const { return rows + head * kBlock; }
 
  private:
-  const bool backward_;
-  bool keeps_rows_;  // the raw scores of short rows are kept from softmaxes() to average()
   int64_t b_ = 0, all_, rows_, kept_;
   Operand* gathered_;
   A* bias_;
   alignas(64) A first_[kLanes], last_[kLanes];
+
+  // Whether exponentials take the place of scores before there are averages, which is when logarithms need scores.
+  bool exponentiates_rows() const { return keeps_rows && !logarithms; }
+  int64_t row_of(int64_t t) const { return keeps_rows ? t * kMeanLd : 0; }
 
   // Heads lie a cache line further apart than a power of two, so that they spread over the sets of the cache.
   int64_t head_stride() const { return kept_ * kMeanLd + kLanes; }

@@ -1,0 +1,85 @@
+"""A fused operator whose forward also makes the gradients of its sums.
+
+A sum of a pair takes one number as its upstream gradient. So the forward, which has all probabilities at hand, can make
+the gradients for an upstream gradient of 1, and the backward multiplies by it. That saves the backward's exponentials
+and products of queries and keys. The gradients stay in memory from the forward to the backward, as large as the inputs.
+
+The operator is registered as ``torch.ops.ear_ops.NAME``. It takes a problem and ``needs``, one bool for each
+differentiable input. It returns the sums ``[B]`` and the gradients that ``needs`` asks for, in the order of the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ear_ops.ops.backend import kernels_of
+from ear_ops.ops.operator import OPERATORS, ReferenceOperator, define, refuse_second_derivative, schema_inputs
+from ear_ops.ops.probabilities import compute_dtype
+
+
+class GradientOperator(ReferenceOperator):
+    """A fused operator from a problem to sums ``[B]`` and their gradients.
+
+    Args:
+        name: of ``torch.ops.ear_ops.NAME``.
+        problem: the ``NamedTuple`` of its inputs. The order of its fields is the schema: differentiable tensors, other
+            tensors, then options. It has ``pairs``.
+        reference: the definition, from a problem to the sums, in plain PyTorch.
+        differentiable: how many of the first fields have a gradient. Their first dimension is B, or 2B with both views.
+    """
+
+    def __init__(
+        self, name: str, problem: type[Any], *, reference: Callable[[Any], Tensor], differentiable: int
+    ) -> None:
+        super().__init__(name, reference)
+        self.differentiable = differentiable
+        inputs, _ = schema_inputs(problem)
+
+        def fake(*inputs: Any) -> tuple[Tensor, list[Tensor]]:
+            made, needs = problem(*inputs[:-1]), inputs[-1]
+            wanted = [tensor for tensor, needed in zip(made[:differentiable], needs, strict=True) if needed]
+            gradients = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in wanted]
+            return made[0].new_empty((made.pairs,), dtype=compute_dtype(made[0].dtype)), gradients
+
+        define(name, f"({inputs}, bool[] needs) -> (Tensor sums, Tensor[] gradients)", fake)
+        self.forward_op = getattr(torch.ops.ear_ops, name).default
+        self.kernels = kernels_of(name)
+        OPERATORS[name] = self
+
+    def fused_sums(self, problem: Any) -> Tensor:
+        inputs = problem[: self.differentiable]
+        recorded = torch.is_grad_enabled()
+        needs = [recorded and tensor is not None and tensor.requires_grad for tensor in inputs]
+        return _FusedGradients.apply(self.name, needs, *problem)
+
+
+class _FusedGradients(Function):
+    """Saves the gradients that the operator called ``name`` makes, and multiplies them in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, needs: list[bool], *problem: Any) -> Tensor:
+        sums, gradients = OPERATORS[name].forward_op(*problem, needs)
+        ctx.name, ctx.needs, ctx.inputs = name, needs, len(problem)
+        ctx.dtype = problem[0].dtype
+        ctx.save_for_backward(*gradients)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative(ctx.name)
+        gradients = iter(ctx.saved_tensors)
+        placed = [_scaled(next(gradients), grad_sums).to(ctx.dtype) if needed else None for needed in ctx.needs]
+        return (None, None, *placed, *[None] * (ctx.inputs - len(placed)))
+
+
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """The gradient ``[B, ...]`` or ``[2B, ...]`` times ``[B]`` numbers; 0 where they are, also if it is infinite."""
+    if len(gradient) != len(upstream):
+        upstream = torch.cat([upstream, upstream])
+    upstream = upstream.reshape(-1, *[1] * (gradient.dim() - 1))
+    return (gradient * upstream).masked_fill_(upstream == 0, 0.0)
