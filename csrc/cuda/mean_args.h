@@ -11,12 +11,13 @@
 //   row_stats         maximum and 1 / sum of exponentials
 //     | average       of each tile of the rectangle, over all heads of both views; values --> block_sums
 //   slopes            F of each view; for KL, the logarithms of what they are scaled by
-//     | sums          of each head and 64 queries: d           | gradient     of each head and 64 queries or keys
-//   row_stats                                                  dQ, dK
+//     | sums          of each head and 64 queries, where a gradient is wanted
+//   row_stats         d
+//     | gradient      of each head and 64 queries or keys
+//   dQ, dK
 //
-// The gradients are made in the same call, for an upstream gradient of 1. Products of 64 x 64 scores for each head: two
-// for the values, one more for d, and two for each gradient. Where the memory does not hold all slopes at once, they
-// are made once more for the gradients of keys.
+// Products of 64 x 64 scores for each head: two without gradients. With those of queries and keys there are seven, and
+// eight where the memory does not hold all slopes at once: strips of keys make them anew.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +26,7 @@
 
 namespace ear_ops::cuda {
 
-constexpr int kMeanStats = 3;  // rows of row_stats: maximum, 1 / sum of exponentials, d
+constexpr int kMeanStats = 3;  // rows of row_stats: maximum, 1 / sum of exponentials, and d where it is wanted
 
 // In memory [B, planes, rows, columns], of the queries from first_query on and the keys from first_key on.
 struct Slopes {
@@ -36,7 +37,7 @@ struct Slopes {
 
 // What the kernels of one view take. Of `view`, the first entries are those of this view.
 struct MeanViewArgs {
-  QKArgs view;                // row_stats [3, B, H, L]; key_mask [B, S]
+  QKArgs view;                // row_stats [kMeanStats, B, H, L]; key_mask [B, S]
   const float* head_weights;  // [H], which add up to 1; null: the average divides by H
   Slopes slopes;
   int plane;    // of this view
@@ -48,7 +49,7 @@ struct MeanArgs {
   const float* head_weights;
   float divisor[2];  // of the sum over the heads
   Slopes slopes;
-  float* block_sums;  // [B, blocks of queries, key_parts]; null once the values are known
+  float* block_sums;  // [B, blocks of queries, key_parts]; null for strips of keys
   int key_parts;      // blocks of threads that share the keys of 64 queries
 };
 
@@ -68,20 +69,22 @@ inline int keys_of_strip(const MeanArgs& a) { return strip_of(a, a.view[0].keys,
 // Whether the memory for slopes holds all of them, so that one strip is all that there is.
 inline bool is_one_strip(const MeanArgs& a) { return queries_of_strip(a) >= padded(a.view[0].queries); }
 
-inline bool wants_queries(const MeanArgs& a) { return a.view[0].query[0].gradient || a.view[1].query[0].gradient; }
-inline bool wants_keys(const MeanArgs& a) { return a.view[0].key[0].gradient || a.view[1].key[0].gradient; }
+// Whether strips of keys follow those of queries.
+inline bool has_strips_of_keys(const MeanArgs& a) {
+  return (a.view[0].key[0].gradient || a.view[1].key[0].gradient) && !is_one_strip(a);
+}
 
 // How many numbers the slopes of the largest strip are.
 inline int64_t slopes_size(const MeanArgs& a) {
   int64_t largest = int64_t(1) * queries_of_strip(a) * padded(a.view[0].keys);
-  if (wants_keys(a) && !is_one_strip(a))
-    largest = std::max(largest, int64_t(1) * keys_of_strip(a) * padded(a.view[0].queries));
+  if (has_strips_of_keys(a)) largest = std::max(largest, int64_t(1) * keys_of_strip(a) * padded(a.view[0].queries));
   return a.view[0].pairs * a.slopes.planes * largest;
 }
 
 inline int slope_planes(Comparison comparison) { return comparison == Comparison::kKl ? 4 : 2; }
 
-// Writes block_sums and the gradients that are not null. Returns null, or what went wrong.
+// Null, or what went wrong. Writes row_stats, block_sums and the gradients that are not null, for an upstream gradient
+// of 1.
 const char* launch_mean_heads(Comparison comparison, Element element, const MeanArgs& args, void* stream);
 
 }  // namespace ear_ops::cuda

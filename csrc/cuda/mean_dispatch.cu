@@ -38,16 +38,15 @@ class Call {
     set_rectangle(0, padded(queries()), 0, 0);
     for (int v = 0; v < 2; ++v)
       of_view(v, [](auto kernels, const auto& a, void* stream) { return kernels.statistics(a, stream); });
-    const bool whole = is_one_strip(args_);
     for_strips_of_queries([&]() {
       average();
-      if (wants_queries(args_) || wants_keys(args_))
-        for (int v = 0; v < 2; ++v)
+      for (int v = 0; v < 2; ++v)
+        if (args_.view[v].query[0].gradient || args_.view[v].key[0].gradient)
           of_view(v, [](auto kernels, const auto& a, void* stream) { return kernels.sums(a, stream); });
       query_gradients();
-      if (whole) key_gradients();
+      if (is_one_strip(args_)) key_gradients();
     });
-    if (whole || !wants_keys(args_)) return error_;
+    if (!has_strips_of_keys(args_)) return error_;
     args_.block_sums = nullptr;
     const int strip = keys_of_strip(args_);
     for (int first = 0; first < padded(keys()); first += strip) {

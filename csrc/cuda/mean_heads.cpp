@@ -31,7 +31,6 @@ struct MeanCall {  // the arguments of the kernels, and what keeps their memory 
   MeanArgs args{};
   Element element;
   OptionalTensor key_mask, counted_queries, head_weights;
-  Tensor slopes;  // scratch memory
 
   MeanCall(const MeanComparing& op, const MeanHeadsProblem& problem, const MeanHeadsSizes& sizes)
       : element(element_of(problem.query)),
@@ -64,34 +63,30 @@ struct MeanCall {  // the arguments of the kernels, and what keeps their memory 
     args.slopes.planes = slope_planes(op.comparison);
     args.key_parts = std::clamp(blocks_of(args.view[0].keys), 1, kKeyParts);
   }
-
-  void make_slopes(const Tensor& like) {
-    slopes = make_scratch({slopes_size(args)}, like.options().dtype(at::kFloat));
-    args.slopes.data = floats(slopes);
-  }
 };
 
-// The gradients are those of an upstream gradient of 1.
 template <const MeanComparing& kOp>
 std::tuple<Tensor, std::vector<Tensor>> forward(const MeanHeadsProblem& problem, const c10::List<bool>& needs) {
   const Launch launch(problem.query);
   const MeanHeadsSizes sizes = check(kOp.name, problem, kLimits, needs);
   MeanCall call(kOp, problem, sizes);
+  MeanArgs& args = call.args;
   const Gradients gradients = make_gradients({{problem.query, problem.query_aug}, {problem.key, problem.key_aug}},
                                              needs, sizes.pairs, make_like);
   const auto options = problem.query.options().dtype(at::kFloat);
   std::array<Tensor, 2> row_stats;
   for (int v = 0; v < 2; ++v) {
-    QKArgs& view = call.args.view[v];
-    row_stats[v] = make({kMeanStats, sizes.pairs, view.heads, sizes.queries}, options);
-    view.row_stats = floats(row_stats[v]);
+    QKArgs& view = args.view[v];
     view.query[0].gradient = memory_or_null(gradients.views[0][kOp.view(v)]);
     view.key[0].gradient = memory_or_null(gradients.views[1][kOp.view(v)]);
+    const int rows = view.query[0].gradient || view.key[0].gradient ? kMeanStats : kMeanStats - 1;
+    row_stats[v] = make({rows, sizes.pairs, view.heads, sizes.queries}, options);
+    view.row_stats = floats(row_stats[v]);
   }
-  const Tensor block_sums = make({sizes.pairs, blocks_of(call.args.view[0].queries), call.args.key_parts}, options);
-  call.args.block_sums = floats(block_sums);
-  call.make_slopes(problem.query);
-  launch.check(kOp.name, launch_mean_heads(kOp.comparison, call.element, call.args, launch.stream()));
+  const Tensor block_sums = make({sizes.pairs, blocks_of(args.view[0].queries), args.key_parts}, options);
+  const Tensor slopes = make_scratch({slopes_size(args)}, options);
+  args.block_sums = floats(block_sums), args.slopes.data = floats(slopes);
+  launch.check(kOp.name, launch_mean_heads(kOp.comparison, call.element, args, launch.stream()));
   return {block_sums.sum({1, 2}), gradients.returned};
 }
 
