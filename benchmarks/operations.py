@@ -128,6 +128,18 @@ def _qk_fused(inputs: Inputs) -> Tensor:
     return ear_ops.qk_attention_mse(query, key, **_masks(inputs), **inputs.options, backend=query.device.type)
 
 
+def _mean_heads_work(preset: Preset, element: int, backward: bool) -> Work:
+    """Return the work of the kernels, whose forward makes the gradients from the scores that it has at hand."""
+    forward = _qk_work(preset, element, False)
+    if not backward:
+        return forward
+    return Work(
+        flops=3 * forward.flops,  # scores, dQ and dK of both views
+        exponentials=forward.exponentials,
+        bytes=4.0 * forward.bytes,  # inputs are read, and gradients written, read and written
+    )
+
+
 def _mean_heads_eager(inputs: Inputs) -> Tensor:
     """Return the error between the averages over the heads."""
     averages = _maps(*inputs.tensors, inputs.mask, inputs.options).mean(1, keepdim=True)
@@ -344,7 +356,7 @@ OPERATIONS = {
     "qk_attention_kl": _divergence("qk_attention_kl", _kl_eager),
     "qk_attention_js": _divergence("qk_attention_js", _js_eager),
     "qk_scores_mse": _divergence("qk_scores_mse", _scores_eager),
-    "heads_mean": Operation(_qk_make, _mean_heads_eager, _mean_heads_fused, _qk_work, _qk_part, _maps_bytes),
+    "heads_mean": Operation(_qk_make, _mean_heads_eager, _mean_heads_fused, _mean_heads_work, _qk_part, _maps_bytes),
     "distillation": Operation(
         _distillation_make,
         _distillation_eager,
