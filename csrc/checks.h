@@ -120,6 +120,7 @@ inline AttentionSizes check(const char* op, const AttentionProblem& p, const Dev
   checker.check("key", p.key, {p.query.size(0), sizes.key_heads, sizes.keys, sizes.dim}, p.query.scalar_type());
   TORCH_CHECK_VALUE(p.query_aug.has_value() == p.key_aug.has_value(), op,
                     ": query_aug, key_aug: expected both or neither");
+  TORCH_CHECK_VALUE(sizes.dim > 0, op, ": query: expected at least one feature, got shape ", p.query.sizes());
   checker.check_like("query_aug", p.query_aug, p.query);
   checker.check_like("key_aug", p.key_aug, p.key);
   checker.check("key_mask", p.key_mask, {2 * pairs, sizes.keys}, at::kBool);
@@ -150,6 +151,11 @@ inline AttentionSizes check_backward(const char* op, const AttentionProblem& p, 
   return sizes;
 }
 
+// What gradients are in until an upstream gradient is multiplied in. In float16 some would overflow or vanish.
+inline at::ScalarType gradient_dtype(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kHalf ? at::kFloat : tensor.scalar_type();
+}
+
 inline MeanHeadsSizes check(const char* op, const MeanHeadsProblem& p, const DeviceLimits& limits,
                             const c10::List<bool>& needs) {
   const Checker checker(op, "query", p.query, 4, "[B, H, L, D]", limits);
@@ -170,6 +176,8 @@ inline MeanHeadsSizes check(const char* op, const MeanHeadsProblem& p, const Dev
     const int64_t dim = sizes.dim[v] = queries[v]->size(3), rows = p.query.size(0);
     TORCH_CHECK_VALUE(heads > 0 && key_heads > 0 && heads % key_heads == 0, op, ": ", key_name,
                       ": expected a number of heads that divides ", heads, ", got shape ", keys[v]->sizes());
+    TORCH_CHECK_VALUE(dim > 0, op, ": ", query_name, ": expected at least one feature, got shape ",
+                      queries[v]->sizes());
     checker.check(query_name, *queries[v], {rows, heads, sizes.queries, dim}, p.query.scalar_type());
     checker.check(key_name, *keys[v], {rows, key_heads, sizes.keys, dim}, p.query.scalar_type());
     checker.check_size(query_name, *queries[v], limits);

@@ -37,7 +37,7 @@ int64_t workers(const MeanInputs& p) {
 
 int64_t blocks(int64_t queries) { return (queries + kBlock - 1) / kBlock; }
 
-// Of each view, shaped like the inputs; data null where it is not asked for.
+// Of each view, shaped like the inputs, in gradient_dtype; data null where it is not asked for.
 struct MeanGradients {
   std::array<HeadsPointer, 2> query, key;
 
@@ -52,6 +52,7 @@ struct MeanGradientTask : MeanTask<P> {
   using A = typename P::Accumulator;
   using Operand = typename P::Operand;
 
+  const Kind gradient_kind = this->inputs.kind == Kind::kFloat16 ? Kind::kFloat32 : this->inputs.kind;
   const MeanGradients& out;
   A *grad_queries_t[2], *grad_queries, *grad_keys[2];  // [heads, ld, kBlock]; [kBlock, ld]; [key_heads, keys, ld]
   Operand *left, *right;                               // dS^T of a tile
@@ -97,7 +98,7 @@ struct MeanGradientTask : MeanTask<P> {
       if (!out.query[v].data) return;
       const int64_t rows = this->padded_queries, ld = this->views[v].ld;
       this->table.transpose(grad_queries_of(v, head), rows, ld, rows, grad_queries, ld);
-      this->table.scatter_rows(grad_queries, ld, this->n_queries, this->inputs.view[v].dim, this->inputs.kind,
+      this->table.scatter_rows(grad_queries, ld, this->n_queries, this->inputs.view[v].dim, gradient_kind,
                                out.query[v].row_stride, this->counted.query + this->first, out.query[v].head(b, head));
     });
   }
@@ -106,8 +107,8 @@ struct MeanGradientTask : MeanTask<P> {
     for (int v = 0; v < 2; ++v)
       for (int64_t head = 0; out.key[v].data && head < this->inputs.view[v].key_heads; ++head)
         this->table.scatter_rows(from[v] + head * this->padded_keys * this->views[v].ld, this->views[v].ld,
-                                 this->counted.n_keys, this->inputs.view[v].dim, this->inputs.kind,
-                                 out.key[v].row_stride, this->counted.key, out.key[v].head(b, head));
+                                 this->counted.n_keys, this->inputs.view[v].dim, gradient_kind, out.key[v].row_stride,
+                                 this->counted.key, out.key[v].head(b, head));
   }
 
  private:
@@ -220,9 +221,9 @@ struct MeanHeads {
                                                          const c10::List<bool>& needs) {
     const MeanInputs inputs(problem, check(kOp, problem, kLimits, needs), kComparison, kExchanged);
     Tensor sums = at::zeros({inputs.pairs}, problem.query.options().dtype(accumulator_of(problem.query)));
-    Gradients gradients =
-        make_gradients({{problem.query, problem.query_aug}, {problem.key, problem.key_aug}}, needs, inputs.pairs,
-                       [](const Tensor& like) { return at::zeros(like.sizes(), like.options()); });
+    Gradients gradients = make_gradients(
+        {{problem.query, problem.query_aug}, {problem.key, problem.key_aug}}, needs, inputs.pairs,
+        [](const Tensor& like) { return at::zeros(like.sizes(), like.options().dtype(gradient_dtype(like))); });
     MeanGradients out;
     for (int v = 0; v < 2; ++v) {
       out.query[v] = HeadsPointer(gradients.views[0][inputs.view_of_problem(v)]);

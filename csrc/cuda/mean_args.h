@@ -37,7 +37,7 @@ struct Slopes {
 
 // What the kernels of one view take. Of `view`, the first entries are those of this view.
 struct MeanViewArgs {
-  QKArgs view;                // row_stats [kMeanStats, B, H, L]; key_mask [B, S]
+  QKArgs view;                // row_stats [kMeanStats, B, H, L], without d where no gradient is wanted; key_mask [B, S]
   const float* head_weights;  // [H], which add up to 1; null: the average divides by H
   Slopes slopes;
   int plane;    // of this view

@@ -27,18 +27,24 @@ constexpr MeanComparing kKl = {"qk_mean_attention_kl", Comparison::kKl, false};
 constexpr MeanComparing kReverseKl = {"qk_mean_attention_reverse_kl", Comparison::kKl, true};
 constexpr MeanComparing kJs = {"qk_mean_attention_js", Comparison::kJs, false};
 
+// So float16 has the kernels of float32.
+std::array<Tensor, 2> in_gradient_dtype(const std::array<Tensor, 2>& views) {
+  return {views[0].to(gradient_dtype(views[0])), views[1].to(gradient_dtype(views[1]))};
+}
+
 struct MeanCall {  // the arguments of the kernels, and what keeps their memory alive
   MeanArgs args{};
   Element element;
   OptionalTensor key_mask, counted_queries, head_weights;
+  std::array<Tensor, 2> queries, keys;
 
   MeanCall(const MeanComparing& op, const MeanHeadsProblem& problem, const MeanHeadsSizes& sizes)
-      : element(element_of(problem.query)),
-        key_mask(contiguous(problem.key_mask)),
+      : key_mask(contiguous(problem.key_mask)),
         counted_queries(contiguous(problem.counted_queries)),
-        head_weights(contiguous(problem.head_weights)) {
-    const auto queries = split_views(problem.query, problem.query_aug, sizes.pairs);
-    const auto keys = split_views(problem.key, problem.key_aug, sizes.pairs);
+        head_weights(contiguous(problem.head_weights)),
+        queries(in_gradient_dtype(split_views(problem.query, problem.query_aug, sizes.pairs))),
+        keys(in_gradient_dtype(split_views(problem.key, problem.key_aug, sizes.pairs))) {
+    element = element_of(queries[0]);
     const uint8_t *masks = mask_of(key_mask), *counted = mask_of(counted_queries);
     for (int v = 0; v < 2; ++v) {
       const int from = op.view(v);
@@ -71,8 +77,9 @@ std::tuple<Tensor, std::vector<Tensor>> forward(const MeanHeadsProblem& problem,
   const MeanHeadsSizes sizes = check(kOp.name, problem, kLimits, needs);
   MeanCall call(kOp, problem, sizes);
   MeanArgs& args = call.args;
-  const Gradients gradients = make_gradients({{problem.query, problem.query_aug}, {problem.key, problem.key_aug}},
-                                             needs, sizes.pairs, make_like);
+  const Gradients gradients =
+      make_gradients({{problem.query, problem.query_aug}, {problem.key, problem.key_aug}}, needs, sizes.pairs,
+                     [](const Tensor& like) { return make(like.sizes(), like.options().dtype(gradient_dtype(like))); });
   const auto options = problem.query.options().dtype(at::kFloat);
   std::array<Tensor, 2> row_stats;
   for (int v = 0; v < 2; ++v) {

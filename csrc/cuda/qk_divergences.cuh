@@ -27,7 +27,7 @@ struct Kl {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kKl));
   static constexpr bool kInLog2 = true, kSweepsTwice = false, kMayBeInfinite = true, kSharesSlopes = false;
   static constexpr float kFactor = 1;
-  static constexpr float kRange = 1024;  // P - T is at most 1, T (x - KL) more where scores differ by hundreds
+  static constexpr float kRange = 64;  // P - T is at most 1, and T (x - KL) a quarter of how far scores differ
 
   // What a lane sums of its two rows, over the keys that it has seen. With P^ = exp(s - max) of the first view, T^ of
   // the second, r = sum T^ / sum P^ and x the logarithm of T^ / (r P^), it keeps sum P^, sum T^, A = sum T^ f(x) and
@@ -129,9 +129,9 @@ struct Kl {
       stats[5] = fabsf(of_logs) < infinity() ? fmaxf(total, 0.0f) * stats[3] : infinity();
       stats[5] += 0 * (stats[2] + stats[3]);  // NaN where a row is
       stats[4] = logarithm[half] + stats[5];
-      if (stats[3] == 0)
+      if (stats[3] == 0)  // the maxima stay, for exponentials that are multiplied by 0
 #pragma unroll
-        for (int k = 0; k < kRowStats; ++k) stats[k] = 0;
+        for (int k = 2; k < kRowStats; ++k) stats[k] = 0;
       return stats[5];
     }
   };

@@ -26,7 +26,7 @@ EAR_OPS_DEVICE float log_ratio_of_maps(float p, float t) {
 
 struct MapKl {
   static constexpr float kFactor = 1;
-  static constexpr float kRange = 1024;
+  static constexpr float kRange = 64;  // see Kl in qk_divergences.cuh
 
   static EAR_OPS_DEVICE float value(float p, float t) {
     if (t == 0) return p;

@@ -42,10 +42,15 @@ struct RunningSoftmax {
 };
 
 template <typename Block>
-EAR_OPS_DEVICE void store_stats(const Block& block, int v, int index, const float (&stats)[2]) {
+EAR_OPS_DEVICE void store_stat(const Block& block, int k, int v, int index, float stat) {
   float* to = block.a.row_stats + stats_index(block.a, block.pair, block.head, block.position(v, index));
+  store_global(to + (2 * k + v) * stats_step(block.a), stat);
+}
+
+template <typename Block>
+EAR_OPS_DEVICE void store_stats(const Block& block, int v, int index, const float (&stats)[2]) {
 #pragma unroll
-  for (int k = 0; k < 2; ++k) store_global(to + (2 * k + v) * stats_step(block.a), stats[k]);
+  for (int k = 0; k < 2; ++k) store_stat(block, k, v, index, stats[k]);
 }
 
 // Writes the statistics of the queries of a strip; the first one's block writes those of all tokens without a word.
@@ -107,12 +112,12 @@ words_forward(EAR_OPS_ARGUMENT const WordArgs a) {
     const int row = block.row_of_warp(at.strip, n);
     if (counts) total += values[n];
     if (counts || !block.has_row(row)) continue;
-    // A row in which T is 0 everywhere counts nothing, and has no gradient: as if its tokens attended to nothing.
-    const float none[2] = {0, 0};
+    // A row in which T is 0 everywhere counts nothing, and has no gradient: as if its tokens attended to nothing. The
+    // maxima stay, for exponentials that are multiplied by 0.
 #pragma unroll 1
     for (int v = 0; v < 2; ++v)
       for (int i = block.begin(v, row) + thread_index() % kWarp; i < block.begin(v, row + 1); i += kWarp)
-        store_stats(block, v, i, none);
+        store_stat(block, 1, v, i, 0);
   }
   total = block_sum<kThreads>(total);
   const int64_t index = (at.pair * a.heads + at.head) * at.strips + at.strip;

@@ -2,7 +2,8 @@
 
 A sum of a pair takes one number as its upstream gradient. So the forward, which has all probabilities at hand, can make
 the gradients for an upstream gradient of 1, and the backward multiplies by it. That saves the backward's exponentials
-and products of queries and keys. The gradients stay in memory from the forward to the backward, as large as the inputs.
+and products of queries and keys. The gradients stay in memory from the forward to the backward, as large as the inputs;
+in float32 for those of float16, where some would overflow or vanish before the multiplication.
 
 The operator is registered as ``torch.ops.ear_ops.NAME``. It takes a problem and ``needs``, one bool for each
 differentiable input. It returns the sums ``[B]`` and the gradients that ``needs`` asks for, in the order of the inputs.
@@ -42,8 +43,11 @@ class GradientOperator(ReferenceOperator):
 
         def fake(*inputs: Any) -> tuple[Tensor, list[Tensor]]:
             made, needs = problem(*inputs[:-1]), inputs[-1]
-            wanted = [tensor for tensor, needed in zip(made[:differentiable], needs, strict=True) if needed]
-            gradients = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in wanted]
+            named = zip(made[:differentiable], needs, strict=True)
+            wanted = [tensor for tensor, needed in named if tensor is not None and needed]
+            gradients = [
+                torch.empty(tensor.shape, dtype=_kept(tensor.dtype), device=tensor.device) for tensor in wanted
+            ]
             return made[0].new_empty((made.pairs,), dtype=compute_dtype(made[0].dtype)), gradients
 
         define(name, f"({inputs}, bool[] needs) -> (Tensor sums, Tensor[] gradients)", fake)
@@ -75,6 +79,11 @@ class _FusedGradients(Function):
         gradients = iter(ctx.saved_tensors)
         placed = [_scaled(next(gradients), grad_sums).to(ctx.dtype) if needed else None for needed in ctx.needs]
         return (None, None, *placed, *[None] * (ctx.inputs - len(placed)))
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """What gradients of inputs in ``dtype`` are kept in."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:

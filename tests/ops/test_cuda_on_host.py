@@ -423,6 +423,17 @@ def test_nearly_equal_views_keep_their_digits(comparison: str, closeness: float,
         assert l2_error(gradient, exact_gradient) < 10 * rounding
 
 
+@pytest.mark.parametrize("comparison", ["kl", "reverse kl"])
+def test_a_row_without_a_target_has_no_gradient_where_scores_are_large(comparison: str, dtype: torch.dtype) -> None:
+    """Their exponentials are infinite where no maximum is taken off."""
+    masks = all_queries(9) | {name: lengths_mask([40, 40], 40) for name in ("attention_mask", "attention_mask_aug")}
+    masks["attention_mask" if comparison == "reverse kl" else "attention_mask_aug"] = lengths_mask([0, 40], 40)
+    case = compared(comparison, 9, 40, gain=400.0, masks=masks, reduction="none").to(dtype)
+    value, gradients = case.run("cpu")
+    assert not value[0].any()
+    assert not any(gradient[0].any() for gradient in gradients)
+
+
 @every_comparison
 @pytest.mark.parametrize("keys", [40, 130])
 def test_equal_views_give_exactly_zero(comparison: str, keys: int, dtype: torch.dtype) -> None:

@@ -567,6 +567,16 @@ def test_gradients_are_made_once_and_kept(form: str) -> None:
         assert torch.equal(gradient, repeated) and torch.equal(2 * gradient, twice) and gradient.any()
 
 
+def test_float16_keeps_gradients_that_only_the_reduction_makes_small() -> None:
+    """Those of the sum are 131072, which float16 does not have; the mean divides them by the 4096 queries."""
+    query, key = torch.full((1, 1, 4096, 1), 64.0), torch.zeros(1, 1, 2, 1)
+    target = torch.tensor([[[[30.0], [0.0]]]])
+    views = [tensor.half().requires_grad_() for tensor in (query, key, query / 64, target)]
+    value = ear_ops.qk_attention_kl(*views, heads="mean", scale=1.0, backend="cpu")
+    (gradient,) = torch.autograd.grad(value, views[1])
+    torch.testing.assert_close(gradient, torch.tensor([[[[-32.0], [32.0]]]]).half())
+
+
 @every_kernel
 def test_no_gradient_is_made_where_none_can_be_asked_for(form: str) -> None:
     case = case_of(form, 64, None, 8).to(torch.float32)

@@ -158,6 +158,18 @@ def test_a_row_without_keys(divergence: str) -> None:
     assert all(torch.allclose(a.double(), b, rtol=1e-4, atol=1e-6) for a, b in zip(found, right, strict=True))
 
 
+def test_a_row_without_a_target_has_no_gradient_where_scores_are_large() -> None:
+    """Their exponentials are infinite where no maximum is taken off."""
+    ids = FEW[::2]
+    masked = torch.zeros(1, 2, 41, 41)
+    masked[:, :, ids[1] >= 0] = -torch.inf
+    problem, _ = call(ids, "kl")
+    problem = problem._replace(attn_bias=torch.zeros(1, 2, 41, 41), attn_bias_aug=masked, scale=1000.0)
+    sums = QK_WORD_ATTENTION["kl"].sums(problem, "cpu")
+    assert not sums.any()
+    assert not any(gradient.any() for gradient in torch.autograd.grad(sums.sum(), problem[:4]))
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_the_order_in_which_threads_run_changes_no_bit(dtype: torch.dtype) -> None:
     inputs = [view.to(dtype) for view in views(MANY, heads=2, key_heads=1, dim=16)]

@@ -209,7 +209,9 @@ def divergence_checks(dtype: torch.dtype) -> Iterator[Check]:
 
 
 def mean_checks(dtype: torch.dtype) -> Iterator[Check]:
-    """Of averages over heads. The core compiles one file, for one architecture."""
+    """Of averages over heads. The core compiles one file, for one architecture. float16 has no kernels of its own."""
+    if dtype is F16:
+        return
     both = lengths_mask([70, 33], 70)
     masks = {**masked_case(20, 70, 64).masks, "attention_mask": both, "attention_mask_aug": both}
     for form in ("mse", "forward", "js"):
