@@ -1,11 +1,9 @@
 // Compares the averages over the heads of two views straight from Q and K, on CUDA.
 #include <ATen/ops/sum.h>
 
-#include <algorithm>
-
 #include "../register.h"
 #include "mean_args.h"
-#include "tensors.h"
+#include "qk_call.h"
 
 namespace ear_ops::cuda {
 
@@ -13,19 +11,10 @@ namespace {
 
 constexpr int kKeyParts = 8;  // blocks of threads that share the keys of 64 queries in the forward, at most
 
-// An operator. The kernels of a divergence know one direction; the other one exchanges views.
-struct MeanComparing {
-  const char* name;
-  Comparison comparison;
-  bool exchanged;  // view v of the kernels is view 1 - v of the problem
-
-  int view(int v) const { return exchanged ? 1 - v : v; }
-};
-
-constexpr MeanComparing kMse = {"qk_mean_attention_mse", Comparison::kMse, false};
-constexpr MeanComparing kKl = {"qk_mean_attention_kl", Comparison::kKl, false};
-constexpr MeanComparing kReverseKl = {"qk_mean_attention_reverse_kl", Comparison::kKl, true};
-constexpr MeanComparing kJs = {"qk_mean_attention_js", Comparison::kJs, false};
+constexpr Comparing kMse = {"qk_mean_attention_mse", Comparison::kMse, false};
+constexpr Comparing kKl = {"qk_mean_attention_kl", Comparison::kKl, false};
+constexpr Comparing kReverseKl = {"qk_mean_attention_reverse_kl", Comparison::kKl, true};
+constexpr Comparing kJs = {"qk_mean_attention_js", Comparison::kJs, false};
 
 // So float16 has the kernels of float32.
 std::array<Tensor, 2> in_gradient_dtype(const std::array<Tensor, 2>& views) {
@@ -38,7 +27,7 @@ struct MeanCall {  // the arguments of the kernels, and what keeps their memory 
   OptionalTensor key_mask, counted_queries, head_weights;
   std::array<Tensor, 2> queries, keys;
 
-  MeanCall(const MeanComparing& op, const MeanHeadsProblem& problem, const MeanHeadsSizes& sizes)
+  MeanCall(const Comparing& op, const MeanHeadsProblem& problem, const MeanHeadsSizes& sizes)
       : key_mask(contiguous(problem.key_mask)),
         counted_queries(contiguous(problem.counted_queries)),
         head_weights(contiguous(problem.head_weights)),
@@ -71,7 +60,7 @@ struct MeanCall {  // the arguments of the kernels, and what keeps their memory 
   }
 };
 
-template <const MeanComparing& kOp>
+template <const Comparing& kOp>
 std::tuple<Tensor, std::vector<Tensor>> forward(const MeanHeadsProblem& problem, const c10::List<bool>& needs) {
   const Launch launch(problem.query);
   const MeanHeadsSizes sizes = check(kOp.name, problem, kLimits, needs);
@@ -97,7 +86,7 @@ std::tuple<Tensor, std::vector<Tensor>> forward(const MeanHeadsProblem& problem,
   return {block_sums.sum({1, 2}), gradients.returned};
 }
 
-template <const MeanComparing& kOp>
+template <const Comparing& kOp>
 void register_comparing(torch::Library& library) {
   register_forward<&forward<kOp>>(library, kOp.name, kDispatchKey);
 }
