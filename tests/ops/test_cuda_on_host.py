@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import cuda_on_host
 from support.cases import LAYOUTS, MEAN_FORMS, Case, attention_case, lengths_mask, mean_case, pooled_case, qk_case
@@ -687,10 +687,9 @@ def test_strides_and_forms_of_the_others(make, layout: str, stacked: bool) -> No
 @settings(max_examples=10)
 def test_anything(op: str, data: st.DataObject) -> None:
     case = data.draw(cases(op, dtypes=DTYPES, mask_kinds=MASK_KINDS))
-    if op == "qk_attention_js":  # rows with one key in a view have a gradient of nothing but rounding
-        gradients = case.to(torch.float64).run("reference")[1]
-        assume(all(g is None or g.numel() == 0 or g.abs().max() > 1e-6 for g in gradients))
-    check_case(case, data.draw(st.sampled_from(DTYPES)), "cpu", slack=16.0)
+    # Rows with one key in a view have a gradient of nothing but rounding.
+    negligible = 1e-6 if op == "qk_attention_js" else 0.0
+    check_case(case, data.draw(st.sampled_from(DTYPES)), "cpu", slack=16.0, negligible=negligible)
 
 
 # --- what is reported ---------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cases import LOSSES, Case, in_form, lengths_mask, other_heads, qk_case
 from support.cases import MEAN_FORMS as FORMS
@@ -471,9 +471,7 @@ def test_kernels_equal_the_reference(form: str, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_kernels_in_single_precision(form: str, data: st.DataObject) -> None:
     case = drawn(data, form, dtypes=(torch.float32, torch.bfloat16, torch.float16), empty=False)
-    exact, gradients = run(case.to(torch.float64))  # of nothing but rounding there is no error
-    assume(all(tensor.abs().max() > 1e-6 for tensor in (exact, *gradients)))
-    check_case(case, case.x[0].dtype, "cpu", slack=4.0)
+    check_case(case, case.x[0].dtype, "cpu", slack=4.0, negligible=1e-6)
 
 
 @every_kernel

@@ -31,12 +31,10 @@ def close(a: Tensor, b: Tensor) -> None:
 def test_the_kernels_are_the_reference(op: str, device: str, data: st.DataObject) -> None:
     dtypes = DTYPES if device == "cpu" else DTYPES[:3]
     case = data.draw(cases(op))
-    if op == "qk_attention_js":  # rows that are empty in one view have a gradient of nothing but rounding
-        assume(
-            all(g is None or g.numel() == 0 or g.abs().max() > 1e-6 for g in case.to(torch.float64).run("reference")[1])
-        )
+    # Rows that are empty in one view have a gradient of nothing but rounding.
+    negligible = 1e-6 if op == "qk_attention_js" else 0.0
     # The yardstick of a tiny case may be right by luck, so the bounds are wider than in the tests of chosen cases.
-    check_case(case, data.draw(st.sampled_from(dtypes)), device, device, slack=16.0)
+    check_case(case, data.draw(st.sampled_from(dtypes)), device, device, slack=16.0, negligible=negligible)
 
 
 @every_op
