@@ -16,7 +16,7 @@ using ear_ops::cpu::LaneStats;
 using ear_ops::cpu::RunningRows;
 using ear_ops::cpu::ScoreLoops;
 
-constexpr int64_t kChunk = 64;  // keys summed in one go: sums of sums lose less than one long sum
+constexpr int64_t kChunk = 16;  // keys summed in one go: sums of sums lose less than one long sum
 
 template <typename A>
 inline bool is_masked(const LaneGroup<A>& c) {

@@ -74,13 +74,18 @@ static inline typename Vec<A>::type vset(A x) {
 }
 
 // `product` as it is when rounded. Without this the compiler may fuse a product with the sum that it goes into, and the
-// same product would then differ from one place to another. Clang fuses within one expression alone.
+// same product would then differ from one place to another. Clang fuses within one expression alone. GCC has
+// __builtin_assoc_barrier, but takes AVX-512 vectors apart for it.
 template <typename V>
 static inline V rounded(V product) {
 #if defined(__clang__)
   return product;
-#elif __GNUC__ >= 12
-  return __builtin_assoc_barrier(product);
+#elif defined(__x86_64__)
+  asm("" : "+v"(product));
+  return product;
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+  return product;
 #else
   asm("" : "+m"(product));
   return product;
