@@ -44,7 +44,7 @@ struct LaneStats {
 // The averages over the heads of kLanes queries in one tile, laid out as the scores; mean_loops.h has the symbols.
 template <typename A>
 struct Averages {
-  A* sum[2];  // of e_h over the heads
+  A* sum[2];  // of f_h e_h over the heads
   A* top[2];  // M; null where the comparison takes no logarithm
   A divisor[2];
   int64_t ld, keys;
@@ -55,24 +55,26 @@ template <typename A>
 struct MeanLoops {
   // Adds a tile of raw scores of one head to the max and sum [kLanes] of its rows.
   void (*add_softmax)(const LaneGroup<A>& group, A* max, A* sum);
-  // The same in two steps, for rows whose scores all stay. raise_max takes a tile of raw scores and leaves the final
-  // ones, -inf where they are masked. Then exponentiate takes the whole row: its scores become exp(score - max), whose
-  // sum is written.
+  // The same in two steps, for rows whose scores all stay: raise_max of all tiles, then exponentiate of all, which
+  // leaves e_h with M = 0. Both take the same groups; exponentiate does not read their masks and bias.
   void (*raise_max)(const LaneGroup<A>& group, A* max);
   void (*exponentiate)(const LaneGroup<A>& group, const A* max, A* sum);
-  // Exponentials become e_h, with M = 0, and are added to `sum`. `factor` [kLanes] is w / sum_h.
+  // sum += f_h e_h, after exponentiate. `factor` [kLanes] is f_h, 0 in rows that do not count.
   void (*add_exponentials)(const LaneGroup<A>& group, const A* factor, A* sum);
   // Raw scores become score - max, and `top` is raised to the largest of them.
   void (*raise_top)(const LaneGroup<A>& group, const A* max, A* top);
-  // Raw scores become e_h and are added to `sum`; `top` null: M is 0, else raise_top has seen all heads. `factor`
-  // [kLanes] is w / sum_h, 0 in rows that do not count.
+  // Raw scores become e_h, and sum += f_h e_h. `top` null: M is 0, else raise_top has seen all heads.
   void (*add_head)(const LaneGroup<A>& group, const A* max, const A* factor, const A* top, A* sum);
   // Returns the sum of a comparison's entries. `sum` becomes F, and `top` becomes E.
   A (*compare[3])(const Averages<A>& averages);  // by Comparison
   // d [kLanes] += the sum of e_h F over the keys.
   void (*add_slopes)(const LaneGroup<A>& group, const A* slopes, A* d);
-  // e_h becomes gradient * e_h (F - E d); `peak` null: E is 1.
-  void (*head_gradient)(const LaneGroup<A>& group, const A* slopes, const A* peak, const A* d, A gradient);
+  // e_h becomes the gradient of raw scores, scale f_h e_h (F - E d); `peak` null: E is 1.
+  void (*head_gradient)(const LaneGroup<A>& group, const A* slopes, const A* peak, const A* factor, const A* d);
+  // The same, rounded to operands of n keys, zero beyond those of the group: `left` [n, ld] and `right` [n / 2, ld, 2],
+  // of which null is not asked for. Only of float.
+  void (*head_gradient_bits)(const LaneGroup<A>& group, const A* slopes, const A* peak, const A* factor, const A* d,
+                             int64_t n, uint16_t* left, uint16_t* right, int64_t ld);
 };
 
 // What kLanes queries of one view have seen of their keys, for sums over the keys of each word.
@@ -168,8 +170,8 @@ struct Kernels {
                    double* total);
   // y [n] = exp(x), n padded.
   void (*exponentials)(const A* x, int64_t n, A* y);
-  // dst [n] = factor * src [n].
-  void (*scale_row)(const A* src, A factor, int64_t n, Kind kind, void* dst);
+  // dst [n] = factor * src [n], whose elements are of the kinds `to` and `kind`.
+  void (*scale_row)(const void* src, Kind kind, A factor, int64_t n, Kind to, void* dst);
 };
 
 struct Isa {

@@ -26,10 +26,15 @@ void exponentials(const A* x, int64_t n, A* y) {
 }
 
 template <typename A>
-void scale_row(const A* src, A factor, int64_t n, Kind kind, void* dst) {
-  with_storage<A>(kind, [&]<typename T>() {
-    auto* y = static_cast<T*>(dst);
-    for (int64_t j = 0; j < n; ++j) from_float(factor * src[j], y[j]);
+void scale_row(const void* src, Kind kind, A factor, int64_t n, Kind to, void* dst) {
+  with_storage<A>(kind, [&]<typename From>() {
+    with_storage<A>(to, [&]<typename To>() {
+      const auto* x = static_cast<const From*>(src);
+      auto* y = static_cast<To*>(dst);
+      int64_t j = 0;
+      for (; j + Vec<A>::lanes <= n; j += Vec<A>::lanes) vstore_as<A>(y + j, factor * vload_as<A>(x + j));
+      for (; j < n; ++j) from_float(factor * to_float(x[j]), y[j]);
+    });
   });
 }
 

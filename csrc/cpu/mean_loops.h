@@ -4,12 +4,13 @@
 // Head h has P_h = exp(S_h - max_h) / sum_h. With M = the largest S_h - max_h of all heads, a weight w of 1 and the
 // divisor H, or weights that add up to 1 and the divisor 1, it becomes
 //
-//   e_h = (w / sum_h) exp(S_h - max_h - M),   and the average is   P = E sum e_h / divisor   with   E = exp(M)
+//   e_h = exp(S_h - max_h - M),   f_h = w / sum_h,   and the average is   P = E sum f_h e_h / divisor   with  E =
+//   exp(M)
 //
 // so that the logarithm of P is known where P underflows. Where no logarithm is needed, M = 0. The slope F of an
-// average is P dv/dP / sum e_h. So a head has the part e_h F of it, and the gradient of its scores is
+// average is P dv/dP / sum f_h e_h. So a head has the part f_h e_h F of it, and the gradient of its scores is
 //
-//   dS_h = e_h (F - E d_h)   with   d_h = (sum of e_h F over keys) / w
+//   dS_h = f_h e_h (F - E d_h)   with   d_h = (sum of e_h F over keys) / sum_h
 #pragma once
 
 #include "compare/js.h"
@@ -46,8 +47,8 @@ void add_softmax(const LaneGroup<A>& c, A* max, A* sum) {
   add_softmax_of<A, false>(c, max, sum);
 }
 
-// Raises max to the largest score of a tile. Raw scores become those that a softmax takes, whose masks and bias are not
-// read again.
+// Raises max to the largest score of a tile. With masks or a bias, which are not read again, the scores that a softmax
+// takes replace the raw ones.
 template <typename A, bool kMasked>
 void raise_max_of(const LaneGroup<A>& c, A* max) {
   using V = typename Vec<A>::type;
@@ -55,7 +56,7 @@ void raise_max_of(const LaneGroup<A>& c, A* max) {
     V best = vload<A>(max + lane);
     for (int64_t j = 0; j < c.keys; ++j) {
       const V score = shifted_score<A, kMasked>(c, 0, j, lane, V{});
-      vstore<A>(c.scores[0] + j * c.ld + lane, score);
+      if constexpr (kMasked) vstore<A>(c.scores[0] + j * c.ld + lane, score);
       best = vmax<A>(score, best);
     }
     vstore<A>(max + lane, best);
@@ -68,17 +69,18 @@ void raise_max(const LaneGroup<A>& c, A* max) {
   raise_max_of<A, false>(c, max);
 }
 
-// What raise_max has left becomes exp(score - max), whose sum is written.
-template <typename A>
-void exponentiate(const LaneGroup<A>& c, const A* max, A* sum) {
+// What raise_max has left of a tile becomes exp(score - max), and is added to the sums.
+template <typename A, bool kMasked>
+void exponentiate_of(const LaneGroup<A>& c, const A* max, A* sum) {
   using V = typename Vec<A>::type;
   for (int64_t lane = 0; lane < kLanes; lane += Vec<A>::lanes) {
     const V shift = shift_of<A>(vload<A>(max + lane));
-    V total{};
+    V total = vload<A>(sum + lane);
     for_chunks(c, [&](int64_t begin, int64_t end) {
       V part{};
       for (int64_t j = begin; j < end; ++j) {
-        const V e = vexp(vload<A>(c.scores[0] + j * c.ld + lane) - shift);
+        const V e = vexp(kMasked ? vload<A>(c.scores[0] + j * c.ld + lane) - shift
+                                 : shifted_score<A, false>(c, 0, j, lane, shift));
         vstore<A>(c.scores[0] + j * c.ld + lane, e);
         part += e;
       }
@@ -88,18 +90,27 @@ void exponentiate(const LaneGroup<A>& c, const A* max, A* sum) {
   }
 }
 
-// Exponentials become e_h and are added to the sum over the heads.
+template <typename A>
+void exponentiate(const LaneGroup<A>& c, const A* max, A* sum) {
+  if (is_masked(c)) return exponentiate_of<A, true>(c, max, sum);
+  exponentiate_of<A, false>(c, max, sum);
+}
+
+// sum += f_h e_h of one key; 0 where e_h is, which is a masked key, whatever f_h is: it must not get another key's NaN.
+template <typename A>
+inline void add_to_average(typename Vec<A>::type e, typename Vec<A>::type factor, A* sum) {
+  using V = typename Vec<A>::type;
+  const V part = e * factor;
+  vstore<A>(sum, vload<A>(sum) + (e == V{} ? V{} : part));
+}
+
 template <typename A>
 void add_exponentials(const LaneGroup<A>& c, const A* factor, A* sum) {
   using V = typename Vec<A>::type;
   for (int64_t lane = 0; lane < kLanes; lane += Vec<A>::lanes) {
     const V of_row = vload<A>(factor + lane);
-    for (int64_t j = 0; j < c.keys; ++j) {
-      const V exponential = vload<A>(c.scores[0] + j * c.ld + lane);
-      const V e = exponential == V{} ? V{} : exponential * of_row;  // a masked key, which a NaN must not reach
-      vstore<A>(c.scores[0] + j * c.ld + lane, e);
-      vstore<A>(sum + j * c.ld + lane, vload<A>(sum + j * c.ld + lane) + e);
-    }
+    for (int64_t j = 0; j < c.keys; ++j)
+      add_to_average<A>(vload<A>(c.scores[0] + j * c.ld + lane), of_row, sum + j * c.ld + lane);
   }
 }
 
@@ -129,11 +140,9 @@ inline void add_head_of(const LaneGroup<A>& c, const A* factor, A* sum, const Sh
   for (int64_t lane = 0; lane < kLanes; lane += Vec<A>::lanes) {
     const V of_row = vload<A>(factor + lane);
     for (int64_t j = 0; j < c.keys; ++j) {
-      const V score = shifted(j, lane), product = vexp(score) * of_row;
-      // Where the row has a NaN elsewhere, it must not reach masked keys.
-      const V e = score == vset<A>(-INFINITY) ? V{} : product;
+      const V e = vexp(shifted(j, lane));
       vstore<A>(c.scores[0] + j * c.ld + lane, e);
-      vstore<A>(sum + j * c.ld + lane, vload<A>(sum + j * c.ld + lane) + e);
+      add_to_average<A>(e, of_row, sum + j * c.ld + lane);
     }
   }
 }
@@ -171,21 +180,54 @@ void add_slopes(const LaneGroup<A>& c, const A* slopes, A* d) {
   }
 }
 
+// dS_h of one key, times the scale that is in `factor`; 0 where e_h is: a masked key gets no other key's NaN.
 template <typename A>
-void head_gradient(const LaneGroup<A>& c, const A* slopes, const A* peak, const A* d, A gradient) {
+inline typename Vec<A>::type score_gradient(typename Vec<A>::type e, const A* slope, const A* peak,
+                                            typename Vec<A>::type factor, typename Vec<A>::type d) {
+  using V = typename Vec<A>::type;
+  const V to = factor * e * (vload<A>(slope) - (peak ? vload<A>(peak) * d : d));
+  return e == V{} ? V{} : to;
+}
+
+template <typename A>
+void head_gradient(const LaneGroup<A>& c, const A* slopes, const A* peak, const A* factor, const A* d) {
   using V = typename Vec<A>::type;
   for (int64_t lane = 0; lane < kLanes; lane += Vec<A>::lanes) {
-    const V of_row = vload<A>(d + lane);
+    const V of_row = vload<A>(d + lane), scale = vload<A>(factor + lane) * c.scale;
     for (int64_t j = 0; j < c.keys; ++j) {
-      const V e = vload<A>(c.scores[0] + j * c.ld + lane), slope = vload<A>(slopes + j * c.ld + lane);
-      const V rest = peak ? vload<A>(peak + j * c.ld + lane) * of_row : of_row;
-      const V to = gradient * e * (slope - rest);
-      vstore<A>(c.scores[0] + j * c.ld + lane, e == V{} ? V{} : to);  // a masked key, which a NaN must not reach
+      const int64_t at = j * c.ld + lane;
+      vstore<A>(c.scores[0] + at,
+                score_gradient<A>(vload<A>(c.scores[0] + at), slopes + at, peak ? peak + at : nullptr, scale, of_row));
     }
   }
 }
 
-// Comparisons of averages. make() returns the value of an entry, and turns the sums of e_h into F and M into E.
+template <typename A>
+void head_gradient_bits(const LaneGroup<A>& c, const A* slopes, const A* peak, const A* factor, const A* d, int64_t n,
+                        uint16_t* left, uint16_t* right, int64_t ld) {
+  if constexpr (sizeof(A) == sizeof(float)) {
+    for (int64_t lane = 0; lane < kLanes; lane += kFloats) {
+      const f32v of_row = vload<A>(d + lane), scale = vload<A>(factor + lane) * c.scale;
+      const auto bits = [&](int64_t j) {
+        const int64_t at = j * c.ld + lane;
+        return bf16_bits(
+            score_gradient<A>(vload<A>(c.scores[0] + at), slopes + at, peak ? peak + at : nullptr, scale, of_row));
+      };
+      for (int64_t j = 0; j < n; j += 2) {
+        const u32v even = j < c.keys ? bits(j) : u32v{}, odd = j + 1 < c.keys ? bits(j + 1) : u32v{};
+        if (left) {
+          vstore_bits(left + j * ld + lane, even);
+          vstore_bits(left + (j + 1) * ld + lane, odd);
+        }
+        if (!right) continue;
+        const u32v both = even | odd << 16;
+        memcpy(right + j * ld + 2 * lane, &both, sizeof(both));
+      }
+    }
+  }
+}
+
+// Comparisons of averages. make() returns the value of an entry, and turns the sums of f_h e_h into F and M into E.
 
 template <typename A>
 struct MeanMse {
@@ -217,8 +259,8 @@ inline f64v vlog(f64v x) {
   return result;
 }
 
-// KL(T || P), see compare/kl.h: F is (P - T) / sum e_h of the first view and E x / divisor of the second. x comes from
-// T - P where they are close, else from M and the sums.
+// KL(T || P), see compare/kl.h: F is (P - T) / sum f_h e_h of the first view and E x / divisor of the second. x comes
+// from T - P where they are close, else from M and the sums.
 template <typename A>
 struct MeanKl {
   using V = typename Vec<A>::type;
@@ -303,6 +345,7 @@ constexpr MeanLoops<A> mean_loops() {
       .compare = {compare_averages<A, MeanMse>, compare_averages<A, MeanKl>, compare_averages<A, MeanJs>},
       .add_slopes = add_slopes<A>,
       .head_gradient = head_gradient<A>,
+      .head_gradient_bits = head_gradient_bits<A>,
   };
 }
 

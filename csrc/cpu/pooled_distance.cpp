@@ -98,6 +98,7 @@ void backward(const Hidden& h, const Tensor& grad_sums, const Tensor& difference
   const auto& table = kernels<A>(isa);
   const A* upstream = grad_sums.data_ptr<A>();
   const A* means = difference.data_ptr<A>();
+  constexpr Kind kSums = sizeof(A) == sizeof(double) ? Kind::kFloat64 : Kind::kFloat32;
   const Kind kind = kind_of(h.views[0]);
   const int64_t element = h.views[0].element_size();
   for_slices(h, [&](int64_t, int64_t b, int64_t first, int64_t n) {
@@ -105,7 +106,7 @@ void backward(const Hidden& h, const Tensor& grad_sums, const Tensor& difference
     for (int v = 0; v < 2; ++v) {
       if (!out[v].defined()) continue;
       const A count = static_cast<A>(std::max<int64_t>(h.count(v, b), 1));
-      table.scale_row(means + b * h.features + first, (v == 0 ? 2 : -2) * upstream[b] / count, n, kind, row);
+      table.scale_row(means + b * h.features + first, kSums, (v == 0 ? 2 : -2) * upstream[b] / count, n, kind, row);
       char* to = static_cast<char*>(out[v].data_ptr()) + (b * h.length * h.features + first) * element;
       isa.fill_rows(row, mask_row(h.mask, v * h.pairs + b), h.length, n * element, h.features * element, to);
     }

@@ -11,7 +11,7 @@ differentiable input. It returns the sums ``[B]`` and the gradients that ``needs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,8 +76,8 @@ class _FusedGradients(Function):
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative(ctx.name)
-        gradients = iter(ctx.saved_tensors)
-        placed = [_scaled(next(gradients), grad_sums).to(ctx.dtype) if needed else None for needed in ctx.needs]
+        scaled = iter(_scale(ctx.saved_tensors, grad_sums, ctx.dtype))
+        placed = [next(scaled) if needed else None for needed in ctx.needs]
         return (None, None, *placed, *[None] * (ctx.inputs - len(placed)))
 
 
@@ -86,9 +86,25 @@ def _kept(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """The gradient ``[B, ...]`` or ``[2B, ...]`` times ``[B]`` numbers; 0 where they are, also if it is infinite."""
-    if len(gradient) != len(upstream):
-        upstream = torch.cat([upstream, upstream])
-    upstream = upstream.reshape(-1, *[1] * (gradient.dim() - 1))
-    return (gradient * upstream).masked_fill_(upstream == 0, 0.0)
+torch.library.define("ear_ops::scale_gradients", "(Tensor[] gradients, Tensor upstream, ScalarType dtype) -> Tensor[]")
+
+
+@torch.library.register_fake("ear_ops::scale_gradients")
+def _fake_scaled(gradients: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    return [gradient.new_empty(gradient.shape, dtype=dtype) for gradient in gradients]
+
+
+_SCALE_KERNELS = kernels_of("scale_gradients")
+
+
+def _scale(gradients: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The gradients ``[B, ...]`` or ``[2B, ...]`` times ``[B]`` numbers; 0 where they are, also if it is infinite."""
+    if upstream.device.type in _SCALE_KERNELS and not torch.compiler.is_compiling():
+        return torch.ops.ear_ops.scale_gradients(gradients, upstream, dtype)
+    scaled = []
+    for gradient in gradients:
+        both_views = len(gradient) != len(upstream)
+        of_rows = torch.cat([upstream, upstream]) if both_views else upstream
+        of_rows = of_rows.reshape(-1, *[1] * (gradient.dim() - 1))
+        scaled.append((gradient * of_rows).masked_fill_(of_rows == 0, 0.0).to(dtype))
+    return scaled

@@ -1,6 +1,7 @@
 // The memory of a checked MeanHeadsProblem, and what the averages over its heads are compared by.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "../../comparison.h"
@@ -64,6 +65,12 @@ struct MeanInputs {
     const Tensor of_heads = problem.head_weights->to(at::kDouble).contiguous();
     weights.assign(of_heads.data_ptr<double>(), of_heads.data_ptr<double>() + of_heads.numel());
   }
+
+  // Whether each query is compared with each key in each head, masks left aside; and whether masks leave out none.
+  bool compares_all() const {
+    return queries > 0 && keys > 0 && !is_causal && !window && std::ranges::count(weights, 0.0) == 0;
+  }
+  bool counts_all() const { return compares_all() && !key_mask && !counted_queries; }
 
   int view_of_problem(int v) const { return exchanged ? 1 - v : v; }
   const uint8_t* key_mask_of(int v, int64_t b) const { return mask_row(key_mask, view_of_problem(v) * pairs + b); }

@@ -16,20 +16,20 @@ struct MeanView {
   using A = typename P::Accumulator;
   using Operand = typename P::Operand;
 
-  int64_t ld;                 // of packed rows
-  Operand *keys, *keys_t;     // [key_heads, keys, ld] and [key_heads, ld, keys], where keys are padded
-  Operand *columns, *rows;    // [heads, ld, kBlock] and [heads, kBlock, ld], the queries of the block
-  A* scores;                  // [heads, kept keys, kMeanLd] and a cache line
-  A *sum, *top;               // [kept keys, kMeanLd], of the averages
-  A *max, *inverse, *d;       // [heads, kBlock]: of the softmax of a row, and d
-  A *exponentials, *factors;  // [heads, kBlock]: the sum of a row, and weight times inverse
+  int64_t ld;                     // of packed rows
+  Operand *keys, *keys_t;         // [key_heads, keys, ld] and [key_heads, ld, keys], where keys are padded
+  Operand *columns, *rows;        // [heads, ld, kBlock] and [heads, kBlock, ld], the queries of the block
+  A* scores;                      // [heads, kept keys, kMeanLd] and a cache line
+  A *sum, *top;                   // [kept keys, kMeanLd], of the averages
+  A *max, *sum_of_row, *inverse;  // [heads, kBlock]: of the softmax of a row
+  A *factors, *d;                 // [heads, kBlock]: f and d
 };
 
 // The working memory of one thread. Calls come in this order, and each invalidates what the later ones left:
 //   select(b)       the keys of all heads of pair b
 //   load_queries    a block of queries of all heads
 //   softmaxes       max, inverse and factors of the block
-//   average(t, n)   e_h of all heads for the keys [t, t + n), and their sums
+//   average(t, n)   e_h of all heads for the keys [t, t + n), and the sums of f_h e_h
 //   compare         the slopes in place of the sums
 // Where rows are kept, the latter two leave what they made of all keys of the row, else of the last tile alone. Heads
 // with a weight of 0 are left out of everything.
@@ -83,7 +83,7 @@ class MeanTask {
       view.scores = arena.take<A>(of.heads * head_stride());
       view.sum = arena.take<A>(kept_ * kMeanLd);
       view.top = arena.take<A>(logarithms * kept_ * kMeanLd);
-      for (A** of_heads : {&view.max, &view.inverse, &view.d, &view.exponentials, &view.factors})
+      for (A** of_heads : {&view.max, &view.sum_of_row, &view.inverse, &view.factors, &view.d})
         *of_heads = arena.take<A>(of.heads * kBlock);
     }
     const int64_t widest = std::max(views[0].ld, views[1].ld);
@@ -127,7 +127,7 @@ class MeanTask {
 
   void softmaxes() {
     for_heads([&](int v, int64_t head) {
-      A *max = of_head(views[v].max, head), *sum = of_head(views[v].exponentials, head);
+      A *max = of_head(views[v].max, head), *sum = of_head(views[v].sum_of_row, head);
       std::fill_n(max, kBlock, -std::numeric_limits<A>::infinity());
       std::fill_n(sum, kBlock, A(0));
       for_tiles(wide_tile, [&](int64_t t, int64_t n) {
@@ -142,9 +142,11 @@ class MeanTask {
           }
         }
       });
-      for (int64_t c = 0; exponentiates_rows() && c < lane_groups(); ++c)
-        loops.exponentiate(exponentials(v, head, c, bounds.tile_begin, bounds.tile_end - bounds.tile_begin),
-                           max + c * kLanes, sum + c * kLanes);
+      if (exponentiates_rows())
+        for_tiles(wide_tile, [&](int64_t t, int64_t n) {
+          for (int64_t c = 0; c < lane_groups(); ++c)
+            loops.exponentiate(lane_group(v, head, c, t, n), max + c * kLanes, sum + c * kLanes);
+        });
       for (int64_t i = 0; i < kBlock; ++i) {
         const bool empty = i >= n_queries || (max[i] == -std::numeric_limits<A>::infinity() && !has_key(v, head, i));
         set_row(v, head, i, max[i], empty ? A(0) : 1 / sum[i]);
@@ -218,7 +220,8 @@ class MeanTask {
     if (gradients)
       for_heads([&](int v, int64_t head) {
         A* d = of_head(views[v].d, head);
-        for (int64_t i = 0; i < kBlock; ++i) d[i] = static_cast<A>(d[i] / inputs.weight(head));
+        const A* inverse = of_head(views[v].inverse, head);
+        for (int64_t i = 0; i < kBlock; ++i) d[i] = inverse[i] == 0 ? A(0) : d[i] * inverse[i];
       });
     return total;
   }
