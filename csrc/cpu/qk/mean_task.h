@@ -67,7 +67,7 @@ class MeanTask {
     tile = std::clamp<int64_t>(kRows / (in.view[0].heads + in.view[1].heads) / kBlock * kBlock, kBlock, kTile);
     tile = std::min(tile, std::max<int64_t>(all, P::kPadding));
     all_ = all, rows_ = block;
-    constexpr int64_t kMostKept = int64_t(1) << 22;  // bytes
+    constexpr int64_t kMostKept = int64_t(1) << 24;  // bytes
     const int64_t whole_rows = (in.view[0].heads + in.view[1].heads) * all * kMeanLd * static_cast<int64_t>(sizeof(A));
     keeps_rows = whole_rows <= kMostKept;
     kept_ = keeps_rows ? all : tile;
