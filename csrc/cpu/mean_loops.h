@@ -301,7 +301,7 @@ struct MeanJs {
     const V z = both == V{} ? V{} : (t - p) / both, distance = vabs<A>(z);
     const V share = 2 * (z < 0 ? t : p) / both, least = vset<A>(smallest_normal<A>());
     const auto near = distance < static_cast<A>(kNearJs);
-    const V larger = vlog1p(distance), smaller = near ? vlog1p(-distance) : vlog(share < least ? least : share);
+    const V larger = vlog1p_to_1(distance), smaller = near ? vlog1p(-distance) : vlog(share < least ? least : share);
     const V slope = (z < 0 ? larger : smaller) * static_cast<A>(0.5);
     const V slope_aug = (z < 0 ? smaller : larger) * static_cast<A>(0.5);
     sum[0] = slope / divisor[0], sum[1] = slope_aug / divisor[1];
@@ -313,7 +313,8 @@ template <typename A, template <typename> typename C>
 A compare_averages(const Averages<A>& c) {
   using V = typename Vec<A>::type;
   double total = 0;
-  for (int64_t lane = 0; lane < kLanes; lane += Vec<A>::lanes)
+  for (int64_t lane = 0; lane < kLanes; lane += Vec<A>::lanes) {
+    V of_tile{};
     for (int64_t begin = 0; begin < c.keys; begin += kChunk) {
       const int64_t end = begin + kChunk < c.keys ? begin + kChunk : c.keys;
       V part{};
@@ -328,8 +329,10 @@ A compare_averages(const Averages<A>& c) {
           if constexpr (C<A>::kLogarithms) vstore<A>(c.top[view] + at, top[view]);
         }
       }
-      for (int64_t l = 0; l < Vec<A>::lanes; ++l) total += part[l];
+      of_tile += part;
     }
+    for (int64_t l = 0; l < Vec<A>::lanes; ++l) total += of_tile[l];
+  }
   return static_cast<A>(total);
 }
 

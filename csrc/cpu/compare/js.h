@@ -54,7 +54,7 @@ struct Js {
       const V sum = p + t, x = vabs<A>(difference - log_ratio), farthest = vset<A>(1e4);  // exp(-1e4) is 0
       const V distance = x < farthest ? x : farthest;  // also of two keys that are masked
       z = sum == V{} ? V{} : (t - p) / sum;
-      const V larger = vlog1p(vabs<A>(z)), smaller = larger - distance;
+      const V larger = vlog1p_to_1(vabs<A>(z)), smaller = larger - distance;
       first = p * static_cast<A>(0.5) * (z < 0 ? larger : smaller);
       second = t * static_cast<A>(0.5) * (z < 0 ? smaller : larger);
     }
@@ -76,7 +76,8 @@ struct Js {
       const V shift[2] = {shift_of<A>(vload<A>(stats->max[0] + lane)), shift_of<A>(vload<A>(stats->max[1] + lane))};
       const V inverse[2] = {vload<A>(stats->inverse[0] + lane), vload<A>(stats->inverse[1] + lane)};
       const V log_ratio = log_ratio_of(inverse[0], inverse[1]);
-      V slopes = vload<A>(stats->of_comparison[0] + lane), slopes_aug = vload<A>(stats->of_comparison[1] + lane);
+      V values{}, slopes = vload<A>(stats->of_comparison[0] + lane),
+                  slopes_aug = vload<A>(stats->of_comparison[1] + lane);
       for_chunks(c, [&](int64_t begin, int64_t end) {
         V values_part{}, slopes_part{}, slopes_aug_part{};
         for (int64_t j = begin; j < end; ++j) {
@@ -88,9 +89,9 @@ struct Js {
           values_part += near ? series(p, t, entry.z) : entry.first + entry.second;
           slopes_part += entry.first, slopes_aug_part += entry.second;
         }
-        slopes += slopes_part, slopes_aug += slopes_aug_part;
-        for (int64_t l = 0; l < Vec<A>::lanes; ++l) total += values_part[l];
+        values += values_part, slopes += slopes_part, slopes_aug += slopes_aug_part;
       });
+      for (int64_t l = 0; l < Vec<A>::lanes; ++l) total += values[l];
       vstore<A>(stats->of_comparison[0] + lane, slopes);
       vstore<A>(stats->of_comparison[1] + lane, slopes_aug);
     }

@@ -59,7 +59,7 @@ struct MapJs {
       const V x = vabs<A>(log_ratio_of_maps<A>(p, t)), farthest = vset<A>(1e4), sum = p + t;
       const V distance = x > farthest ? farthest : x;
       z = sum == V{} ? V{} : (t - p) / sum;
-      const V larger = vlog1p(vabs<A>(z)), smaller = larger - distance;
+      const V larger = vlog1p_to_1(vabs<A>(z)), smaller = larger - distance;
       of_first = static_cast<A>(0.5) * (z < 0 ? larger : smaller);
       of_second = static_cast<A>(0.5) * (z < 0 ? smaller : larger);
     }
@@ -91,12 +91,14 @@ double map_value(const A* p, const A* t, int64_t rows, int64_t n) {
   double total = 0;
   for (int64_t i = 0; i < rows; ++i, p += n, t += n) {
     if (!counts<C>(t, n)) continue;
+    V of_row{};
     for (int64_t begin = 0; begin < n; begin += kChunk * Vec<A>::lanes) {
       V part{};
       for (int64_t j = begin; j < n && j < begin + kChunk * Vec<A>::lanes; j += Vec<A>::lanes)
         part += C::value(vload<A>(p + j), vload<A>(t + j));
-      for (int64_t l = 0; l < Vec<A>::lanes; ++l) total += part[l];
+      of_row += part;
     }
+    for (int64_t l = 0; l < Vec<A>::lanes; ++l) total += of_row[l];
   }
   return total;
 }
