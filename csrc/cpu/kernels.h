@@ -170,8 +170,8 @@ struct Kernels {
                    double* total);
   // y [n] = exp(x), n padded.
   void (*exponentials)(const A* x, int64_t n, A* y);
-  // dst [n] = factor * src [n], whose elements are of the kinds `to` and `kind`.
-  void (*scale_row)(const void* src, Kind kind, A factor, int64_t n, Kind to, void* dst);
+  // dst [n] = factor * src [n], in elements of the kinds `to` and `from`. Of double, both are double.
+  void (*scale_row)(const void* src, Kind from, A factor, int64_t n, void* dst, Kind to);
 };
 
 struct Isa {

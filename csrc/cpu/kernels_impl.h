@@ -26,8 +26,8 @@ void exponentials(const A* x, int64_t n, A* y) {
 }
 
 template <typename A>
-void scale_row(const void* src, Kind kind, A factor, int64_t n, Kind to, void* dst) {
-  with_storage<A>(kind, [&]<typename From>() {
+void scale_row(const void* src, Kind from, A factor, int64_t n, void* dst, Kind to) {
+  with_storage<A>(from, [&]<typename From>() {
     with_storage<A>(to, [&]<typename To>() {
       const auto* x = static_cast<const From*>(src);
       auto* y = static_cast<To*>(dst);

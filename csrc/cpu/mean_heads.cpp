@@ -55,21 +55,21 @@ struct KeyGradients {
   A* view[2];
 
   static int64_t ld(const MeanInputs& p, int v) { return round_up(p.view[v].dim, P::kWidth); }
-  static int64_t size(const MeanInputs& p, int v) {
+  static int64_t size_of_view(const MeanInputs& p, int v) {
     return p.view[v].key_heads * round_up(p.keys, P::kPadding) * ld(p, v);
   }
-  static int64_t size(const MeanInputs& p) { return size(p, 0) + size(p, 1); }
+  static int64_t size(const MeanInputs& p) { return size_of_view(p, 0) + size_of_view(p, 1); }
 
-  static KeyGradients at(const MeanInputs& p, A* memory) { return {{memory, memory + size(p, 0)}}; }
+  static KeyGradients at(const MeanInputs& p, A* memory) { return {{memory, memory + size_of_view(p, 0)}}; }
   A* head(const MeanInputs& p, const Counted& counted, int v, int64_t head) const {
     return view[v] + head * round_up(counted.n_keys, P::kPadding) * ld(p, v);
   }
   void write(const MeanInputs& p, const Counted& counted, const MeanGradients& out, int64_t b) const {
     for (int v = 0; v < 2; ++v)
-      for (int64_t head = 0; head < p.view[v].key_heads; ++head) write(p, counted, out, b, v, head);
+      for (int64_t head = 0; head < p.view[v].key_heads; ++head) write_head(p, counted, out, b, v, head);
   }
-  void write(const MeanInputs& p, const Counted& counted, const MeanGradients& out, int64_t b, int v,
-             int64_t head) const {
+  void write_head(const MeanInputs& p, const Counted& counted, const MeanGradients& out, int64_t b, int v,
+                  int64_t head) const {
     if (!out.key[v].data) return;
     kernels<A>(*selection().isa)
         .scatter_rows(this->head(p, counted, v, head), ld(p, v), counted.n_keys, p.view[v].dim, kept_as(p.kind),
@@ -87,7 +87,7 @@ struct MeanGradientTask : MeanTask<P> {
   const MeanGradients& out;
   A *grad_queries_t[2], *grad_queries;  // [heads, ld, kBlock]; [kBlock, ld]
   KeyGradients<P> grad_keys;            // memory of the caller
-  bool keys_written = false;            // whether it holds numbers yet
+  bool adds_to_keys = false;            // to what is in it
   Operand *left, *right;                // dS^T of a tile
 
   MeanGradientTask(const MeanInputs& inputs, const P& products, const MeanGradients& gradients, Arena& arena)
@@ -105,8 +105,8 @@ struct MeanGradientTask : MeanTask<P> {
   // products and does not add them.
   void start_keys(A* memory, int64_t count) {
     grad_keys = KeyGradients<P>::at(this->inputs, memory);
-    keys_written = count == 0 || !this->inputs.compares_all();
-    if (keys_written) std::fill_n(memory, KeyGradients<P>::size(this->inputs), A(0));
+    adds_to_keys = count == 0 || !this->inputs.compares_all();
+    if (adds_to_keys) std::fill_n(memory, KeyGradients<P>::size(this->inputs), A(0));
   }
 
   // Of the block of queries that is loaded.
@@ -125,7 +125,7 @@ struct MeanGradientTask : MeanTask<P> {
         });
       });
     }
-    keys_written = true;
+    adds_to_keys = true;
   }
 
   void write_queries(int64_t b) {
@@ -169,7 +169,7 @@ struct MeanGradientTask : MeanTask<P> {
     if (out.key[v].data)
       this->products.multiply(n, ld, rows, weights_left, ld_weights, this->rows_of(v, head), ld,
                               grad_keys.head(this->inputs, this->counted, v, key_head) + t * ld, ld,
-                              keys_written || head % this->inputs.view[v].group() != 0);
+                              adds_to_keys || head % this->inputs.view[v].group() != 0);
   }
 };
 
@@ -201,7 +201,7 @@ void compare_parts(const MeanInputs& p, const MeanGradients& out, int64_t parts,
         task.make_gradients();
         task.write_queries(b);
       }
-      if (parts == 1) task.grad_keys.write(p, task.counted, out, b);
+      if (out.any() && parts == 1) task.grad_keys.write(p, task.counted, out, b);
     }
     products.release();
   });
@@ -220,13 +220,14 @@ void add_parts(const MeanInputs& p, const MeanGradients& out, int64_t parts, typ
     Counted counted(p, arena);
     for (int64_t i = next(); i < p.pairs * heads; i = next()) {
       const int64_t b = i / heads, v = i % heads >= p.view[0].key_heads, head = i % heads - v * p.view[0].key_heads;
+      if (!out.key[v].data) continue;
       counted.select(p, b);
       if (counted.n_keys == 0 || counted.n_queries == 0) continue;
       const auto total = KeyGradients<P>::at(p, partial + b * parts * size);
       auto* to = total.head(p, counted, v, head);
       for (int64_t part = 1; part < parts; ++part)
         for (int64_t j = 0; j < counted.n_keys * total.ld(p, v); ++j) to[j] += to[part * size + j];
-      total.write(p, counted, out, b, v, head);
+      total.write_head(p, counted, out, b, v, head);
     }
   });
 }

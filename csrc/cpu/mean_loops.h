@@ -246,11 +246,12 @@ constexpr A smallest_normal() {
   return static_cast<A>(sizeof(A) == sizeof(double) ? 2.2250738585072014e-308 : 1.17549435e-38);
 }
 
-// log(x) of a positive, normal x.
+// log(x) of a positive, normal x; NaN stays NaN.
 inline f32v vlog(f32v x) {
   const i32v n = ((i32v)x - 0x3f3504f3) >> 23;  // x = 2^n m with m in [sqrt(1/2), sqrt(2))
   const f32v m = (f32v)((i32v)x - (n << 23)), power = __builtin_convertvector(n, f32v);
-  return (vlog1p(m - 1) - power * 2.12194440e-4f) + power * 0.693359375f;
+  const f32v result = (vlog1p(m - 1) - power * 2.12194440e-4f) + power * 0.693359375f;
+  return x != x ? x : result;
 }
 
 inline f64v vlog(f64v x) {

@@ -106,7 +106,7 @@ void backward(const Hidden& h, const Tensor& grad_sums, const Tensor& difference
     for (int v = 0; v < 2; ++v) {
       if (!out[v].defined()) continue;
       const A count = static_cast<A>(std::max<int64_t>(h.count(v, b), 1));
-      table.scale_row(means + b * h.features + first, kSums, (v == 0 ? 2 : -2) * upstream[b] / count, n, kind, row);
+      table.scale_row(means + b * h.features + first, kSums, (v == 0 ? 2 : -2) * upstream[b] / count, n, row, kind);
       char* to = static_cast<char*>(out[v].data_ptr()) + (b * h.length * h.features + first) * element;
       isa.fill_rows(row, mask_row(h.mask, v * h.pairs + b), h.length, n * element, h.features * element, to);
     }

@@ -2,7 +2,7 @@
 
     python csrc/cuda/check_build.py            the core set: head dimension 64 in bfloat16 and float32 (divergences:
                                                and averages over heads: bfloat16); the others
-    python csrc/cuda/check_build.py --all      every instance
+    python csrc/cuda/check_build.py --all      every instance; the core set is counted
     python csrc/cuda/check_build.py FILE ...   these
     python csrc/cuda/check_build.py --record   and write down what was counted, in counts.json
 
@@ -35,14 +35,16 @@ if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
 from sass import counts, issue  # noqa: E402
-from sass.counts import Case  # noqa: E402
+from sass.counts import Case, Host  # noqa: E402
 from sass.listing import Kernel, parse  # noqa: E402
 
-OTHERS = ("attention_mse.cu", "pooled_distance.cu", "qk_words.cu")
+WORDS = "qk_words.cu"
+OTHERS = ("attention_mse.cu", "pooled_distance.cu", WORDS)
 HOPPER = "qk_hopper.cu"  # for sm_90a alone
 CORE = ("qk_bfloat16_64", "qk_float_64", "qk_divergences_bfloat16_64", "mean_bfloat16_64")
 CORE = (*(f"instances/{name}.cu" for name in CORE), HOPPER, *OTHERS)
 ARCHITECTURES = ("80", "90")
+ALL_COMPARISONS = (counts.MSE, "kKl", "kJs")  # of averages over heads
 RECORD = HERE / "counts.json"
 INSTRUCTIONS = {
     "HMMA": r"\bHMMA\.",
@@ -85,24 +87,28 @@ class Built:
     spills: dict[str, tuple[int, int]]  # bytes of the stack frame, and bytes stored and loaded
     kernels: dict[str, Kernel] | None  # None without nvdisasm
 
-    @property
-    def instance(self) -> tuple[str, int] | None:
-        """The element type and the features of a file in instances/, or what is counted of those for Hopper."""
-        if self.source.name == HOPPER:
-            return "bfloat16", 64
-        name = re.fullmatch(r"qk_(?:divergences_)?(\w+)_(\d+)", self.source.stem)
-        return (name[1], int(name[2])) if name else None
 
-
-def cases_of(source: Path) -> list[tuple[str, str, Case]]:
-    """What is counted of a file: the comparison, a name of the call, and the call."""
+def cases_of(source: Path) -> list[tuple[Host, str, Case]]:
+    """What is counted of a file: its host code, a name of the call, and the call."""
     if source.name == HOPPER:
-        return [(counts.MSE, case.name, case) for case in counts.HOPPER_CASES]
+        host = Host("launches.cpp", "bfloat16", 64, hopper=True)
+        return [(host, case.name, case) for case in counts.HOPPER_CASES]
+    if source.name == WORDS:
+        hosts = [Host("launches_words.cpp", element, 64) for element in counts.ELEMENT_BYTES]
+        return [(host, f"{host.element} {case.name}", case) for host in hosts for case in counts.WORD_CASES]
+    name = re.fullmatch(r"(qk|qk_divergences|mean)_([a-z]+\d*)_(\d+)", source.stem)
+    if name is None:
+        return []
+    element, features = name[2], int(name[3])
+    if name[1] == "mean":
+        squares, *others = (Host("launches_mean.cpp", element, features, comparison) for comparison in ALL_COMPARISONS)
+        cases = [(squares, case) for case in counts.MEAN_CASES] + [(host, counts.MEAN_CASES[0]) for host in others]
+        return [(host, f"{host.comparison} {case.name}", case) for host, case in cases]
     comparisons = re.findall(r"Comparison::(\w+)", source.read_text())
+    hosts = [Host("launches.cpp", element, features, comparison) for comparison in comparisons]
     if comparisons == [counts.MSE]:
-        return [(counts.MSE, case.name, case) for case in counts.CASES]
-    pairs = [(comparison, case) for comparison in comparisons for case in counts.DIVERGENCE_CASES]
-    return [(comparison, f"{comparison} {case.name}", case) for comparison, case in pairs]
+        return [(hosts[0], case.name, case) for case in counts.CASES]
+    return [(host, f"{host.comparison} {case.name}", case) for host in hosts for case in counts.DIVERGENCE_CASES]
 
 
 @contextlib.contextmanager
@@ -157,17 +163,13 @@ def facts(file: Built) -> list[dict[str, Any]]:
 def counted(file: Built) -> tuple[dict[str, Any], list[str]]:
     """The counts of every case by its name, and complaints about tensor-core kernels that no case starts."""
     rows: dict[str, Any] = {}
-    if file.kernels is None or file.instance is None:
+    cases = cases_of(file.source)
+    if file.kernels is None or not cases:
         return rows, []
-    element, features = file.instance
     device, started = issue.DEVICES[file.architecture], set()
-    hopper = file.source.name == HOPPER
-    launchers: dict[str, Path] = {}
-    for comparison, name, case in cases_of(file.source):
-        if comparison not in launchers:
-            folder = file.objects.parent
-            launchers[comparison] = counts.build_launcher(element, features, file.objects, folder, hopper, comparison)
-        launches = counts.launches_of(launchers[comparison], case, features, device)
+    programs = {host: host.build(file.objects, file.objects.parent) for host in {host for host, *_ in cases}}
+    for host, name, case in cases:
+        launches = counts.launches_of(programs[host], case, host.features, device)
         started |= {launch.kernel for launch in launches}
         result = counts.count(case, launches, file.kernels, file.registers, file.architecture)
         row = result.row(device)
@@ -197,9 +199,11 @@ def complaints(row: dict[str, Any]) -> list[str]:
     return amiss
 
 
-def check_one(task: tuple[Path, str]) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
-    with built(*task) as file:
-        return facts(file), *counted(file)
+def check_one(task: tuple[Path, str, bool]) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
+    """The facts of a file for an architecture, and if asked for its counts."""
+    source, architecture, counts_too = task
+    with built(source, architecture) as file:
+        return facts(file), *(counted(file) if counts_too else ({}, []))
 
 
 def gate(recorded: dict[str, Any], version: str, measured: dict[str, Any], files: list[str]) -> tuple[str, list[str]]:
@@ -222,7 +226,12 @@ def main() -> None:
     sources = options.files or [HERE / name for name in CORE]
     if options.all:
         sources = [*(HERE / name for name in (HOPPER, *OTHERS)), *sorted(HERE.glob("instances/*.cu"))]
-    tasks = [(source, name) for source in sources for name in (("90a",) if source.name == HOPPER else ARCHITECTURES)]
+    core = {HERE / name for name in CORE}
+    tasks = [
+        (source, name, bool(options.files) or source in core)
+        for source in sources
+        for name in (("90a",) if source.name == HOPPER else ARCHITECTURES)
+    ]
     rows: list[dict[str, Any]] = []
     measured: dict[str, Any] = {}
     problems: list[str] = []
@@ -247,7 +256,7 @@ def main() -> None:
         written = {"ptxas": version, "rows": dict(sorted((kept | measured).items()))}
         RECORD.write_text(json.dumps(written, indent=1) + "\n")
     else:
-        said, worse = gate(recorded, version, measured, files)
+        said, worse = gate(recorded, version, measured, [source.name for source, _, counts_too in tasks if counts_too])
         print(said)
         problems += worse
     if options.out:

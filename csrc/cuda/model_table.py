@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
-from check_build import HOPPER, built, demangled, ptxas_version  # noqa: E402
+from check_build import HOPPER, built, cases_of, demangled, ptxas_version  # noqa: E402
 from sass import counts, issue  # noqa: E402
 from sass.counts import Case  # noqa: E402
 
@@ -45,10 +45,11 @@ def rows_of(name: str) -> list[tuple[Case, str]]:
     architecture = "90a" if hopper else ARCHITECTURE
     device = issue.DEVICES[architecture]
     with built(HERE / name if hopper else HERE / "instances" / name, architecture) as file:
-        if file.kernels is None or file.instance is None:
+        if file.kernels is None:
             raise SystemExit("there is no nvdisasm: pip install nvidia-cuda-nvdisasm")
-        element, features = file.instance
-        launcher = counts.build_launcher(element, features, file.objects, file.objects.parent, hopper)
+        host = cases_of(file.source)[0][0]
+        element, features = host.element, host.features
+        launcher = host.build(file.objects, file.objects.parent)
         for case in (case for source, case in CALLS if source == name):
             launches = counts.launches_of(launcher, case, features, device)
             result = counts.count(case, launches, file.kernels, file.registers, architecture)

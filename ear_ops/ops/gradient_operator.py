@@ -86,25 +86,30 @@ def _kept(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-torch.library.define("ear_ops::scale_gradients", "(Tensor[] gradients, Tensor upstream, ScalarType dtype) -> Tensor[]")
-
-
-@torch.library.register_fake("ear_ops::scale_gradients")
-def _fake_scaled(gradients: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    return [gradient.new_empty(gradient.shape, dtype=dtype) for gradient in gradients]
-
-
-_SCALE_KERNELS = kernels_of("scale_gradients")
-
-
-def _scale(gradients: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def _scale_plainly(gradients: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """The gradients ``[B, ...]`` or ``[2B, ...]`` times ``[B]`` numbers; 0 where they are, also if it is infinite."""
-    if upstream.device.type in _SCALE_KERNELS and not torch.compiler.is_compiling():
-        return torch.ops.ear_ops.scale_gradients(gradients, upstream, dtype)
     scaled = []
     for gradient in gradients:
         both_views = len(gradient) != len(upstream)
         of_rows = torch.cat([upstream, upstream]) if both_views else upstream
         of_rows = of_rows.reshape(-1, *[1] * (gradient.dim() - 1))
-        scaled.append((gradient * of_rows).masked_fill_(of_rows == 0, 0.0).to(dtype))
+        scaled.append((gradient * of_rows).masked_fill(of_rows == 0, 0.0).to(dtype))
     return scaled
+
+
+define(
+    "scale_gradients",
+    "(Tensor[] gradients, Tensor upstream, ScalarType dtype) -> Tensor[]",
+    lambda gradients, upstream, dtype: [gradient.new_empty(gradient.shape, dtype=dtype) for gradient in gradients],
+    of_every_device=False,
+)
+_LIBRARY = torch.library.Library("ear_ops", "FRAGMENT")
+# The CPU has a kernel. It has no batches of upstream gradients, which Jacobians are made of.
+for key in ("CompositeExplicitAutograd", "Batched", "FuncTorchBatched"):
+    _LIBRARY.impl("scale_gradients", _scale_plainly, key)
+
+
+def _scale(gradients: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    if torch.compiler.is_compiling():  # what is compiled in one piece needs no kernel
+        return _scale_plainly(gradients, upstream, dtype)
+    return torch.ops.ear_ops.scale_gradients(gradients, upstream, dtype)

@@ -163,8 +163,11 @@ def schema_inputs(problem: type[Any]) -> tuple[str, int]:
     return inputs, sum(kind.startswith("Tensor") for kind in types)
 
 
-def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
+def define(name: str, schema: str, fake: Callable[..., Any], of_every_device: bool = True) -> None:
     """Registers ``torch.ops.ear_ops.NAME`` and what it gives for tensors without data.
+
+    Args:
+        of_every_device: it is listed in ``SCHEMAS``, and every device with kernels has one for it.
 
     Raises:
         RuntimeError: the compiled kernels were built for another schema.
@@ -177,7 +180,8 @@ def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
             f"have to be built again; {rebuild()}"
         ) from error
     torch.library.register_fake(f"ear_ops::{name}", fake)
-    SCHEMAS[name] = schema
+    if of_every_device:
+        SCHEMAS[name] = schema
 
 
 def _one_or_several(outputs: tuple[Tensor, ...]) -> Any:

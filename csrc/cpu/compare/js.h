@@ -76,8 +76,8 @@ struct Js {
       const V shift[2] = {shift_of<A>(vload<A>(stats->max[0] + lane)), shift_of<A>(vload<A>(stats->max[1] + lane))};
       const V inverse[2] = {vload<A>(stats->inverse[0] + lane), vload<A>(stats->inverse[1] + lane)};
       const V log_ratio = log_ratio_of(inverse[0], inverse[1]);
-      V values{}, slopes = vload<A>(stats->of_comparison[0] + lane),
-                  slopes_aug = vload<A>(stats->of_comparison[1] + lane);
+      V values{};
+      V slopes = vload<A>(stats->of_comparison[0] + lane), slopes_aug = vload<A>(stats->of_comparison[1] + lane);
       for_chunks(c, [&](int64_t begin, int64_t end) {
         V values_part{}, slopes_part{}, slopes_aug_part{};
         for (int64_t j = begin; j < end; ++j) {

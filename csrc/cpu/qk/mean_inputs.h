@@ -66,10 +66,11 @@ struct MeanInputs {
     weights.assign(of_heads.data_ptr<double>(), of_heads.data_ptr<double>() + of_heads.numel());
   }
 
-  // Whether each query is compared with each key in each head, masks left aside; and whether masks leave out none.
+  // Whether each counted query is compared with each real key in each head.
   bool compares_all() const {
     return queries > 0 && keys > 0 && !is_causal && !window && std::ranges::count(weights, 0.0) == 0;
   }
+  // Whether each query is compared with each key in each head.
   bool counts_all() const { return compares_all() && !key_mask && !counted_queries; }
 
   int view_of_problem(int v) const { return exchanged ? 1 - v : v; }

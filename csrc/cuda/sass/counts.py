@@ -1,6 +1,6 @@
 """What the kernels execute for one tile of 64 x 64 pairs, and the gate that keeps it from growing.
 
-The host code of the kernels is run with the CUDA runtime replaced (launches.cpp), so that it says which kernels a call
+The host code of the kernels is run with the CUDA runtime replaced (runtime.h), so that it says which kernels a call
 starts and with which arguments. The machine then runs some of their blocks, and the issue model gives them cycles.
 """
 
@@ -32,7 +32,7 @@ MASKS = 0x01010101  # every key real, every query counted
 class Case:
     """One call of an operator."""
 
-    pass_: str  # forward or backward
+    pass_: str  # forward, backward, or gradients: a forward that makes them, too
     pairs: int
     heads: int
     length: int
@@ -56,6 +56,12 @@ CASES = [
 
 # Of the comparisons but the MSE, whose kernels take rows of any length and every mask.
 DIVERGENCE_CASES = [Case(pass_, 32, 12, 128, kind) for pass_ in ("forward", "backward") for kind in ("plain", "causal")]
+
+# Of the averages over heads. Only the kernel that compares averages differs from one comparison to another.
+MEAN_CASES = [Case(pass_, 32, 12, 128, kind) for pass_ in ("forward", "gradients") for kind in ("plain", "causal")]
+
+# Of words that are one token each.
+WORD_CASES = [Case(pass_, 32, 12, 128, "plain") for pass_ in ("forward", "backward")]
 
 # Of the kernels for Hopper, in bfloat16 with 64 features.
 HOPPER_CASES = [
@@ -82,19 +88,27 @@ OTHER = "other"
 KINDS = {opcode: kind for kind, opcodes in OPCODES.items() for opcode in opcodes.split()}
 
 
-def build_launcher(
-    element: str, features: int, objects: Path, folder: Path, hopper: bool = False, comparison: str = MSE
-) -> Path:
-    """Build the program that prints the launches of one instance, or of those for Hopper, from its object file."""
-    program = folder / f"launches_{comparison}"
-    defines = [f"-DELEMENT={element}", f"-DELEMENT_BYTES={ELEMENT_BYTES[element]}", f"-DFEATURES={features}"]
-    defines += [f"-DCOMPARISON={comparison}"]
-    defines += ["-DHOPPER"] if hopper else []
-    command = ["c++", "-std=c++17", *defines, str(HERE / "launches.cpp"), str(objects), "-o", str(program)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"the launches of {element} {features} cannot be built:\n{done.stderr}")
-    return program
+@dataclass(frozen=True)
+class Host:
+    """The host code of some kernels, as a program that prints what a call starts."""
+
+    program: str  # its file
+    element: str
+    features: int
+    comparison: str = MSE
+    hopper: bool = False
+
+    def build(self, objects: Path, folder: Path) -> Path:
+        """Link it with the object file of the kernels."""
+        program = folder / f"launches_{self.element}_{self.comparison}"
+        defines = [f"-DELEMENT={self.element}", f"-DELEMENT_BYTES={ELEMENT_BYTES[self.element]}"]
+        defines += [f"-DFEATURES={self.features}", f"-DCOMPARISON={self.comparison}"]
+        defines += ["-DHOPPER"] if self.hopper else []
+        command = ["c++", "-std=c++17", *defines, str(HERE / self.program), str(objects), "-o", str(program)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"the launches of {self.element} {self.features} cannot be built:\n{done.stderr}")
+        return program
 
 
 def launches_of(program: Path, case: Case, features: int, device: issue.Device) -> list[Launch]:
@@ -105,7 +119,7 @@ def launches_of(program: Path, case: Case, features: int, device: issue.Device) 
         raise SystemExit(f"{case.name}: the host code failed: {done.stderr}")
     said = json.loads(done.stdout)
     regions = tuple(
-        Region(row["name"], row["address"], row["bytes"], MASKS if row["content"] == "ones" else DATA)
+        Region(row["name"], row["address"], row["bytes"], MASKS if row["content"] == "ones" else DATA, row["period"])
         for row in said["regions"]
     )
     return [

@@ -595,12 +595,13 @@ def _load_global(instruction: Instruction) -> Step:
     where, size = address(instruction.operands[1], True), _size(instruction)
 
     def step(warp: Warp, mask: int) -> None:
-        words = {region.word for region in _regions(warp, where(warp), mask, size)}
-        if len(words) > 1:
+        places = where(warp)
+        regions = _regions(warp, places, mask, size)
+        if len({(region.word, region.period) for region in regions}) > 1:
             raise NotUnderstood(f"{instruction.text!r} reads numbers and masks at once")
-        value = words.pop()
         for word in range(max(1, size // 4)):
-            warp.write(to, value & (1 << 8 * min(size, 4)) - 1, mask, word)
+            read = lambda at: regions[0].read(at + 4 * word) & (1 << 8 * min(size, 4)) - 1  # noqa: B023, E731
+            warp.write(to, lift(read, places) if regions[0].period else read(0), mask, word)
 
     return step
 

@@ -38,12 +38,17 @@ MOST_INSTRUCTIONS = 5_000_000  # of a warp
 
 @dataclass(frozen=True)
 class Region:
-    """Memory of a tensor, filled with one 32-bit word."""
+    """Memory of a tensor, filled with one 32-bit word, or with 0, 1, ... up to a period, again and again."""
 
     name: str
     address: int
     bytes: int
     word: int = DATA
+    period: int = 0  # 0: the one word
+
+    def read(self, place: int) -> int:
+        """The word at an address."""
+        return (place - self.address) // 4 % self.period if self.period else self.word
 
 
 @dataclass(frozen=True)
@@ -260,6 +265,9 @@ def flow_of(instruction: Instruction, labels: dict[str, int]) -> Flow | None:
     if name == "BRA" and ".DIV" in instruction.opcode:
         to, together = target(), source(operands[0])
         return lambda warp, group, lanes: warp.jump(group, lanes if together(warp) & ~group.mask else 0, to)
+    if name == "BRA" and ".CONV" in instruction.opcode:
+        to, together = target(), source(operands[0])
+        return lambda warp, group, lanes: warp.jump(group, 0 if together(warp) & ~group.mask else lanes, to)
     if name in ("BRA", "CALL", "JMP"):
         to, conditions = target(), [condition(operand) for operand in operands[:-1]]
 
