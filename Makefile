@@ -85,7 +85,7 @@ check-cuda: install
 
 cuda-full: install
 	$(PY) -m pip install --quiet nvidia-cuda-nvdisasm
-	$(PY) csrc/cuda/check_build.py --all
+	$(PY) csrc/cuda/check_build.py --all >benchmarks/results/sass/cuda-full.log || { tail benchmarks/results/sass/cuda-full.log; exit 1; }
 
 # The PTX that nvcc makes of the CUDA kernels, run by an interpreter against the float64 reference: the most important cases;
 # all of them; and kernels that were broken on purpose, each of which a case must catch. The last two write a log.
@@ -108,6 +108,7 @@ FORCE:
 ptx-mutants: $(ON_HOST)
 	$(HAVE_NVCC)
 	OMP_NUM_THREADS=1 $(PY) tests/ptx/mutants.py
+	$(PY) tests/cuda_on_host/mutants.py
 
 # On a machine with a GPU, in two calls of at most eight minutes: STEPS=tests builds, tests and runs the sanitizers,
 # STEPS=bench measures. Without STEPS one runs after the other. Results and logs are in one folder.
