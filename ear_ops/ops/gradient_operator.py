@@ -105,8 +105,8 @@ define(
 )
 _LIBRARY = torch.library.Library("ear_ops", "FRAGMENT")
 # The CPU has a kernel. It has no batches of upstream gradients, which Jacobians are made of.
-for key in ("CompositeExplicitAutograd", "Batched", "FuncTorchBatched"):
-    _LIBRARY.impl("scale_gradients", _scale_plainly, key)
+for _key in ("CompositeExplicitAutograd", "Batched", "FuncTorchBatched"):
+    _LIBRARY.impl("scale_gradients", _scale_plainly, _key)
 
 
 def _scale(gradients: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:

@@ -9,8 +9,6 @@ because the host has functions of its own in the place of instructions (``primit
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
 import os
 import re
 import shlex
@@ -18,13 +16,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
 from cuda_on_host.build import BUILD, HERE, LIBRARY, ROOT
-from ptx.mutants import Mutant, order_mutants
+from ptx.mutants import Mutant, order_mutants, try_all
 
 LOG = ROOT / "benchmarks" / "results" / "ptx" / "mutants-on-host.md"
 HEAD = """# Kernels without a barrier, on the host
@@ -132,24 +129,5 @@ def row_of(mutant: Mutant) -> tuple[str, bool]:
     return f"| {mutant.name} | `{mutant.place}` | {words} |", (caught is None) == (reason is not None)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="text in the name or place of the mutants to try")
-    options = parser.parse_args()
-    wanted = [mutant for mutant in order_mutants() if options.only in f"{mutant.name} {mutant.place}"]
-    rows, bad = [], 0
-    workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for row, good in pool.map(row_of, wanted):
-            print(row, flush=True)
-            rows.append(row)
-            bad += not good
-    if not options.only:
-        survivors = sum("| survives" in row for row in rows)
-        LOG.write_text(HEAD.format(count=len(rows), survivors=survivors) + "\n".join(rows) + "\n")
-    if bad:
-        raise SystemExit(f"{bad} mutants did not fare as they should")
-
-
 if __name__ == "__main__":
-    main()
+    try_all(__doc__, list(order_mutants()), row_of, LOG, HEAD)

@@ -40,12 +40,9 @@ def test_a_pair_without_upstream_gradient_gets_zeros(scale: Callable[..., list[T
 
 @needs_kernels
 def test_shapes_without_data() -> None:
-    gradients = [torch.empty(4, 2, 3, device="meta")]
-    assert torch.ops.ear_ops.scale_gradients(gradients, torch.empty(2, device="meta"), torch.float16)[0].shape == (
-        4,
-        2,
-        3,
-    )
+    gradient, upstream = torch.empty(4, 2, 3, device="meta"), torch.empty(2, device="meta")
+    (scaled,) = torch.ops.ear_ops.scale_gradients([gradient], upstream, torch.float16)
+    assert (scaled.shape, scaled.dtype) == ((4, 2, 3), torch.float16)
 
 
 @needs_kernels

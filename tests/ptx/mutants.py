@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -329,11 +329,25 @@ def row_of(mutant: Mutant) -> tuple[str, bool]:
     return f"| {mutant.name} | `{mutant.place}` | {check} | {words} |", (caught is None) == (reason is not None)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def try_all(
+    description: str | None,
+    mutants: Sequence[Mutant],
+    row_of: Callable[[Mutant], tuple[str, bool]],
+    log: Path,
+    head: str,
+) -> None:
+    """The command line: tries the mutants, prints their rows, and writes the log where none was left out.
+
+    Args:
+        row_of: the row of a mutant, and whether all is as it should be.
+        head: of the log, with places for the ``count`` of mutants and of ``survivors``.
+
+    Raises:
+        SystemExit: a mutant survived without a reason, or was caught in spite of one.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="text in the name or place of the mutants to try")
     options = parser.parse_args()
-    mutants = [*instruction_mutants(), *hopper_mutants(), *order_mutants()]
     wanted = [mutant for mutant in mutants if options.only in f"{mutant.name} {mutant.place}"]
     rows, bad = [], 0
     workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
@@ -343,12 +357,12 @@ def main() -> None:
             rows.append(row)
             bad += not good
     if not options.only:
-        LOG.parent.mkdir(parents=True, exist_ok=True)
-        survivors = sum("| survives |" in row for row in rows)
-        LOG.write_text(HEAD.format(count=len(rows), survivors=survivors) + "\n".join(rows) + "\n")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        survivors = sum("| survives" in row for row in rows)
+        log.write_text(head.format(count=len(rows), survivors=survivors) + "\n".join(rows) + "\n")
     if bad:
         raise SystemExit(f"{bad} mutants did not fare as they should")
 
 
 if __name__ == "__main__":
-    main()
+    try_all(__doc__, [*instruction_mutants(), *hopper_mutants(), *order_mutants()], row_of, LOG, HEAD)
