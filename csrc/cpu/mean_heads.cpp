@@ -114,6 +114,7 @@ struct MeanGradientTask : MeanTask<P> {
     if (this->keeps_rows) {
       this->for_heads([&](int v, int64_t head) {
         if (!out.of_view(v)) return;
+        this->sum_slopes(v, head);
         this->for_tiles(this->wide_tile, [&](int64_t t, int64_t n) { add_gradient(v, head, t, n); });
       });
     } else {

@@ -125,7 +125,9 @@ class MeanTask {
     });
   }
 
+  // Where exponentials take the place of scores, also adds them to the averages, while they are in the cache.
   void softmaxes() {
+    if (exponentiates_rows()) for_tiles(wide_tile, [&](int64_t t, int64_t n) { clear_averages(t, n); });
     for_heads([&](int v, int64_t head) {
       A *max = of_head(views[v].max, head), *sum = of_head(views[v].sum_of_row, head);
       std::fill_n(max, kBlock, -std::numeric_limits<A>::infinity());
@@ -142,31 +144,29 @@ class MeanTask {
           }
         }
       });
-      if (exponentiates_rows())
-        for_tiles(wide_tile, [&](int64_t t, int64_t n) {
-          for (int64_t c = 0; c < lane_groups(); ++c)
+      for (int64_t c = 0; c < lane_groups(); ++c) {
+        if (exponentiates_rows())
+          for_tiles(wide_tile, [&](int64_t t, int64_t n) {
             loops.exponentiate(lane_group(v, head, c, t, n), max + c * kLanes, sum + c * kLanes);
-        });
-      for (int64_t i = 0; i < kBlock; ++i) {
-        const bool empty = i >= n_queries || (max[i] == -std::numeric_limits<A>::infinity() && !has_key(v, head, i));
-        set_row(v, head, i, max[i], empty ? A(0) : 1 / sum[i]);
+          });
+        for (int64_t i = c * kLanes; i < (c + 1) * kLanes; ++i) {
+          const bool empty = i >= n_queries || (max[i] == -std::numeric_limits<A>::infinity() && !has_key(v, head, i));
+          set_row(v, head, i, max[i], empty ? A(0) : 1 / sum[i]);
+        }
+        if (exponentiates_rows())
+          for_tiles(wide_tile, [&](int64_t t, int64_t n) {
+            loops.add_exponentials(exponentials(v, head, c, t, n), of_head(views[v].factors, head) + c * kLanes,
+                                   sum_of(v, t) + c * kLanes);
+          });
       }
     });
     if (inputs.comparison == Comparison::kKl) leave_out_rows_without_target();
   }
 
   void average(int64_t t, int64_t n) {
-    for (int v = 0; v < 2; ++v) {
-      std::fill_n(sum_of(v, t), n * kMeanLd, A(0));
-      if (logarithms) std::fill_n(top_of(v, t), n * kMeanLd, -std::numeric_limits<A>::infinity());
-    }
+    if (exponentiates_rows()) return;
+    clear_averages(t, n);
     for_heads([&](int v, int64_t head) {
-      if (exponentiates_rows()) {
-        for (int64_t c = 0; c < lane_groups(); ++c)
-          loops.add_exponentials(exponentials(v, head, c, t, n), of_head(views[v].factors, head) + c * kLanes,
-                                 sum_of(v, t) + c * kLanes);
-        return;
-      }
       if (!keeps_rows) multiply(v, head, t, n);
       load_bias(v, head, t, n);
       for (int64_t c = 0; c < lane_groups(); ++c) {
@@ -203,27 +203,25 @@ class MeanTask {
     return total;
   }
 
-  // Returns the sum over the rows of the block. Where gradients are wanted, also makes d of each row.
+  // Returns the sum over the rows of the block. Leaves d of each row, where gradients need the rows again.
   double compare_rows() {
-    if (gradients) for_heads([&](int v, int64_t head) { std::fill_n(of_head(views[v].d, head), kBlock, A(0)); });
+    const bool sums_slopes = gradients && !keeps_rows;
+    if (sums_slopes) for_heads([&](int v, int64_t head) { std::fill_n(of_head(views[v].d, head), kBlock, A(0)); });
     double total = 0;
     for_tiles(tile, [&](int64_t t, int64_t n) {
       average(t, n);
       total += compare(t, n);
-      if (!gradients) return;
-      for_heads([&](int v, int64_t head) {
-        for (int64_t c = 0; c < lane_groups(); ++c)
-          loops.add_slopes(exponentials(v, head, c, t, n), sum_of(v, t) + c * kLanes,
-                           of_head(views[v].d, head) + c * kLanes);
-      });
+      if (sums_slopes) for_heads([&](int v, int64_t head) { add_slopes(v, head, t, n); });
     });
-    if (gradients)
-      for_heads([&](int v, int64_t head) {
-        A* d = of_head(views[v].d, head);
-        const A* inverse = of_head(views[v].inverse, head);
-        for (int64_t i = 0; i < kBlock; ++i) d[i] = inverse[i] == 0 ? A(0) : d[i] * inverse[i];
-      });
+    if (sums_slopes) for_heads([&](int v, int64_t head) { finish_slopes(v, head); });
     return total;
+  }
+
+  // Of the rows of a head that are kept: d.
+  void sum_slopes(int v, int64_t head) {
+    std::fill_n(of_head(views[v].d, head), kBlock, A(0));
+    for_tiles(wide_tile, [&](int64_t t, int64_t n) { add_slopes(v, head, t, n); });
+    finish_slopes(v, head);
   }
 
   // The c-th kLanes queries of e_h, without masks.
@@ -269,6 +267,25 @@ class MeanTask {
 
   // Heads lie a cache line further apart than a power of two, so that they spread over the sets of the cache.
   int64_t head_stride() const { return kept_ * kMeanLd + kLanes; }
+
+  void clear_averages(int64_t t, int64_t n) {
+    for (int v = 0; v < 2; ++v) {
+      std::fill_n(sum_of(v, t), n * kMeanLd, A(0));
+      if (logarithms) std::fill_n(top_of(v, t), n * kMeanLd, -std::numeric_limits<A>::infinity());
+    }
+  }
+
+  void add_slopes(int v, int64_t head, int64_t t, int64_t n) {
+    for (int64_t c = 0; c < lane_groups(); ++c)
+      loops.add_slopes(exponentials(v, head, c, t, n), sum_of(v, t) + c * kLanes,
+                       of_head(views[v].d, head) + c * kLanes);
+  }
+
+  void finish_slopes(int v, int64_t head) {
+    A* d = of_head(views[v].d, head);
+    const A* inverse = of_head(views[v].inverse, head);
+    for (int64_t i = 0; i < padded_queries; ++i) d[i] = inverse[i] == 0 ? A(0) : d[i] * inverse[i];
+  }
 
   void set_row(int v, int64_t head, int64_t i, A max, A inverse) {
     of_head(views[v].max, head)[i] = max;
