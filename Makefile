@@ -70,7 +70,8 @@ sanitize: install
 		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	cd $(SANITIZED); export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"; \
 	$(PY) -c "import ear_ops; assert 'sanitized' in ear_ops.__file__, ear_ops.__file__" && \
-	$(PY) -m pytest -q -n 2 -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/ops/test_properties.py
+	$(PY) -m pytest -q -n 2 -c $(CURDIR)/pyproject.toml \
+		$(addprefix $(CURDIR)/tests/ops/test_,properties.py mean_heads_kernels.py word_kernels.py)
 
 # Syntax only: that the portable path keeps compiling where there is no x86-64.
 check-aarch64: install
