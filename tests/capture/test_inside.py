@@ -72,6 +72,22 @@ def test_loss_and_gradients_are_those_of_eager_attention(tools, kind, side):
     assert _len_torch_function_stack() == 0
 
 
+@pytest.mark.parametrize("kind", ["deberta", "mpnet", "bloom", "falcon"])
+def test_regularizers_that_share_a_layer_leave_nothing_open(tools, kind):
+    model, batch = build(kind), tools.build_batch()
+    pull, divergence = AttentionPull(2, 1.0), AttentionPull(2, 1.0, divergence="js", name="divergence")
+    _, *expected = gradients_with(tools, model, batch, pull)
+    with attach(model, [pull, divergence]) as ear, attach(model, [AttentionPull(2, 1.0)]) as other:
+        for _ in range(2):
+            model(**batch)
+            assert _len_torch_function_stack() == 0
+            ear.loss()
+            assert torch.equal(ear.components()["attention_pull.2"].detach(), expected[0])
+            loss = other.loss()
+            assert torch.equal(loss.detach(), expected[0])
+            tools.assert_same_gradients(tools.gradients(model, loss), expected[1])
+
+
 def test_sparse_attention_is_refused_in_loss(tools):
     model = build("longformer")
     with attach(model, [AttentionPull(2)]) as ear:

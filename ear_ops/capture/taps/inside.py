@@ -64,7 +64,8 @@ class Watch:
 
     def install(self, module: nn.Module) -> list[Any]:
         opening = module.register_forward_pre_hook(_Open(self), with_kwargs=True)
-        closing = module.register_forward_hook(_Close(self), always_call=True)
+        # Modes are a stack: what was opened last is closed first.
+        closing = module.register_forward_hook(_Close(self), always_call=True, prepend=True)
         return [self.close, closing.remove, opening.remove]
 
     def open(self, shape: tuple[int, ...] | None) -> None:
