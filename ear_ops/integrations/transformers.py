@@ -10,7 +10,9 @@ Nothing of transformers is imported here.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object
+
+
+SAVED_REGULARIZERS = "regularizers.safetensors"  # in a checkpoint, beside the model's files
 
 
 class StepLoss(NamedTuple):
@@ -48,6 +53,9 @@ class RegularizedTrainerMixin(_Trainer):
 
     Each line of the training log gets the mean of every regulariser's term since the line before, over all processes.
     It also gets ``task_loss``: the Trainer's own loss, a mean over the rows.
+
+    Checkpoints hold the parameters of the regularisers themselves, such as a projection's, and a resumed training goes
+    on with them.
 
     Args:
         regularizers, teacher, layer_map: see :func:`ear_ops.attach`. The teacher is put into eval mode and on the
@@ -87,6 +95,7 @@ class RegularizedTrainerMixin(_Trainer):
         if regularizers:
             attachable: Any = self.model
             self.attached = attach(attachable, regularizers, teacher=teacher, layer_map=layer_map)
+            self.add_callback(_clears_gradients_of(self._own_parameters()))
         self.means = RunningMeans()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,6 +107,43 @@ class RegularizedTrainerMixin(_Trainer):
         if missing:
             optimizer.add_param_group({"params": missing})
         return optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model, and beside it the regularisers where they have parameters of their own."""
+        super().save_model(output_dir, _internal_call)
+        parameters = self._own_parameters()
+        if self.args.should_save and len(parameters):
+            import safetensors.torch  # which transformers needs, and this package does not
+
+            folder = str(self.args.output_dir if output_dir is None else output_dir)
+            safetensors.torch.save_model(parameters, str(Path(folder, SAVED_REGULARIZERS)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *others: Any, **more: Any) -> None:
+        """Loads the parameters of the regularisers with those of the model, when a training is resumed."""
+        super()._load_from_checkpoint(resume_from_checkpoint, *others, **more)
+        parameters = self._own_parameters()
+        if not len(parameters):
+            return
+        saved = Path(resume_from_checkpoint, SAVED_REGULARIZERS)
+        if not saved.exists():
+            warnings.warn(
+                f"{resume_from_checkpoint} has no {SAVED_REGULARIZERS}, so the parameters of the regularisers, such as "
+                f"a projection's, begin anew; to go on with them, load them into the regularisers before train()",
+                stacklevel=2,
+            )
+            return
+        import safetensors.torch
+
+        try:
+            safetensors.torch.load_model(parameters, str(saved), device=str(self.args.device))
+        except RuntimeError as error:
+            raise ValueError(
+                f"regularizers: expected those that {saved} was saved with, in the same order; {error}"
+            ) from error
+
+    def _own_parameters(self) -> nn.ParameterList:
+        """Those of the regularisers themselves, in the order in which they were passed."""
+        return nn.ParameterList(() if self.attached is None else self.attached.parameters())
 
     def detach(self) -> None:
         """Take the regularisers off the model."""
@@ -253,3 +299,14 @@ def _stays_where_it_is(teacher: nn.Module) -> bool:
         getattr(model, name, None)
         for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_device_map")
     )
+
+
+def _clears_gradients_of(parameters: nn.ParameterList) -> Any:
+    """A callback that clears gradients before each step; the Trainer clears those of the model alone."""
+    from transformers import TrainerCallback
+
+    class ClearGradients(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            parameters.zero_grad()
+
+    return ClearGradients()

@@ -232,6 +232,62 @@ def test_the_trainer_trains_the_projection_of_a_regulariser(tmp_path: Path) -> N
     assert not torch.equal(pull.projection.weight, before)
 
 
+def _two_projections(seed: int) -> list[ear_ops.Regularizer]:
+    """Regularisers with parameters of their own, which two of them share."""
+    torch.manual_seed(seed)
+    shared = torch.nn.Linear(16, 16)
+    return [*(ear_ops.HiddenPull(layer, projection=shared) for layer in (1, 2)), ear_ops.AttentionPull(1)]
+
+
+def _distil(folder: Path, regularizers: Any, resumed: Path | None = None, **changes: Any) -> list[torch.Tensor]:
+    """Trains, and returns the weights of the model and of the projection."""
+    options = {"teacher": model(seed=1), "data_collator": one_view, "regularizers": regularizers}
+    own = trainer(folder, options=options, **changes)
+    own.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    return [weights(own.model), weights(regularizers[0].projection)]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_projection_goes_down_its_gradient(tmp_path: Path, parts: int) -> None:
+    """Step after step, and in parts of a batch."""
+    regularizers, student = _two_projections(0), model()
+    projection, teacher = regularizers[0].projection, model(seed=1)
+    batch = one_view([Pairs()[i] for i in range(PAIRS)])
+    with ear_ops.attach(student, _two_projections(0), teacher=teacher.eval()) as ear:
+        parameters = [*student.parameters(), *ear.parameters()]
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        for _ in range(3):
+            with torch.no_grad():
+                teacher(**{name: value for name, value in batch.items() if name != "labels"})
+            optimizer.zero_grad()
+            (student.train()(**batch).loss + ear.loss()).backward()
+            optimizer.step()
+        expected = weights(ear.regularizers[0].projection)
+    _distil(
+        tmp_path,
+        regularizers,
+        max_steps=3,
+        per_device_train_batch_size=PAIRS // parts,
+        gradient_accumulation_steps=parts,
+    )
+    torch.testing.assert_close(weights(projection), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_resumed_training_goes_on_with_the_projections(tmp_path: Path) -> None:
+    """As if it had not been interrupted."""
+    expected = _distil(tmp_path / "whole", _two_projections(0), max_steps=2)
+    _distil(tmp_path / "parts", _two_projections(0), max_steps=1, save_strategy="steps", save_steps=1)
+    checkpoint = tmp_path / "parts" / "checkpoint-1"
+    found = _distil(tmp_path / "parts", _two_projections(1), checkpoint, max_steps=2)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    others = [ear_ops.HiddenPull(1, projection=torch.nn.Linear(16, 16, bias=False))]
+    with pytest.raises(ValueError, match=r"regularizers: expected those that .* was saved with"):
+        _distil(tmp_path, others, checkpoint, max_steps=2)
+    (checkpoint / "regularizers.safetensors").unlink()
+    with pytest.warns(UserWarning, match=r"checkpoint-1 has no regularizers\.safetensors, .* begin anew"):
+        _distil(tmp_path, _two_projections(0), checkpoint, max_steps=2)
+
+
 def test_the_trainer_takes_each_parameter_of_regularisers_once(tmp_path: Path) -> None:
     """A projection that regularisers share, and one that is a frozen part of the model."""
     student, shared = model(), torch.nn.Linear(16, 16)
