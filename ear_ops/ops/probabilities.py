@@ -83,6 +83,11 @@ def attention_probabilities(
         window=window,
         softcap=softcap,
     )
+    return masked_softmax(scores, allowed)
+
+
+def masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
+    """The softmax over the last dimension of what is ``allowed`` (None: all), 0 elsewhere and in rows without any."""
     if allowed is None:
         return torch.softmax(scores, dim=-1)
     return torch.softmax(fill_masked(scores, allowed), dim=-1).masked_fill(~allowed, 0.0)

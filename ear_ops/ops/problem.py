@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ear_ops.ops.blocks import sum_over_blocks
 from ear_ops.ops.masks import check_two_views, resolve_attention_masks, split_views
-from ear_ops.ops.probabilities import attendable_keys, attention_probabilities, attention_scores, compute_dtype
+from ear_ops.ops.probabilities import attendable_keys, attention_scores, compute_dtype, masked_softmax
 
 
 class AttentionProblem(NamedTuple):
     """Queries, keys, masks and structure of two views; the order of the fields is the schema of the operators.
 
     Both views come in one tensor (``query_aug`` and ``key_aug`` None, x first) or in two. To add an input, add a field
-    here, in ``csrc/problem.h`` and in :func:`attention_problem`, and use it in :meth:`probabilities` and the kernels.
+    here, in ``csrc/problem.h`` and in :func:`attention_problem`, and use it in :meth:`scores` and the kernels.
     """
 
     query: Tensor  # [B, H, L, D], or [2B, H, L, D] with both views
@@ -39,10 +39,10 @@ class AttentionProblem(NamedTuple):
         """B, the number of pairs (x, x^a)."""
         return self.query.shape[0] // 2 if self.query_aug is None else self.query.shape[0]
 
-    def probabilities(self) -> tuple[Tensor, Tensor]:
-        """P and T: the attention probabilities ``[B, H, L, S]`` of both views; rows that do not count are zero."""
-        attn, attn_aug = (attention_probabilities(*view, **self._structure) for view in views_of(self))
-        return attn, attn_aug
+    def probabilities(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """P and T: the attention probabilities ``[B, H, rows, S]`` of some queries; rows that do not count are zero."""
+        first, second = (masked_softmax(*view) for view in self.scores(rows))
+        return first, second
 
     def scores(self, rows: slice) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         """Of both views: the scores ``[B, H, rows, S]`` of some queries, and a mask of those that the softmax sees."""
@@ -73,7 +73,12 @@ class AttentionProblem(NamedTuple):
                 shared = shared if masks is None else shared & masks
             return shared.sum((-2, -1)).expand(self.pairs, self.query.shape[1])
 
-        return sum_over_blocks(of_rows, length, self.pairs * self.query.shape[1] * keys)
+        return self.sum_over_queries(of_rows)
+
+    def sum_over_queries(self, sums_of: Callable[[slice], Tensor]) -> Tensor:
+        """The sum of ``sums_of(rows)``, ``[B, H]``, over blocks of the queries."""
+        entries = self.pairs * self.query.shape[1] * self.key.shape[2]
+        return sum_over_blocks(sums_of, self.query.shape[2], entries)
 
     def on_shared_keys(self) -> AttentionProblem:
         """The same with the keys masked in both views that one of them masks, by ``key_mask`` or a bias of -inf."""

@@ -16,7 +16,7 @@ def reference(problem: AttentionProblem) -> Tensor:
 
     The sum runs over counted queries and all keys; a key that is padding in a view has probability zero there.
     """
-    return squared_difference_sums(*problem.probabilities())
+    return problem.sum_over_queries(lambda rows: squared_difference_sums(*problem.probabilities(rows)))
 
 
 QK_ATTENTION_MSE = Operator(

@@ -1,7 +1,4 @@
-"""The operators that compare attention straight from Q and K by a divergence, or by the scores before the softmax.
-
-Their references work on blocks of queries, so their memory grows with L, as that of the kernels does.
-"""
+"""The operators that compare attention straight from Q and K by a divergence, or by the scores before the softmax."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ear_ops.ops.blocks import sum_over_blocks
 from ear_ops.ops.divergences import DIVERGENCES, divergence_of_scores
 from ear_ops.ops.operator import Operator
 from ear_ops.ops.problem import AttentionProblem, fake_outputs
@@ -23,7 +19,7 @@ def divergence_reference(name: str, problem: AttentionProblem) -> Tensor:
         (scores, allowed), (scores_aug, allowed_aug) = problem.scores(rows)
         return divergence_of_scores(name, scores, scores_aug, allowed, allowed_aug)
 
-    return _over_blocks(problem, sums_of)
+    return problem.sum_over_queries(sums_of)
 
 
 def scores_reference(problem: AttentionProblem) -> Tensor:
@@ -36,12 +32,7 @@ def scores_reference(problem: AttentionProblem) -> Tensor:
             difference = difference.masked_fill(~(allowed & allowed_aug), 0.0)
         return difference.square().sum((-2, -1))
 
-    return _over_blocks(problem, sums_of)
-
-
-def _over_blocks(problem: AttentionProblem, sums_of: Callable[[slice], Tensor]) -> Tensor:
-    entries = problem.pairs * problem.query.shape[1] * problem.key.shape[2]
-    return sum_over_blocks(sums_of, problem.query.shape[2], entries)
+    return problem.sum_over_queries(sums_of)
 
 
 def _operator(name: str, reference: Callable[[AttentionProblem], Tensor], row_stats: int) -> Operator:

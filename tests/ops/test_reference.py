@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import plain
 from support.cases import Case, attention_case, pooled_case, qk_case
+from support.memory import peak_memory
 from support.strategies import OPS, cases
 
 import ear_ops
-from ear_ops.ops import probabilities
+from ear_ops.ops import blocks, probabilities
 
 LOG3 = math.log(3.0)
 
@@ -214,6 +215,27 @@ def test_reference_is_plain_pytorch(op: str, data: st.DataObject) -> None:
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
     for gradient, plain_gradient in zip(gradients, plain_gradients, strict=True):
         torch.testing.assert_close(gradient, plain_gradient, rtol=1e-11, atol=1e-13)
+
+
+@given(data=st.data())
+def test_blocks_of_queries_change_nothing(data: st.DataObject) -> None:
+    case = data.draw(cases("qk_attention_mse", dtypes=(torch.float64,)))
+    value, gradients = case.run("reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK_ENTRIES", 500)
+        in_blocks, block_gradients = case.run("reference")
+    torch.testing.assert_close(in_blocks, value)
+    for gradient, expected in zip(block_gradients, gradients, strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_memory_of_the_reference_grows_with_the_length_beyond_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", 8192)
+    peaks = []
+    for length in (512, 1024):
+        case = qk_case(length, None, 8, pairs=1, heads=2).to(torch.float32)
+        peaks.append(peak_memory(lambda case=case: case.run("reference")))
+    assert peaks[1] < 2.5 * peaks[0]
 
 
 def test_probabilities_of_a_row_without_keys_are_zero_and_have_no_gradient() -> None:
