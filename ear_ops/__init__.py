@@ -15,6 +15,7 @@ from ear_ops.functional import (
     qk_attention_kl,
     qk_attention_mse,
     qk_scores_mse,
+    qk_word_attention,
     repeat_labels,
     robust_cross_entropy,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "qk_attention_kl",
     "qk_attention_mse",
     "qk_scores_mse",
+    "qk_word_attention",
     "repeat_labels",
     "robust_cross_entropy",
 ]

@@ -6,6 +6,20 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
+
+def check_tensor(argument: str, value: Any, advice: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}; {advice}")
+
+
+def check_one_layer(value: Any, regularizer: str) -> None:
+    """``regularizer``: the name of the class, which takes one layer."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"layer: expected a number, got {value!r}; write a {regularizer} for each layer")
+    check_count("layer", value)
+
 
 def check_count(argument: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ear_ops.arguments import check_tensor
 from ear_ops.capture.layout import Layout, unwrap
 from ear_ops.capture.recorder import Recorder
 from ear_ops.capture.records import Record
@@ -90,6 +91,8 @@ class Attachment:
         for regularizer in self.regularizers:
             if regularizer.uses_word_ids and word_ids is None:
                 raise TypeError(f"{regularizer.name}: it compares words, so it needs ear.loss(word_ids=...)")
+        for ids in word_ids if isinstance(word_ids, tuple) else () if word_ids is None else (word_ids,):
+            check_tensor("word_ids", ids, "pass torch.tensor(word_ids), with -1 where a token has no word")
         untaken = self._recorder.untaken
         try:
             records = self._take()

@@ -51,6 +51,63 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
         ValueError,
         ["query:", "at least 1", "got", "[2, 4, 5, 0]"],
     ),
+    # what is no tensor
+    "a list of queries": (
+        lambda: qk(query=[[0.0]]),
+        TypeError,
+        ["query:", "a tensor [B, H, L, D]", "got list"],
+    ),
+    "a list of maps of the second view": (
+        lambda: attention(attn_aug=[[0.0]]),
+        TypeError,
+        ["attn_aug:", "a tensor [B, H, L, S]", "got list"],
+    ),
+    "a list of head weights": (
+        lambda: qk(head_weights=[1.0] * 4),
+        TypeError,
+        ["head_weights:", "a tensor", "got list", "torch.tensor(head_weights)"],
+    ),
+    "a list of weights of averages": (
+        lambda: qk(head_weights=[1.0] * 4, heads="mean"),
+        TypeError,
+        ["head_weights:", "a tensor", "got list", "torch.tensor(head_weights)"],
+    ),
+    "the output of a model": (
+        lambda: ear_ops.robust_cross_entropy({"logits": torch.zeros(4, 3)}, torch.zeros(2, dtype=torch.int64)),
+        TypeError,
+        ["logits:", "a tensor", "got dict", "output.logits"],
+    ),
+    "a list of labels": (
+        lambda: ear_ops.robust_cross_entropy(torch.zeros(4, 3), [0, 1]),
+        TypeError,
+        ["labels:", "a tensor", "got list", "torch.tensor(labels)"],
+    ),
+    # the two views differ
+    "more heads in the second view": (
+        lambda: qk(query_aug=QUERY[:, :2]),
+        ValueError,
+        ["query_aug:", "[2, 4, 5, 3]", "got [2, 2, 5, 3]", "heads='mean'"],
+    ),
+    "larger heads in the second view": (
+        lambda: qk(key_aug=torch.zeros(2, 2, 6, 4)),
+        ValueError,
+        ["key_aug:", "[2, 2, 6, 3]", "got [2, 2, 6, 4]", "heads='mean'"],
+    ),
+    "larger hidden states in the second view": (
+        lambda: pooled(hidden_aug=torch.zeros(2, 5, 4)),
+        ValueError,
+        ["hidden_aug:", "[2, 5, 3]", "got [2, 5, 4]", "project"],
+    ),
+    "scores in place of probabilities": (
+        lambda: ear_ops.attention_kl(ATTN - 1, ATTN + 1),
+        ValueError,
+        ["attn:", "probabilities", "got -1", "softmax"],
+    ),
+    "scores of the second view": (
+        lambda: ear_ops.attention_js(ATTN + 0.1, ATTN - 1),
+        ValueError,
+        ["attn_aug:", "probabilities", "got -1", "softmax"],
+    ),
     # dtypes and devices
     "integer query": (lambda: qk(query=QUERY.int()), TypeError, ["query:", "floating-point", "got", "torch.int32"]),
     "integer attn": (lambda: attention(ATTN.long()), TypeError, ["attn:", "floating-point", "got", "torch.int64"]),

@@ -47,7 +47,7 @@ class LogitsSite:
             got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else "no tensor of that name"
             raise ValueError(
                 f"{what}: expected {type(self.root).__name__} to return logits [B, K] or [B, L, K], by itself or as "
-                f"output.logits, got {got}"
+                f"output.logits, got {got}; use a model with a head that returns logits, or write a Regularizer"
             )
         if logits.dim() == 2:
             return Logits(logits, None)

@@ -133,7 +133,11 @@ def align_attention(
             f"relation_heads=...) or HiddenPull, or choose a teacher (or a layer of it) with {count} heads"
         )
     if not attend_alike(reading, reading_aug):
-        raise ValueError(f"{what}: the two views attend differently (causal, window or mask), so they do not compare")
+        raise ValueError(
+            f"{what}: expected attention of one structure in both views, got {_structure_of(reading)} and "
+            f"{_structure_of(reading_aug)}; compare words (alignment='word'), or use RelationPull, HiddenPull or "
+            f"LogitsPull"
+        )
     if heads == "each":
         reading, reading_aug = _one_head_size(reading, reading_aug)
     elif all(_scale_of(view) == view.query.shape[3] ** -0.5 for view in (reading, reading_aug)):
@@ -152,8 +156,12 @@ def align_attention(
 
 def attend_alike(reading: AttentionInputs, reading_aug: AttentionInputs) -> bool:
     """Whether two views have one structure: causality, window, softcap, and whether there is a bias."""
-    structure, structure_aug = ((r.is_causal, r.window, r.softcap, r.attn_bias is None) for r in (reading, reading_aug))
-    return structure == structure_aug
+    return _structure_of(reading) == _structure_of(reading_aug)
+
+
+def _structure_of(reading: AttentionInputs) -> str:
+    has_bias = reading.attn_bias is not None
+    return f"is_causal={reading.is_causal}, window={reading.window}, softcap={reading.softcap}, bias={has_bias}"
 
 
 def align_maps(reading: AttentionMaps, reading_aug: AttentionMaps) -> tuple[AttentionMaps, AttentionMaps]:

@@ -36,7 +36,8 @@ def gradient_ratios(model: Any, regularizers: Sequence[Any], layer: int, batches
         `push_ratio` is that of the push at the embeddings, by `pull_ratio` that of the pull at query and key.
 
     Raises:
-        ValueError: the layer gives no queries and keys.
+        TypeError: ``batches`` holds something other than batches.
+        ValueError: the layer gives no queries and keys, or a batch has no labels.
     """
     squares = gradient_squares(model, regularizers, layer, batches)
     return {
@@ -74,7 +75,8 @@ def gradient_squares(
         not reach lacks it.
 
     Raises:
-        ValueError: the layer gives no queries and keys.
+        TypeError: ``batches`` holds something other than batches.
+        ValueError: the layer gives no queries and keys, or a batch has no labels.
     """
     root = unwrap(model)
     layout = Layout(root)
@@ -92,6 +94,7 @@ def gradient_squares(
     recorder.install()
     try:
         for batch in batches:
+            _check_batch(batch)
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
             with torch.enable_grad():
                 logits = root(**inputs).logits
@@ -121,3 +124,13 @@ def gradient_squares(
         recorder.remove()
         root.train(training)
     return squares
+
+
+def _check_batch(batch: Any) -> None:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batches: expected several batches, each a mapping of names to tensors, got {type(batch).__name__} in "
+            f"place of one; pass [batch] where there is one alone"
+        )
+    if "labels" not in batch:
+        raise ValueError(f"batches: expected 'labels' in every batch, got {', '.join(map(repr, batch))}")

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ear_ops.arguments import check_tensor
 from ear_ops.functional.values import has_no_values
 
 
@@ -24,10 +25,13 @@ def robust_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = 
         A scalar in the dtype of ``logits``.
 
     Raises:
+        TypeError: ``logits`` or ``labels`` is no tensor.
         ValueError: shapes do not fit. Or class indices ``[2B]`` say that x and x^a are of different classes, so the
             batch does not hold two views. Only indices on the CPU are checked, since looking at a GPU would wait for
             it; under ``torch.compile``, transforms of ``torch.func`` and with fake tensors none are.
     """
+    check_tensor("logits", logits, "pass output.logits of a model of transformers")
+    check_tensor("labels", labels, "pass torch.tensor(labels)")
     if logits.dim() not in (2, 3) or logits.shape[0] % 2:
         raise ValueError(f"logits: expected [2B, K] or [2B, L, K] with both views, x first, got {list(logits.shape)}")
     shapes = [[rows, *logits.shape[1:-1]] for rows in (logits.shape[0] // 2, logits.shape[0])]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ear_ops.arguments import check_choice
@@ -93,7 +95,8 @@ def attention_kl(
         A scalar, or ``[B, H]`` for ``"none"`` (``[B]`` with ``heads="mean"``); float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError, TypeError: as for :func:`qk_attention_kl`.
+        ValueError, TypeError: as for :func:`qk_attention_kl`. On the CPU also where a map holds numbers below 0, whose
+            divergence is NaN.
     """
     return _maps_divergence(
         kl_name(direction),
@@ -167,8 +170,18 @@ def _maps_divergence(
     else:
         problem = problem.on_shared_keys() if support == "shared" else problem
         sums = weigh_heads(operator.sums(problem, backend), head_weights)
+    _check_probabilities(sums, views)
     length = problem.attn.shape[2]
     return reduce_rows(sums, name, problem.counted_queries, reduction, length, of_maps=True)
+
+
+def _check_probabilities(sums: Tensor, views: Sequence[Tensor | None]) -> None:
+    """Raises ValueError where ``sums`` are NaN because a map holds numbers below 0, such as scores."""
+    if not can_be_read(sums) or not torch.isnan(sums).any():
+        return
+    for name, view in zip(("attn", "attn_aug"), views, strict=True):
+        if view is not None and (view < 0).any():
+            raise ValueError(f"{name}: expected probabilities, got {view.min().item():.4g}; apply the softmax first")
 
 
 def _weights_of_maps(problem: MapsProblem, head_weights: Tensor | None) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ear_ops.arguments import check_choice, check_temperature
+from ear_ops.arguments import check_choice, check_temperature, check_tensor
 from ear_ops.functional.values import can_be_read
 from ear_ops.ops.divergences import InfiniteDivergenceError
 from ear_ops.ops.reductions import reduce_attention
@@ -39,6 +39,7 @@ def weigh_heads(sums: Tensor, head_weights: Tensor | None) -> Tensor:
     """``sums`` ``[B, H]`` times ``head_weights`` ``[H]``."""
     if head_weights is None:
         return sums
+    check_tensor("head_weights", head_weights, "pass torch.tensor(head_weights)")
     if list(head_weights.shape) != [sums.shape[1]]:
         raise ValueError(
             f"head_weights: expected one number for each of the {sums.shape[1]} heads, got shape "

@@ -68,7 +68,8 @@ def qk_attention_mse(
             ``w / w.sum()``; they are constants of at least 0, and views with different numbers of heads take none.
         reduction: ``"mean"``, ``"padded_mean"``, ``"equations"``, ``"sum"`` or ``"none"``, see
             :mod:`ear_ops.ops.reductions`.
-        backend: see the module.
+        backend: ``"auto"`` (kernels where there are any, else the reference), ``"reference"`` (plain PyTorch),
+            ``"cpu"`` or ``"cuda"``. None reads the environment variable ``EAR_OPS_BACKEND``, else it is ``"auto"``.
 
     Returns:
         A scalar, or ``[B, H]`` for ``"none"`` (``[B]`` with ``heads="mean"``); float32 (float64 for float64 inputs). A

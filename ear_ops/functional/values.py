@@ -19,4 +19,6 @@ def has_no_values(tensor: Tensor) -> bool:
 
 def can_be_read(tensor: Tensor | None) -> bool:
     """Whether the numbers of ``tensor`` can be looked at without waiting for a device, and not in a trace."""
-    return tensor is not None and tensor.is_cpu and not torch.compiler.is_compiling() and not has_no_values(tensor)
+    return (
+        isinstance(tensor, Tensor) and tensor.is_cpu and not torch.compiler.is_compiling() and not has_no_values(tensor)
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ear_ops.arguments import check_choice
+from ear_ops.arguments import check_choice, check_tensor
 from ear_ops.functional.options import reduce_rows, weigh_heads
+from ear_ops.functional.values import can_be_read
 from ear_ops.ops.masks import resolve_attention_masks
 from ear_ops.ops.problem import attention_problem
 from ear_ops.ops.qk_words import QK_WORD_ATTENTION, QK_WORD_ATTENTION_ON_SHARED_WORDS, WordsProblem, count_pieces
@@ -81,6 +82,7 @@ def qk_word_attention(
         softcap=softcap,
         count_padded_queries=False,
     )
+    check_tensor("word_ids", word_ids, "pass torch.tensor(word_ids), with -1 where a token has no word")
     expected = [2 * tokens.pairs, query.shape[2]]
     if list(word_ids.shape) != expected or key.shape[2] != query.shape[2]:
         raise ValueError(
@@ -89,6 +91,8 @@ def qk_word_attention(
         )
     if word_ids.dtype != torch.int64:
         raise TypeError(f"word_ids: expected int64, got {word_ids.dtype}")
+    if can_be_read(word_ids) and word_ids.numel() and word_ids.max() >= max(words, 1):
+        raise ValueError(f"words: expected more than the largest word id, {int(word_ids.max())}, got {words}")
     words = max(words, 1)  # where no token has a word, one that no sequence has
     if tokens.key_mask is not None:
         word_ids = word_ids.masked_fill(~tokens.key_mask, -1)

@@ -21,6 +21,18 @@ class AttentionMasks(NamedTuple):
     counted_pairs: Tensor | None  # [B] int, counted queries times counted keys
 
 
+_OF_HEADS = "where heads differ in number or size, compare their averages (heads='mean')"
+_ADVICE = {  # by the dimension in which two views differ
+    "B": "give both views the same pairs",
+    "H": _OF_HEADS,
+    "H_kv": _OF_HEADS,
+    "D": _OF_HEADS,
+    "L": "pad both views to one length",
+    "S": "pad both views to one length",
+    "C": "project one view to the size of the other",
+}
+
+
 def check_two_views(
     name: str, first: Tensor, second: Tensor | None, *, ndim: int, layout: str, may_differ: Sequence[int] = ()
 ) -> bool:
@@ -31,6 +43,9 @@ def check_two_views(
     Raises:
         ValueError, TypeError: a tensor does not fit; the message calls it ``name``.
     """
+    for argument, view in ((name, first), (f"{name}_aug", second)):
+        if not isinstance(view, Tensor) and (view is not None or argument == name):
+            raise TypeError(f"{argument}: expected a tensor {layout}, got {type(view).__name__}")
     if first.dim() != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions {layout}, got shape {list(first.shape)}")
     if not first.dtype.is_floating_point:
@@ -45,9 +60,12 @@ def check_two_views(
     same = [dim for dim in range(ndim) if dim not in may_differ]
     if second.dim() != ndim or any(second.shape[dim] != first.shape[dim] for dim in same):
         others = f" but for dimensions {' and '.join(map(str, may_differ))}" if may_differ else ""
+        advice = ""
+        if second.dim() == ndim:
+            wrong = next(dim for dim in same if second.shape[dim] != first.shape[dim])
+            advice = f"; {_ADVICE[layout.strip('[]').split(', ')[wrong]]}"
         raise ValueError(
-            f"{name}_aug: expected the shape of {name}, {list(first.shape)}{others}, got {list(second.shape)}; "
-            f"pad both views to one length"
+            f"{name}_aug: expected the shape of {name}, {list(first.shape)}{others}, got {list(second.shape)}{advice}"
         )
     for what in ("dtype", "device"):
         if getattr(second, what) != getattr(first, what):

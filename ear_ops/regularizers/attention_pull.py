@@ -45,7 +45,8 @@ class AttentionPull(Regularizer):
             transformers, ``nn.MultiheadAttention`` and modules that call softmax themselves. Or a pattern of
             such paths (``"decoder.layers.*.self_attn"``), ``"middle"`` (6 of 12) or ``"all"``. Or several of them, in a
             list or as a mapping to factors of the weight, ``{4: 0.5, 6: 1.0}``. Each layer is a term of its own.
-        weight: see :data:`Weight`, of each layer; 0.1 in the paper.
+        weight: see :data:`Weight`, of each layer. 0.1 is the paper's for the squared error; those of
+            MiniLM and TinyBERT have the weight 1.
         query, key: instead of ``layer``, for any ``nn.Module``: paths, as in ``model.named_modules()``, of the two
             projections, whose outputs are ``[B, L, num_heads * D]``. Exact only where the model computes
             ``softmax(Q K^T / sqrt(D))`` of them: without rotary embedding, causality or position bias.
@@ -167,7 +168,14 @@ class AttentionPull(Regularizer):
             assert of_maps is not None, "the constructor refuses scores of words"
             return compare_words(reading, reading_aug, word_ids, self.divergence, of_maps, what=self.name, **common)
         if reading_aug is not None and type(reading) is not type(reading_aug):
-            raise ValueError(f"{self.name}: the two views compute attention differently, so they do not compare")
+            kinds = [
+                "queries and keys" if isinstance(view, AttentionInputs) else "probabilities alone"
+                for view in (reading, reading_aug)
+            ]
+            raise ValueError(
+                f"{self.name}: expected both views to give queries and keys, or both probabilities, got "
+                f"{' and '.join(kinds)}; compare words (alignment='word'), or use HiddenPull or LogitsPull"
+            )
         first: Any = reading
         second: Any = reading_aug
         if isinstance(reading, AttentionInputs):

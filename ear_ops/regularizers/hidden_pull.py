@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ear_ops.arguments import check_count
+from ear_ops.arguments import check_one_layer
 from ear_ops.capture.layout import Layout
 from ear_ops.capture.readings import HiddenStates, align_hidden, split_reading
 from ear_ops.capture.sites import Site
@@ -24,7 +24,8 @@ class HiddenPull(Regularizer):
     when it is real in both views.
 
     The projection is trained by your optimiser: give it the parameters of the model and ``ear.parameters()``. It is no
-    part of the model, so no checkpoint of the model has it, and DistributedDataParallel does not average its gradient.
+    part of the model. So the model's ``state_dict()`` does not have it, and DistributedDataParallel does not average
+    its gradient. :class:`ear_ops.RegularizedTrainerMixin` trains, saves and resumes it.
 
     Args:
         layer: block of the model, counted from 1; its output is taken before any final norm of the model.
@@ -49,7 +50,7 @@ class HiddenPull(Regularizer):
         reduction: str = "mean",
         name: str | None = None,
     ) -> None:
-        check_count("layer", layer)
+        check_one_layer(layer, "HiddenPull")
         if not (projection is None or projection == "linear" or isinstance(projection, nn.Module)):
             raise ValueError(f"projection: expected None, 'linear' or a torch.nn.Module, got {projection!r}")
         if distance not in ("mse", "cosine"):
@@ -92,7 +93,8 @@ class HiddenPull(Regularizer):
                 for view in (reading, reading_aug)
             )
         if self.projection is not None:
-            reading = reading._replace(states=self._projected(self.projection, reading.states))
+            size = reading_aug.states.shape[2]
+            reading = reading._replace(states=self._projected(self.projection, reading.states, size))
         aligned = align_hidden(reading, reading_aug, self.name)
         pair = [view.states.to(compute_dtype(view.states.dtype)) for view in aligned]
         batch, length, size = pair[0].shape
@@ -107,7 +109,8 @@ class HiddenPull(Regularizer):
             return total / max(batch, 1)
         return total / max(batch * length * size, 1) if counted is None else total / (counted.sum() * size).clamp(min=1)
 
-    def _projected(self, projection: nn.Module, states: Tensor) -> Tensor:
+    def _projected(self, projection: nn.Module, states: Tensor, size: int) -> Tensor:
+        """``[B, L, size]`` of ``states`` ``[B, L, C]``."""
         like = next(projection.parameters(), states)
         if like.device != states.device:  # the model was moved after attach(); parameters stay the same objects
             projection.to(states.device)
@@ -125,6 +128,11 @@ class HiddenPull(Regularizer):
             raise TypeError(
                 f"{self.name}: projection: expected {type(projection).__name__} to return a tensor "
                 f"[{states.shape[0]}, {states.shape[1]}, C of the teacher], got {got}"
+            )
+        if projected.shape[2] != size:
+            raise ValueError(
+                f"{self.name}: projection: expected {type(projection).__name__} to return {size} numbers for each "
+                f"token, as many as the other view has, got {projected.shape[2]}"
             )
         return projected
 

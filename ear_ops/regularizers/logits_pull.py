@@ -62,7 +62,10 @@ class LogitsPull(Regularizer):
         reading, reading_aug = split_reading(reading, reading_aug)
         shape, shape_aug = list(reading.logits.shape), list(reading_aug.logits.shape)
         if shape != shape_aug:
-            raise ValueError(f"{self.name}: expected logits of one shape in both views, got {shape} and {shape_aug}")
+            raise ValueError(
+                f"{self.name}: expected logits of one shape in both views, got {shape} and {shape_aug}; both need the "
+                f"same classes and equally many tokens"
+            )
         if shape[-1] < 2:
             raise ValueError(
                 f"{self.name}: expected logits of at least 2 classes, got {shape}: the softmax of one number is always "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ear_ops import functional
-from ear_ops.arguments import check_count, is_finite_number
+from ear_ops.arguments import check_one_layer, is_finite_number
 from ear_ops.capture.layout import Layout
 from ear_ops.capture.readings import HiddenStates, align_hidden
 from ear_ops.capture.sites import Site
@@ -62,7 +62,7 @@ class SentencePull(Regularizer):
     """
 
     def __init__(self, layer: int, weight: Weight = 1.0, *, reduction: str = "mean", name: str | None = None) -> None:
-        check_count("layer", layer)
+        check_one_layer(layer, "SentencePull")
         super().__init__(f"sentence_pull.{layer}" if name is None else name, weight, reduction)
         self.layer = layer
 

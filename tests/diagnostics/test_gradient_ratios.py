@@ -102,6 +102,16 @@ def test_several_batches_add_up_in_squares(model, batch) -> None:
     assert gradient_ratios(model, terms, 1, [batch, batch]) == pytest.approx(gradient_ratios(model, terms, 1, [batch]))
 
 
+def test_what_is_no_batch_is_refused(model, batch) -> None:
+    with pytest.raises(TypeError, match=r"batches: expected several batches, .* got str .*; pass \[batch\]"):
+        gradient_ratios(model, [EmbeddingPush()], 1, batch)
+    del batch["labels"]
+    with pytest.raises(
+        ValueError, match="batches: expected 'labels' in every batch, got 'input_ids', 'attention_mask'"
+    ):
+        gradient_ratios(model, [EmbeddingPush()], 1, [batch])
+
+
 def test_frozen_embeddings_are_not_looked_at(model, batch) -> None:
     terms = [EmbeddingPush(), AttentionPull(2)]
     whole = gradient_ratios(model, terms, 2, [batch])

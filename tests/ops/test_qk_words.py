@@ -297,6 +297,8 @@ def test_mistakes() -> None:
     for mistake, message in (
         ({"word_ids": SPLIT[:2]}, r"word_ids: expected \[4, 11\] to go with 11 queries and 11 keys .* got \[2, 11\]"),
         ({"word_ids": SPLIT.int()}, "word_ids: expected int64, got torch.int32"),
+        ({"word_ids": SPLIT.tolist()}, r"word_ids: expected a tensor, got list; .* -1 where a token has no word"),
+        ({"words": 2}, r"words: expected more than the largest word id, \d+, got 2"),
         ({"divergence": "l1"}, "divergence: expected one of 'mse', 'kl', 'reverse_kl', 'js', got 'l1'"),
         ({"support": "both", "divergence": "js"}, "support: expected 'all' or 'shared', got 'both'"),
         ({"reduction": "padded_mean"}, "reduction: 'padded_mean' counts padded tokens"),

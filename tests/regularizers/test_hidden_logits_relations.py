@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from ear_ops import HiddenPull, LogitsPull, Regularizer, RelationPull, attach
+from ear_ops import HiddenPull, LogitsPull, Regularizer, RelationPull, SentencePull, attach
 
 SHAPE = {"vocab_size": 60, "intermediate_size": 48, "num_labels": 3, "pad_token_id": 0}
 
@@ -164,11 +164,12 @@ class Pair(nn.Module):
     ("projection", "message"),
     [
         (nn.Linear(6, 8), r"hidden_pull.1: projection: expected a module that takes hidden states \[2, 7, 32\]"),
+        (nn.Linear(32, 8), "hidden_pull.1: projection: expected Linear to return 32 numbers for each token.* got 8"),
         (Pair(), r"hidden_pull.1: projection: expected Pair to return a tensor \[2, 7, C of the teacher\], got tuple"),
     ],
 )
 def test_a_projection_that_does_not_fit(projection: nn.Module, message: str) -> None:
-    with pytest.raises((RuntimeError, TypeError), match=message):
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
         of_views(bert(), HiddenPull(1, projection=projection))
 
 
@@ -407,6 +408,12 @@ def test_relation_heads_that_do_not_divide() -> None:
     ("make", "error", "message"),
     [
         (lambda: HiddenPull(0), ValueError, "layer: expected at least 1"),
+        (
+            lambda: HiddenPull("all"),
+            TypeError,
+            "layer: expected a number, got 'all'; write a HiddenPull for each layer",
+        ),
+        (lambda: SentencePull([1, 2]), TypeError, "layer: expected a number.*; write a SentencePull for each layer"),
         (lambda: HiddenPull(1, projection="mlp"), ValueError, "projection: expected None, 'linear' or"),
         (lambda: HiddenPull(1, distance="l1"), ValueError, "distance: expected 'mse' or 'cosine', got 'l1'"),
         (lambda: LogitsPull(temperature=-1), ValueError, "temperature: expected a positive, finite number"),

@@ -195,6 +195,15 @@ def _pair_ids(first: int, second: int) -> list[int]:
     return [100, *[0] * first, 101, 102, *[50] * second, 103]
 
 
+@pytest.mark.parametrize("ids", [[[0, 1, None]] * 4, ([[0, 1, -1]] * 2, [[0, 1, -1]] * 2)], ids=["both", "a pair"])
+def test_word_ids_that_are_no_tensors_are_refused(ids: object) -> None:
+    model = Attention()
+    with attach(model, [pull(alignment="word")]) as ear:
+        model(torch.randn(4, 3, 8), torch.ones(4, 3))
+        with pytest.raises(TypeError, match=r"word_ids: expected a tensor, got list; pass torch\.tensor"):
+            ear.loss(word_ids=ids)
+
+
 @pytest.mark.parametrize(
     ("ids", "refused"),
     [
