@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -100,6 +101,42 @@ def test_several_batches_add_up_in_squares(model, batch) -> None:
         assert at == pytest.approx({name: first[place][name] + second[place][name] for name in at})
     assert first["embeddings"]["cross_entropy"] != second["embeddings"]["cross_entropy"]
     assert gradient_ratios(model, terms, 1, [batch, batch]) == pytest.approx(gradient_ratios(model, terms, 1, [batch]))
+
+
+def test_with_a_teacher_the_ratios_are_those_of_plain_autograd(model, batch) -> None:
+    torch.manual_seed(1)
+    teacher = copy.deepcopy(model).train()
+    for parameter in teacher.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    one_view = {**{name: batch[name][:B] for name in ("input_ids", "attention_mask")}, "labels": batch["labels"]}
+    terms = [AttentionPull(1, 0.3), HiddenPull(1)]
+    ratios = gradient_ratios(model, terms, 1, [one_view, one_view], teacher=teacher, layer_map={1: 2})
+    assert model.training and teacher.training
+
+    model.eval()
+    teacher.eval()
+    taken = {}
+    model.bert.embeddings.register_forward_hook(lambda *call: taken.setdefault("embeddings", call[2]))
+    inputs = {name: one_view[name] for name in ("input_ids", "attention_mask")}
+    outputs = []
+    for each in (model, teacher):
+        each.set_attn_implementation("eager")
+        outputs.append(each(**inputs, output_attentions=True, output_hidden_states=True))
+    student, target = outputs
+    losses = {
+        "cross_entropy": torch.nn.functional.cross_entropy(student.logits, one_view["labels"]),
+        "attention_pull.1": (student.attentions[0] - target.attentions[1].detach()).square().mean(),
+        "hidden_pull.1": (student.hidden_states[1] - target.hidden_states[2].detach()).square().mean(),
+    }
+    norms = {
+        name: torch.autograd.grad(loss, taken["embeddings"], retain_graph=True)[0].norm().item()
+        for name, loss in losses.items()
+    }
+    for name in ("attention_pull.1", "hidden_pull.1"):
+        assert ratios[f"{name} at embeddings"] == pytest.approx(norms[name] / norms["cross_entropy"], rel=1e-6)
+    assert {name for name in ratios if "query and key" in name} == {
+        f"{name} at query and key" for name in list(losses)[1:]
+    }
 
 
 def test_what_is_no_batch_is_refused(model, batch) -> None:
