@@ -113,7 +113,7 @@ def test_the_weight_of_the_push_alone_looks_at_no_attention(weigh) -> None:
 
 def test_where_the_cross_entropy_has_no_gradient_there_is_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     squares = {"embeddings": {"cross_entropy": 4.0, "pull": 1.0}, "query": {"cross_entropy": 0.0, "pull": 1.0}}
-    monkeypatch.setattr(gradients, "gradient_squares", lambda *arguments: squares)
+    monkeypatch.setattr(gradients, "gradient_squares", lambda *arguments, **options: squares)
     assert gradients.gradient_ratios(None, [], 1, []) == {"pull at embeddings": 0.5}
 
 
