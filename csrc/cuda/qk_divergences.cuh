@@ -68,7 +68,7 @@ struct Kl {
     }
 
     // Adds the scores of a tile. They become exponentials.
-    template <int kN>
+    template <int kN, bool kFirst = false>
     EAR_OPS_DEVICE void add(float (&scores)[2][kN / 8][4]) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -142,7 +142,9 @@ struct Kl {
     const float logs[2] = {score[0] - stat(0, 0), score[1] - stat(0, 1)};
     const float p = product(exp2_fast(logs[0]), stat(1, 0)), t = product(exp2_fast(logs[1]), stat(1, 1));
     slope[0] = share * (p - t);
-    if (kOfSecond) slope[1] = share * t * (kLogOf2 * (logs[1] - logs[0]) - stat(2, 0));
+    // A key that the second view does not have must not make 0 times infinity.
+    const float x = fmaxf(logs[1] - logs[0], -1e30f);
+    if (kOfSecond) slope[1] = share * t * (kLogOf2 * x - stat(2, 0));
   }
 };
 

@@ -82,7 +82,7 @@ EAR_OPS_CONSTANT int short_blocks(int kD) {
 }
 
 // Rows of at most kRows keys and kD features, without bias, window and causal mask.
-template <typename T, int kD, int kRows>
+template <typename T, int kD, int kRows, typename Compared>
 EAR_OPS_KERNEL(2 * kRows, (short_blocks<T, kRows>(kD)))
 forward_short(EAR_OPS_ARGUMENT const QKArgs a) {
   using Layout = SharedVectors<T, kD>;
@@ -95,28 +95,35 @@ forward_short(EAR_OPS_ARGUMENT const QKArgs a) {
   copy_vectors<T, kD, kRows, 2 * kRows>(visited, keys, 0, 0);
   commit_copies();
   const Real<kRows> real(keys, 0);
-  Mse::Rows rows;
+  typename Compared::Rows rows;
   wait_copies<0>();
   sync_block();
   if constexpr (Products<T>::kSplit) {
     Products<T>::template split<kD, 4 * kRows, kRows / 16>(owned);  // all that there are
     sync_block();
   }
-#pragma unroll
-  for (int tile = 0; tile < kRows / kVisited; ++tile) {
-    if (tile > 0 && tile * kVisited >= a.keys) break;
+  const auto with_tile = [&](int tile, const auto& use) {
     float scores[2][kVisited / 8][4];
     clear(scores);
     add_scores<T, kD, kVisited, Role::kQueries, kRows, kRows>(owned, visited + tile * Layout::bytes(kVisited), scores);
-    finish_scores<kVisited, Role::kQueries, false>(a, at.pair, at.head, 0, 0, {}, real.template tile<kVisited>(tile),
-                                                   scores, &rows.alive);
-    if (tile == 0) {
-      rows.template add<kVisited, true>(scores);
-    } else {
+    finish_scores<kVisited, Role::kQueries, false, Compared::kInLog2>(
+        a, at.pair, at.head, 0, 0, {}, real.template tile<kVisited>(tile), scores, &rows.alive);
+    use(scores);
+  };
+  if constexpr (Compared::kSweepsTwice) {
+    const bool two_tiles = kRows > kVisited && a.keys > kVisited;
+    if (two_tiles) with_tile(0, [&](auto& scores) { rows.template measure<kVisited>(scores); });
+    with_tile(two_tiles ? 1 : 0, [&](auto& scores) {  // whose scores serve both sweeps
+      rows.template measure<kVisited>(scores);
       rows.template add<kVisited>(scores);
-    }
+    });
+    if (two_tiles) with_tile(0, [&](auto& scores) { rows.template add<kVisited>(scores); });
+  } else {
+    with_tile(0, [&](auto& scores) { rows.template add<kVisited, true>(scores); });
+    if (kRows > kVisited && a.keys > kVisited)
+      with_tile(1, [&](auto& scores) { rows.template add<kVisited>(scores); });
   }
-  write_forward<kRows, Mse>(queries, at.block, rows);
+  write_forward<kRows, Compared>(queries, at.block, rows);
 }
 
 template <typename T, int kD, bool kGeneral, typename Compared>
