@@ -112,16 +112,18 @@ forward_short(EAR_OPS_ARGUMENT const QKArgs a) {
   };
   if constexpr (Compared::kSweepsTwice) {
     const bool two_tiles = kRows > kVisited && a.keys > kVisited;
-    if (two_tiles) with_tile(0, [&](auto& scores) { rows.template measure<kVisited>(scores); });
-    with_tile(two_tiles ? 1 : 0, [&](auto& scores) {  // whose scores serve both sweeps
-      rows.template measure<kVisited>(scores);
-      rows.template add<kVisited>(scores);
-    });
-    if (two_tiles) with_tile(0, [&](auto& scores) { rows.template add<kVisited>(scores); });
+    const auto measure = [&](auto& scores) { rows.template measure<kVisited>(scores); };
+    const auto add = [&](auto& scores) { rows.template add<kVisited>(scores); };
+#pragma unroll 1
+    for (int step = two_tiles ? 0 : 1; step < (two_tiles ? 3 : 2); ++step)
+      with_tile(two_tiles && step == 1, [&](auto& scores) {
+        if (step <= 1) measure(scores);
+        if (step == 1) rows.end_measuring();
+        if (step >= 1) add(scores);
+      });
   } else {
     with_tile(0, [&](auto& scores) { rows.template add<kVisited, true>(scores); });
-    if (kRows > kVisited && a.keys > kVisited)
-      with_tile(1, [&](auto& scores) { rows.template add<kVisited>(scores); });
+    if (kRows > kVisited && a.keys > kVisited) with_tile(1, [&](auto& scores) { rows.template add<kVisited>(scores); });
   }
   write_forward<kRows, Compared>(queries, at.block, rows);
 }
@@ -139,7 +141,9 @@ forward_long(EAR_OPS_ARGUMENT const QKArgs a) {
     // Where all keys are in one tile, its scores serve both sweeps.
     const int sweeps = Compared::kSweepsTwice && a.keys > kVisited ? 2 : 1;
 #pragma unroll 1
-    for (int sweep = 0; sweep < sweeps; ++sweep)
+    for (int sweep = 0; sweep < sweeps; ++sweep) {
+      if constexpr (Compared::kSweepsTwice)
+        if (sweep == 1) rows.end_measuring();
       for_tiles<false>(stages, steps, [&](const auto& step, auto& scores, int) {
         finish_scores<kVisited, Role::kQueries, kGeneral, Compared::kInLog2>(
             a, at.pair, at.head, first_owned, step.first_visited, {},
@@ -147,9 +151,11 @@ forward_long(EAR_OPS_ARGUMENT const QKArgs a) {
         if constexpr (Compared::kSweepsTwice) {
           if (sweep == 0) rows.template measure<kVisited>(scores);
           if (sweep < sweeps - 1) return;
+          if (sweeps == 1) rows.end_measuring();
         }
         rows.template add<kVisited>(scores);
       });
+    }
   }
   write_forward<kOwned, Compared>(queries, at.block, rows);
 }

@@ -106,7 +106,8 @@ bool run_short_backward(const QKArgs& a, void* stream, const char** error) {
     using Short = ShortBackward<T, kD, kRows, Compared>;
     if (is_general(a) || a.heads != a.key_heads || a.dim > kD || a.keys > kRows || a.queries > kRows) return false;
     if (Short::kBytes > shared_memory_limit()) return false;
-    *error = launch(&backward_short<T, kD, kRows, Compared>, a.pairs * a.heads, Short::kThreads, Short::kBytes, stream, a);
+    *error =
+        launch(&backward_short<T, kD, kRows, Compared>, a.pairs * a.heads, Short::kThreads, Short::kBytes, stream, a);
     return true;
   }
   return false;
