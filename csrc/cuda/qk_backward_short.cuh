@@ -4,7 +4,8 @@
 //                     | cp.async, all at once
 //   shared memory   Q, K
 //                     | for each 64 keys: mma, 16 queries a warp
-//   registers       scores of 16 x 32, both views --> dS, as P ((P - T) - d) of the MSE, rounded
+//   registers       scores of 16 x 32 (some comparisons: 16 x 16), both views --> dS, as P ((P - T) - d) of the MSE,
+//   rounded
 //                     |
 //   shared memory   dS [kRows, 64], both views
 //                     | mma of dS and K, 16 queries a warp   | mma of dS^T and Q, 16 keys of one view a warp
@@ -21,12 +22,14 @@ namespace ear_ops::cuda {
 
 template <typename T, int kD, int kRows, typename Compared>
 struct ShortBackward {
-  static constexpr int kThreads = 2 * kRows, kTile = 32;  // keys whose scores are in registers at a time
+  static constexpr int kThreads = 2 * kRows;
+  static constexpr int kBlocks = kD > 64 ? 1 : kRows == 64 ? 3 : 2;  // that a multiprocessor must hold
+  // Keys whose scores are in registers at a time. With 512 threads on a multiprocessor, a thread has 128 registers.
+  static constexpr int kTile = Compared::kLongSlopes && kBlocks * kThreads == 512 && kD == 64 ? 16 : 32;
   using Layout = SharedVectors<T, kD>;
   using Weights = SharedVectors<T, kVisited>;                // of dS, a row a query
   static constexpr int kVectors = 2 * Layout::bytes(kRows);  // of one role, both views
   static constexpr int64_t kBytes = 2 * kVectors + 2 * Weights::bytes(kRows) + Compared::kRowStats * kRows * 4;
-  static constexpr int kBlocks = kD > 64 ? 1 : kRows == 64 ? 3 : 2;  // that a multiprocessor must hold
 
   EAR_OPS_DEVICE static char* queries(int v) { return shared_memory() + v * Layout::bytes(kRows); }
   EAR_OPS_DEVICE static char* keys(int v, int first) { return queries(v) + kVectors + Layout::bytes(first); }

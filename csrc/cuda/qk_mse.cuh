@@ -13,6 +13,7 @@ struct Mse {
   static constexpr bool kSweepsTwice = false;    // over the keys: the first time for the statistics of a row alone
   static constexpr bool kMayBeInfinite = false;  // so that a head without upstream gradient has to be passed over
   static constexpr bool kSharesSlopes = true;    // dS of the second view is made even where nobody wants it
+  static constexpr bool kLongSlopes = false;     // so that they leave registers for few scores
   static constexpr float kFactor = 2;            // of dS, multiplied in at the end
 
   // What dS is multiplied by before it is rounded to float16, in which it would vanish long before that matters
