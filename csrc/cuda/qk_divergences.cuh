@@ -260,7 +260,7 @@ struct Js {
         stats[v] = shift[v][half], stats[2 + v] = both ? of_row : 0.0f;
       }
       const float value = quad_sum(values[half]) + no_number;
-      stats[4] = quad_sum(f[half]), stats[5] = value - stats[4];
+      stats[4] = quad_sum(f[half]) + no_number, stats[5] = value - stats[4];
       return kFactor * value;
     }
   };
