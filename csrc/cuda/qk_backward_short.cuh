@@ -51,7 +51,7 @@ struct ShortBackward {
     const int lane = thread_index() % kWarp;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float of_row[Compared::kRowStats];
+      float of_row[Compared::kRowStats ? Compared::kRowStats : 1];
 #pragma unroll
       for (int k = 0; k < Compared::kRowStats; ++k)
         of_row[k] = load_shared<float>(stats() + (k * kRows + owned_of_lane(half)) * 4);

@@ -122,8 +122,17 @@ forward_short(EAR_OPS_ARGUMENT const QKArgs a) {
         if (step >= 1) add(scores);
       });
   } else {
-    with_tile(0, [&](auto& scores) { rows.template add<kVisited, true>(scores); });
-    if (kRows > kVisited && a.keys > kVisited) with_tile(1, [&](auto& scores) { rows.template add<kVisited>(scores); });
+#pragma unroll
+    for (int tile = 0; tile < kRows / kVisited; ++tile) {
+      if (tile > 0 && tile * kVisited >= a.keys) break;
+      with_tile(tile, [&](auto& scores) {
+        if (tile == 0) {
+          rows.template add<kVisited, true>(scores);
+        } else {
+          rows.template add<kVisited>(scores);
+        }
+      });
+    }
   }
   write_forward<kRows, Compared>(queries, at.block, rows);
 }

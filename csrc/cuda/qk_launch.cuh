@@ -42,7 +42,7 @@ constexpr int64_t short_forward_bytes(int rows) {
 constexpr int64_t kMostShared = 227 * 1024;  // bytes that a block can have on any GPU
 
 // Whether the short kernels are compiled for a comparison.
-constexpr bool has_short_kernels(Comparison c) { return c != Comparison::kScores; }
+constexpr bool has_short_kernels(Comparison) { return true; }
 
 // Whether the kernels for long rows without bias, window and causal mask are compiled for a comparison.
 constexpr bool has_plain_kernels(Comparison c) { return c == Comparison::kMse; }

@@ -21,7 +21,7 @@ struct SquaredScores {
     float squares[2] = {0, 0};  // of each half
     uint32_t alive = 0;
 
-    template <int kN>
+    template <int kN, bool kFirst = false>
     EAR_OPS_DEVICE void add(const float (&scores)[2][kN / 8][4]) {
 #pragma unroll
       for (int n = 0; n < kN / 8; ++n)
