@@ -218,17 +218,21 @@ struct Js {
       measure_rows<kN>(scores, maximum, sum);
     }
 
-    // Ends the first sweep: maxima and sums become what a row subtracts from scores and multiplies exponentials by. The
-    // second view subtracts the logarithm of the sums' ratio, too, so that x is the difference of two numbers. Its
-    // multiplier makes up for that.
+    // Ends the first sweep: maxima and sums become what a row subtracts from scores and multiplies exponentials by. One
+    // view subtracts the logarithm of the sums' ratio, too, so that x is the difference of two numbers. Its multiplier
+    // makes up for that. It is the view with the smaller maximum, whose float has more room for the logarithm.
     EAR_OPS_DEVICE void end_measuring() {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float first = sum[0][half], second = sum[1][half], maximum_of_second = shift_of(maximum[1][half]);
-        const float log_ratio = first != 0 && second != 0 ? kLog2E * log_of_ratio(second, first) : 0.0f;
-        shift[0][half] = shift_of(maximum[0][half]), shift[1][half] = maximum_of_second + log_ratio;
-        inverse[0][half] = first == 0 ? 0.0f : reciprocal_fast(first);
-        inverse[1][half] = second == 0 ? 0.0f : reciprocal_fast(second) * exp2_fast(shift[1][half] - maximum_of_second);
+        const float sums[2] = {sum[0][half], sum[1][half]};
+        const float largest[2] = {shift_of(maximum[0][half]), shift_of(maximum[1][half])};
+        const float log_ratio = sums[0] != 0 && sums[1] != 0 ? kLog2E * log_of_ratio(sums[1], sums[0]) : 0.0f;
+        const bool in_first = fabsf(largest[0]) < fabsf(largest[1]);
+        shift[0][half] = in_first ? largest[0] - log_ratio : largest[0];
+        shift[1][half] = in_first ? largest[1] : largest[1] + log_ratio;
+#pragma unroll
+        for (int v = 0; v < 2; ++v)
+          inverse[v][half] = sums[v] == 0 ? 0.0f : reciprocal_fast(sums[v]) * exp2_fast(shift[v][half] - largest[v]);
       }
     }
 

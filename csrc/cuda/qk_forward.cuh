@@ -1,5 +1,6 @@
 // The loss of the rows that a block owns, and the statistics of each row, in one sweep over the keys: written here for
-// the MSE. What is summed is a matter of the comparison (qk_mse.cuh, qk_divergences.cuh, qk_squared_scores.cuh).
+// the MSE. What is summed is a matter of the comparison (qk_mse.cuh, qk_divergences.cuh, qk_squared_scores.cuh), and
+// one of them takes two sweeps.
 //
 //   global memory   Q [64, D] and K [S, D] of both views
 //                     | cp.async
@@ -111,15 +112,16 @@ forward_short(EAR_OPS_ARGUMENT const QKArgs a) {
     use(scores);
   };
   if constexpr (Compared::kSweepsTwice) {
+    // Of two tiles, the first is measured, the last is measured and added while its scores are there, and the first is
+    // added. A single tile is the last one.
     const bool two_tiles = kRows > kVisited && a.keys > kVisited;
-    const auto measure = [&](auto& scores) { rows.template measure<kVisited>(scores); };
-    const auto add = [&](auto& scores) { rows.template add<kVisited>(scores); };
+    const int last_step = two_tiles ? 2 : 1;
 #pragma unroll 1
-    for (int step = two_tiles ? 0 : 1; step < (two_tiles ? 3 : 2); ++step)
+    for (int step = two_tiles ? 0 : 1; step <= last_step; ++step)
       with_tile(two_tiles && step == 1, [&](auto& scores) {
-        if (step <= 1) measure(scores);
+        if (step <= 1) rows.template measure<kVisited>(scores);
         if (step == 1) rows.end_measuring();
-        if (step >= 1) add(scores);
+        if (step >= 1) rows.template add<kVisited>(scores);
       });
   } else {
 #pragma unroll

@@ -41,28 +41,24 @@ constexpr int64_t short_forward_bytes(int rows) {
 
 constexpr int64_t kMostShared = 227 * 1024;  // bytes that a block can have on any GPU
 
-// Whether the short kernels are compiled for a comparison.
-constexpr bool has_short_kernels(Comparison) { return true; }
-
 // Whether the kernels for long rows without bias, window and causal mask are compiled for a comparison.
 constexpr bool has_plain_kernels(Comparison c) { return c == Comparison::kMse; }
 
 // Of forward_short: 64 or 128; 0 where another kernel takes the call.
-template <Comparison kComparison, typename T, int kD>
+template <typename T, int kD>
 int rows_of_short_forward(const QKArgs& a) {
   if (is_general(a) || a.dim > kD) return 0;
-  if constexpr (has_short_kernels(kComparison))
-    for (const int rows : {64, 128})
-      if (a.keys <= rows && (rows == 128 || a.queries <= rows)) {
-        const int64_t bytes = short_forward_bytes<T, kD>(rows);
-        return bytes <= kMostShared && bytes <= shared_memory_limit() ? rows : 0;
-      }
+  for (const int rows : {64, 128})
+    if (a.keys <= rows && (rows == 128 || a.queries <= rows)) {
+      const int64_t bytes = short_forward_bytes<T, kD>(rows);
+      return bytes <= kMostShared && bytes <= shared_memory_limit() ? rows : 0;
+    }
   return 0;
 }
 
 template <Comparison kComparison, typename T, int kD>
 int QKKernels<kComparison, T, kD>::rows_of_a_block(const QKArgs& a) {
-  const int rows = rows_of_short_forward<kComparison, T, kD>(a);
+  const int rows = rows_of_short_forward<T, kD>(a);
   return rows ? rows : kOwned;
 }
 
@@ -85,15 +81,13 @@ const char* QKKernels<kComparison, T, kD>::forward(const QKArgs& a, void* stream
   using Compared = typename ComparedAs<kComparison>::Type;
   const int rows = rows_of_a_block(a);
   const int64_t blocks = a.pairs * a.heads * ((a.queries + rows - 1) / rows);
+  const int short_rows = rows_of_short_forward<T, kD>(a);
+  if (short_rows == 64)
+    return launch(&forward_short<T, kD, 64, Compared>, blocks, 128, short_forward_bytes<T, kD>(64), stream, a);
+  if constexpr (short_forward_bytes<T, kD>(128) <= kMostShared)
+    if (short_rows == 128)
+      return launch(&forward_short<T, kD, 128, Compared>, blocks, 256, short_forward_bytes<T, kD>(128), stream, a);
   auto* kernel = &forward_long<T, kD, true, Compared>;
-  if constexpr (has_short_kernels(kComparison)) {
-    const int short_rows = rows_of_short_forward<kComparison, T, kD>(a);
-    if (short_rows == 64)
-      return launch(&forward_short<T, kD, 64, Compared>, blocks, 128, short_forward_bytes<T, kD>(64), stream, a);
-    if constexpr (short_forward_bytes<T, kD>(128) <= kMostShared)
-      if (short_rows == 128)
-        return launch(&forward_short<T, kD, 128, Compared>, blocks, 256, short_forward_bytes<T, kD>(128), stream, a);
-  }
   if constexpr (has_plain_kernels(kComparison))
     if (!is_general(a)) kernel = &forward_long<T, kD, false, Compared>;
   return launch(kernel, blocks, kThreads, Stages<T, kD, kVisited, Role::kQueries>::bytes(chunks_of(a, kD)), stream, a);
@@ -116,12 +110,10 @@ bool run_short_backward(const QKArgs& a, void* stream, const char** error) {
 template <Comparison kComparison, typename T, int kD>
 const char* QKKernels<kComparison, T, kD>::backward(const QKArgs& a, void* stream) {
   using Compared = typename ComparedAs<kComparison>::Type;
-  if constexpr (has_short_kernels(kComparison)) {
-    const char* error = nullptr;
-    if (run_short_backward<T, kD, 64, Compared>(a, stream, &error) ||
-        run_short_backward<T, kD, 128, Compared>(a, stream, &error))
-      return error;
-  }
+  const char* error = nullptr;
+  if (run_short_backward<T, kD, 64, Compared>(a, stream, &error) ||
+      run_short_backward<T, kD, 128, Compared>(a, stream, &error))
+    return error;
   const int chunks = chunks_of(a, kD);
   const bool queries = a.query[0].gradient || a.query[1].gradient, keys = a.key[0].gradient || a.key[1].gradient;
   const int64_t per_head =
