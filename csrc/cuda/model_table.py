@@ -67,7 +67,17 @@ def rows_of(name: str) -> list[tuple[str, Case, str]]:
 
 
 def table() -> Iterator[str]:
-    heads = ["comparison", "dtype", "pass", "masks", "shape", "kernels", "µs", "memory floor, µs", "instructions of a warp"]
+    heads = [
+        "comparison",
+        "dtype",
+        "pass",
+        "masks",
+        "shape",
+        "kernels",
+        "µs",
+        "memory floor, µs",
+        "instructions of a warp",
+    ]
     heads += ["for a tile", *KINDS, "spilled bytes"]
     yield f"ptxas {ptxas_version()}, sm_{ARCHITECTURE}"
     yield ""

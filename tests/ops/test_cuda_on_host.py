@@ -456,9 +456,7 @@ def test_a_row_without_a_target_has_no_gradient_where_scores_are_large(compariso
 @every_comparison
 @pytest.mark.parametrize("options", [{}, CAUSAL], ids=["plain", "positions"])
 @pytest.mark.parametrize("keys", [40, 100, 130])
-def test_equal_views_give_exactly_zero(
-    comparison: str, keys: int, options: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_equal_views_give_exactly_zero(comparison: str, keys: int, options: dict[str, Any], dtype: torch.dtype) -> None:
     case = compared(comparison, 20, keys, gain=3.0, options=options).to(dtype)
     value, gradients = replace(case, x_aug=case.x).run("cpu")
     assert value == 0 and not any(gradient.any() for gradient in gradients)

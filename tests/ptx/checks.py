@@ -209,7 +209,9 @@ def divergence_checks(dtype: torch.dtype) -> Iterator[Check]:
             yield Check(f"{name}, short rows, dim {dim}", right(compared(qk(66, 70, dim)), dtype))
         short = masked_case(40, 70, 64, reduction="none")
         short_masks = {**short.masks, "attention_mask_aug": short.masks["attention_mask"]}
-        yield Check(f"{name}, short rows, masks", right(compared(replace(short, masks=short_masks)), dtype), core, "sm_90")
+        yield Check(
+            f"{name}, short rows, masks", right(compared(replace(short, masks=short_masks)), dtype), core, "sm_90"
+        )
         # A difference of scores keeps their rounding errors, so that it is less exact the smaller it is.
         near = compared(qk(9, 70, 64, closeness=0.1 if name == "scores" else 1e-2))
         yield Check(f"{name}, nearly equal", right(near, dtype) if dtype is F32 else right_value(near, dtype))
