@@ -27,7 +27,7 @@ EAR_OPS_DEVICE float excess(float x) {
 struct Kl {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kKl));
   static constexpr bool kInLog2 = true, kSweepsTwice = false, kMayBeInfinite = true, kSharesSlopes = false;
-  static constexpr bool kLongSlopes = false;
+  static constexpr bool kFirstIsSimpler = false, kLongSlopes = false;
   static constexpr float kFactor = 1;
   static constexpr float kRange = 64;  // P - T is at most 1, and T (x - KL) a quarter of how far scores differ
 
@@ -70,7 +70,7 @@ struct Kl {
     }
 
     // Adds the scores of a tile. They become exponentials.
-    template <int kN, bool kFirst = false>
+    template <int kN>
     EAR_OPS_DEVICE void add(float (&scores)[2][kN / 8][4]) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -157,7 +157,7 @@ struct Js {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kJs));
   static constexpr bool kSweepsTwice = true;  // entries need the sums of whole rows
   static constexpr bool kInLog2 = true, kMayBeInfinite = false, kSharesSlopes = false;
-  static constexpr bool kLongSlopes = true;
+  static constexpr bool kFirstIsSimpler = false, kLongSlopes = true;
   static constexpr float kFactor = 0.5f * kLogOf2;  // entries and f are made in units of log(2) / 2
   static constexpr float kRange = 16384;            // f is at most 2
 

@@ -124,15 +124,14 @@ forward_short(EAR_OPS_ARGUMENT const QKArgs a) {
         if (step >= 1) rows.template add<kVisited>(scores);
       });
   } else {
-#pragma unroll
+    constexpr int kUnrolled = Compared::kFirstIsSimpler ? kRows / kVisited : 1;
+#pragma unroll kUnrolled
     for (int tile = 0; tile < kRows / kVisited; ++tile) {
       if (tile > 0 && tile * kVisited >= a.keys) break;
       with_tile(tile, [&](auto& scores) {
-        if (tile == 0) {
-          rows.template add<kVisited, true>(scores);
-        } else {
-          rows.template add<kVisited>(scores);
-        }
+        if constexpr (Compared::kFirstIsSimpler)
+          if (tile == 0) return rows.template add<kVisited, true>(scores);
+        rows.template add<kVisited>(scores);
       });
     }
   }

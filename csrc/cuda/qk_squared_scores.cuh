@@ -8,7 +8,7 @@ namespace ear_ops::cuda {
 struct SquaredScores {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kScores));  // none
   static constexpr bool kInLog2 = false, kSweepsTwice = false, kMayBeInfinite = false, kSharesSlopes = true;
-  static constexpr bool kLongSlopes = false;
+  static constexpr bool kFirstIsSimpler = false, kLongSlopes = false;
   static constexpr float kFactor = 2;
   static constexpr float kRange = 64;  // scores of 16-bit models differ by less than 1000
 
@@ -21,7 +21,7 @@ struct SquaredScores {
     float squares[2] = {0, 0};  // of each half
     uint32_t alive = 0;
 
-    template <int kN, bool kFirst = false>
+    template <int kN>
     EAR_OPS_DEVICE void add(const float (&scores)[2][kN / 8][4]) {
 #pragma unroll
       for (int n = 0; n < kN / 8; ++n)
