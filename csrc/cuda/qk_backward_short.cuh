@@ -4,7 +4,8 @@
 //                     | cp.async, all at once
 //   shared memory   Q, K
 //                     | for each 64 keys: mma, 16 queries a warp
-//   registers       scores of 16 x 32, both views --> dS = P ((P - T) - d), rounded
+//   registers       scores of 16 x 32 (some comparisons: 16 x 16), both views --> dS, as P ((P - T) - d) of the MSE,
+//   rounded
 //                     |
 //   shared memory   dS [kRows, 64], both views
 //                     | mma of dS and K, 16 queries a warp   | mma of dS^T and Q, 16 keys of one view a warp
@@ -19,14 +20,16 @@
 
 namespace ear_ops::cuda {
 
-template <typename T, int kD, int kRows>
+template <typename T, int kD, int kRows, typename Compared>
 struct ShortBackward {
-  static constexpr int kThreads = 2 * kRows, kTile = 32;  // keys whose scores are in registers at a time
+  static constexpr int kThreads = 2 * kRows;
+  static constexpr int kBlocks = kD > 64 ? 1 : kRows == 64 ? 3 : 2;  // that a multiprocessor must hold
+  // Keys whose scores are in registers at a time. With 512 threads on a multiprocessor, a thread has 128 registers.
+  static constexpr int kTile = Compared::kLongSlopes && kBlocks * kThreads == 512 && kD == 64 ? 16 : 32;
   using Layout = SharedVectors<T, kD>;
   using Weights = SharedVectors<T, kVisited>;                // of dS, a row a query
   static constexpr int kVectors = 2 * Layout::bytes(kRows);  // of one role, both views
-  static constexpr int64_t kBytes = 2 * kVectors + 2 * Weights::bytes(kRows) + kRowStats * kRows * 4;
-  static constexpr int kBlocks = kD > 64 ? 1 : kRows == 64 ? 3 : 2;  // that a multiprocessor must hold
+  static constexpr int64_t kBytes = 2 * kVectors + 2 * Weights::bytes(kRows) + Compared::kRowStats * kRows * 4;
 
   EAR_OPS_DEVICE static char* queries(int v) { return shared_memory() + v * Layout::bytes(kRows); }
   EAR_OPS_DEVICE static char* keys(int v, int first) { return queries(v) + kVectors + Layout::bytes(first); }
@@ -43,29 +46,29 @@ struct ShortBackward {
     add_scores<T, kD, kTile, Role::kQueries, kRows, kRows>(queries(0), keys(0, first), scores);
     uint32_t alive = 0;
     const bool unused[2][2] = {};
-    finish_scores<kTile, Role::kQueries, false>(a, 0, 0, 0, 0, unused, Real<kTile>(visited, first), scores, &alive);
+    finish_scores<kTile, Role::kQueries, false, Compared::kInLog2>(a, 0, 0, 0, 0, unused, Real<kTile>(visited, first),
+                                                                   scores, &alive);
     const int lane = thread_index() % kWarp;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float of_row[kRowStats];
+      float of_row[Compared::kRowStats ? Compared::kRowStats : 1];
 #pragma unroll
-      for (int k = 0; k < kRowStats; ++k)
+      for (int k = 0; k < Compared::kRowStats; ++k)
         of_row[k] = load_shared<float>(stats() + (k * kRows + owned_of_lane(half)) * 4);
 #pragma unroll
       for (int n = 0; n < kTile / 8; ++n) {
-        float gradient[2][2];
+        float slopes[2][2];  // of two keys, both views
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float p = product(exponential(scores[0][n][2 * half + e], of_row[0]), of_row[2]);
-          const float t = product(exponential(scores[1][n][2 * half + e], of_row[1]), of_row[3]);
-          gradient[0][e] = gradient_range<T, Mse>() * (p * ((p - t) - of_row[4]));
-          gradient[1][e] = gradient_range<T, Mse>() * (t * ((t - p) - of_row[5]));
+          const float score[2] = {scores[0][n][2 * half + e], scores[1][n][2 * half + e]};
+          const auto stat = [&](int k, int v) { return of_row[2 * k + v]; };
+          Compared::template slopes<true>(gradient_range<T, Compared>(), score, stat, slopes[e]);
         }
 #pragma unroll
         for (int v = 0; v < 2; ++v)
           store_shared(
               weights(v, warp_index() * 16) + Weights::offset(lane / 4 + 8 * half, column + n * 8 + lane % 4 * 2),
-              pack_two(T{}, gradient[v][0], gradient[v][1]));
+              pack_two(T{}, slopes[0][v], slopes[1][v]));
       }
     }
   }
@@ -104,17 +107,17 @@ struct ShortBackward {
   }
 };
 
-template <typename T, int kD, int kRows>
-EAR_OPS_KERNEL(2 * kRows, (ShortBackward<T, kD, kRows>::kBlocks))
+template <typename T, int kD, int kRows, typename Compared>
+EAR_OPS_KERNEL(2 * kRows, (ShortBackward<T, kD, kRows, Compared>::kBlocks))
 backward_short(EAR_OPS_ARGUMENT const QKArgs a) {
-  using Short = ShortBackward<T, kD, kRows>;
+  using Short = ShortBackward<T, kD, kRows, Compared>;
   const int row = static_cast<int>(block_index()), head = row % a.heads;  // row: of [B, H]
   const int64_t pair = row / a.heads;
   const Vectors<Role::kQueries> queries{a, pair, head};
   const Vectors<Role::kKeys> keys{a, pair, head};
   copy_vectors<T, kD, kRows, Short::kThreads>(Short::queries(0), queries, 0, 0);
   copy_vectors<T, kD, kRows, Short::kThreads>(Short::keys(0, 0), keys, 0, 0);
-  copy_stats<kRowStats, kRows, Short::kThreads>(Short::stats(), a, pair, head, 0);
+  copy_stats<Compared::kRowStats, kRows, Short::kThreads>(Short::stats(), a, pair, head, 0);
   commit_copies();
   wait_copies<0>();
   sync_block();
@@ -124,7 +127,10 @@ backward_short(EAR_OPS_ARGUMENT const QKArgs a) {
     sync_block();
   }
 
-  const auto factor = [&] { return 2 * a.scale * load_global(a.grad_sums + row) / gradient_range<T, Mse>(); };
+  const auto upstream = [&] { return load_global(a.grad_sums + row); };
+  const auto factor = [&] { return Compared::kFactor * a.scale * upstream() / gradient_range<T, Compared>(); };
+  // Without an upstream gradient all gradients are zero, also where 0 times infinity would be NaN.
+  const auto counts = [&] { return !Compared::kMayBeInfinite || upstream() != 0; };
   float of_queries[2][kD / 8][4];
   clear(of_queries);
 #pragma unroll 1
@@ -145,7 +151,7 @@ backward_short(EAR_OPS_ARGUMENT const QKArgs a) {
       clear(gradient);
       Short::add_to_keys(v, column, gradient[0]);
       const int half = thread_index() % kWarp / 4;
-      const bool real[2] = {keys.real(v, key + half), keys.real(v, key + half + 8)};
+      const bool real[2] = {counts() && keys.real(v, key + half), counts() && keys.real(v, key + half + 8)};
       write_gradient<T, kD>(gradient[0], factor(), real, Short::keys(v, key),
                             static_cast<T*>(a.key[v].gradient) + (int64_t(row) * a.keys + key) * a.dim, a.keys - key,
                             a.dim, a.dim);
@@ -154,6 +160,9 @@ backward_short(EAR_OPS_ARGUMENT const QKArgs a) {
   }
   bool owned_real[2][2];
   real_owned(queries, 0, owned_real);
+  if (!counts())
+#pragma unroll
+    for (int v = 0; v < 2; ++v) owned_real[v][0] = owned_real[v][1] = false;
   const int query = warp_index() * 16;
 #pragma unroll
   for (int v = 0; v < 2; ++v)

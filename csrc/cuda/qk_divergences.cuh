@@ -7,18 +7,19 @@
 
 namespace ear_ops::cuda {
 
-// log(a / b) of two positive numbers. It keeps its digits where they are nearly equal.
+// log(a / b) of two sums of exponentials under their maxima. It keeps its digits where they are nearly equal.
 EAR_OPS_DEVICE float log_of_ratio(float a, float b) {
-  const float inverse = 1 / b, change = (a - b) * inverse;
-  if (!(fabsf(change) < 0.25f)) return kLogOf2 * log2_fast(a * inverse);
-  const float z = change / (2 + change), w = z * z;  // log(1 + change) = 2 atanh(z)
-  return 2 * z * (1 + w * (1 / 3.0f + w * (1 / 5.0f + w * (1 / 7.0f))));
+  const float inverse = reciprocal_fast(b), change = (a - b) * inverse;
+  const float z = change * reciprocal_fast(2 + change), w = z * z;  // log(1 + change) = 2 atanh(z)
+  const float near = 2 * z * (1 + w * (1 / 3.0f + w * (1 / 5.0f + w * (1 / 7.0f))));
+  return fabsf(change) < 0.25f ? near : kLogOf2 * log2_fast(a * inverse);
 }
 
-// exp(-x) - 1 + x, for |x| < 1/2.
+// exp(-x) - 1 + x, for |x| < 1/2. The polynomial has the least relative error there, 3e-8.
 EAR_OPS_DEVICE float excess(float x) {
-  const float fourth = 1 / 24.0f + x * (-1 / 120.0f + x * (1 / 720.0f + x * (-1 / 5040.0f + x * (1 / 40320.0f))));
-  return x * x * (0.5f + x * (-1 / 6.0f + x * fourth));
+  const float third =
+      -0.166666655f + x * (0.0416657959f + x * (-0.00833345218f + x * (0.00139819974f - x * 0.000198756283f)));
+  return x * x * (0.5f + x * third);
 }
 
 // KL(T || P) = sum T f(x) with f(x) = exp(-x) - 1 + x, which is P - T + T x. dS = g (P - T), and g T (x - KL) of the
@@ -26,6 +27,7 @@ EAR_OPS_DEVICE float excess(float x) {
 struct Kl {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kKl));
   static constexpr bool kInLog2 = true, kSweepsTwice = false, kMayBeInfinite = true, kSharesSlopes = false;
+  static constexpr bool kFirstIsSimpler = false, kLongSlopes = false;
   static constexpr float kFactor = 1;
   static constexpr float kRange = 64;  // P - T is at most 1, and T (x - KL) a quarter of how far scores differ
 
@@ -57,11 +59,11 @@ struct Kl {
     EAR_OPS_DEVICE void rebase(int half, const float (&factor)[2], float risen, const float (&sums)[2]) {
       const bool both = sums[0] != 0 && sums[1] != 0;
       const float before = ratio[half], log_before = logarithm[half], target = sum[1][half];
-      ratio[half] = both ? sums[1] / sums[0] : 1.0f;
+      ratio[half] = both ? sums[1] * reciprocal_fast(sums[0]) : 1.0f;
       logarithm[half] = both ? log_of_ratio(sums[1], sums[0]) : 0.0f;
       const float change = kLogOf2 * risen + (logarithm[half] - log_before);  // e
       const float changed = factor[1] == 0 ? 0.0f : factor[1] * change;       // never 0 times infinity
-      const float of_first = factor[0] * (ratio[half] / before);
+      const float of_first = factor[0] * (ratio[half] * reciprocal_fast(before));
       const float q = fabsf(change) < 0.5f ? factor[1] * excess(-change) : of_first - factor[1] - changed;
       entries[half] = of_first * entries[half] - (q + changed) * weighted[half] + q * target;
       weighted[half] = factor[1] * weighted[half] - changed * target;
@@ -142,7 +144,9 @@ struct Kl {
     const float logs[2] = {score[0] - stat(0, 0), score[1] - stat(0, 1)};
     const float p = product(exp2_fast(logs[0]), stat(1, 0)), t = product(exp2_fast(logs[1]), stat(1, 1));
     slope[0] = share * (p - t);
-    if (kOfSecond) slope[1] = share * t * (kLogOf2 * (logs[1] - logs[0]) - stat(2, 0));
+    // A key that the second view does not have must not make 0 times infinity.
+    const float x = fmaxf(logs[1] - logs[0], -1e30f);
+    if (kOfSecond) slope[1] = share * t * (kLogOf2 * x - stat(2, 0));
   }
 };
 
@@ -153,58 +157,58 @@ struct Js {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kJs));
   static constexpr bool kSweepsTwice = true;  // entries need the sums of whole rows
   static constexpr bool kInLog2 = true, kMayBeInfinite = false, kSharesSlopes = false;
+  static constexpr bool kFirstIsSimpler = false, kLongSlopes = true;
   static constexpr float kFactor = 0.5f * kLogOf2;  // entries and f are made in units of log(2) / 2
   static constexpr float kRange = 16384;            // f is at most 2
 
-  // All of an entry follows from P, T and x. The larger of log(P / M) and log(T / M) is log 2 - log(1 + exp(-|x|)), and
-  // the smaller one is less by |x|. For small x the larger one is |x| / 2 - log cosh(x / 2), and the whole entry
-  // (P + T) (x tanh(x / 2) / 2 - log cosh(x / 2)) / 2: both are series.
+  // All of an entry follows from P, T and x: log(P / M) is -x / 2 - log cosh(x / 2), and log(T / M) is
+  // x / 2 - log cosh(x / 2). For small x the entry is (P + T) (x tanh(x / 2) / 2 - log cosh(x / 2)) / 2. For them both
+  // log cosh and the bracket are polynomials in x^2 of the least relative error, 2e-7 and 1e-8.
   struct Entry {
     float value, f[2];
   };
   template <bool kOfSecond, bool kWithValue>
   static EAR_OPS_DEVICE Entry entry(float p, float t, float log2) {  // log2: x in units of log 2
-    constexpr float k = kLogOf2 * kLogOf2;
-    const float size = fminf(fabsf(log2), 40.0f), w = size * size;  // beyond 40 one of the two does not matter
-    const bool near = size < 0.75f;
-    const float log_cosh = kLogOf2 / 8 * w * (1 + w * (-k / 24 + w * (k * k / 360 - w * (17 * k * k * k / 80640))));
-    const float larger = near ? 0.5f * size - log_cosh : 1 - log2_fast(1 + exp2_fast(-size));
-    const float smaller = larger - size;
+    const float x = fmaxf(fminf(log2, 30.0f), -30.0f), w = x * x;    // beyond 30 one of the two does not matter
+    const bool near = fabsf(x) < 0.75f;
+    const float log_cosh = near ? w * (0.0866433868f + w * (-0.00173415479f + w * 5.38898509e-05f))
+                                : 0.5f * fabsf(x) + (log2_fast(1 + exp2_fast(-fabsf(x))) - 1);
     Entry made;
-    made.f[0] = p * (log2 < 0 ? larger : smaller);
-    if (kOfSecond || kWithValue) made.f[1] = t * (log2 < 0 ? smaller : larger);
+    made.f[0] = p * (-0.5f * x - log_cosh);
+    if (kOfSecond || kWithValue) made.f[1] = t * (0.5f * x - log_cosh);
     if (kWithValue) {
-      const float series =
-          1 + w * (-k / 8 + w * (k * k / 72 + w * (-17 * k * k * k / 11520 + w * (31 * k * k * k * k / 201600))));
-      made.value = near ? (p + t) * (kLogOf2 / 8 * w) * series : made.f[0] + made.f[1];
+      const float series = 0.0866433971f + w * (-0.00520348022f + w * (0.000277515051f + w * -1.34109938e-05f));
+      made.value = near ? (p + t) * (w * series) : made.f[0] + made.f[1];
     }
     return made;
   }
 
-  // P, T and x in units of log 2, of scores and of a row's maxima, `inverse` and `log_ratio`. T has the sum of the
-  // first view for its own: log_ratio, of both sums, is subtracted before.
+  // P, T and x in units of log 2, of scores, and of what a row subtracts from them and multiplies exponentials by.
   struct Probabilities {
     float p, t, log2;
 
-    EAR_OPS_DEVICE Probabilities(const float (&score)[2], const float (&shift)[2], float inverse, float log_ratio) {
-      const float logs[2] = {score[0] - shift[0], score[1] - shift[1] - log_ratio};
-      p = product(exp2_fast(logs[0]), inverse), t = product(exp2_fast(logs[1]), inverse), log2 = logs[1] - logs[0];
+    EAR_OPS_DEVICE Probabilities(const float (&score)[2], const float (&shift)[2], const float (&inverse)[2]) {
+      const float logs[2] = {score[0] - shift[0], score[1] - shift[1]};
+      p = product(exp2_fast(logs[0]), inverse[0]), t = product(exp2_fast(logs[1]), inverse[1]);
+      log2 = logs[1] - logs[0];
     }
   };
 
   // What a lane knows of its two rows: the maxima and sums of exponentials of whole rows, which the first sweep over
   // the keys makes, and its part of the sums of the second sweep.
   struct Rows {
-    float maximum[2][2], sum[2][2];  // of each view and half
-    float values[2], f[2][2];
+    float maximum[2][2], sum[2][2];    // of each view and half
+    float shift[2][2], inverse[2][2];  // likewise, after the first sweep
+    float values[2], f[2];             // f: of the first view
     uint32_t alive;
 
     EAR_OPS_DEVICE Rows() : alive(0) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        values[half] = 0;
+        values[half] = f[half] = 0;
 #pragma unroll
-        for (int v = 0; v < 2; ++v) maximum[v][half] = -infinity(), sum[v][half] = f[v][half] = 0;
+        for (int v = 0; v < 2; ++v)
+          maximum[v][half] = -infinity(), sum[v][half] = shift[v][half] = inverse[v][half] = 0;
       }
     }
 
@@ -214,13 +218,22 @@ struct Js {
       measure_rows<kN>(scores, maximum, sum);
     }
 
-    // 1 over the sum of the first view, or of the second where the first is empty.
-    EAR_OPS_DEVICE float inverse(int half) const {
-      return inverse_of_row(sum[0][half] == 0 ? sum[1][half] : sum[0][half], false);
-    }
-    EAR_OPS_DEVICE float log_ratio(int half) const {  // of the second sum to the first, in units of log 2
-      const bool both = sum[0][half] != 0 && sum[1][half] != 0;
-      return both ? kLog2E * log_of_ratio(sum[1][half], sum[0][half]) : 0.0f;
+    // Ends the first sweep: maxima and sums become what a row subtracts from scores and multiplies exponentials by. One
+    // view subtracts the logarithm of the sums' ratio, too, so that x is the difference of two numbers. Its multiplier
+    // makes up for that. It is the view with the smaller maximum, whose float has more room for the logarithm.
+    EAR_OPS_DEVICE void end_measuring() {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float sums[2] = {sum[0][half], sum[1][half]};
+        const float largest[2] = {shift_of(maximum[0][half]), shift_of(maximum[1][half])};
+        const float log_ratio = sums[0] != 0 && sums[1] != 0 ? kLog2E * log_of_ratio(sums[1], sums[0]) : 0.0f;
+        const bool in_first = fabsf(largest[0]) < fabsf(largest[1]);
+        shift[0][half] = in_first ? largest[0] - log_ratio : largest[0];
+        shift[1][half] = in_first ? largest[1] : largest[1] + log_ratio;
+#pragma unroll
+        for (int v = 0; v < 2; ++v)
+          inverse[v][half] = sums[v] == 0 ? 0.0f : reciprocal_fast(sums[v]) * exp2_fast(shift[v][half] - largest[v]);
+      }
     }
 
     // Of the second sweep: adds the entries of a tile.
@@ -228,40 +241,39 @@ struct Js {
     EAR_OPS_DEVICE void add(const float (&scores)[2][kN / 8][4]) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float shift[2] = {shift_of(maximum[0][half]), shift_of(maximum[1][half])};
-        const float of_row = inverse(half), ratio_of_row = log_ratio(half);
+        const float shifts[2] = {shift[0][half], shift[1][half]}, inverses[2] = {inverse[0][half], inverse[1][half]};
 #pragma unroll
         for (int n = 0; n < kN / 8; ++n)
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
             const float score[2] = {scores[0][n][e], scores[1][n][e]};
-            const Probabilities of(score, shift, of_row, ratio_of_row);
-            const Entry made = entry<true, true>(of.p, of.t, of.log2);
-            values[half] += made.value, f[0][half] += made.f[0], f[1][half] += made.f[1];
+            const Probabilities of(score, shifts, inverses);
+            const Entry made = entry<false, true>(of.p, of.t, of.log2);
+            values[half] += made.value, f[half] += made.f[0];
           }
       }
     }
 
     EAR_OPS_DEVICE float finish(int half, float (&stats)[cuda::kRowStats]) {
-      const float of_first = inverse_of_row(sum[0][half], alive >> half & 1);
-      const float of_second = inverse_of_row(sum[1][half], alive >> (half + 2) & 1);
-      const float no_number = 0 * (of_first + of_second);  // or NaN, where a row is
+      float no_number = 0;                                               // or NaN, where a row is
+      const bool both = inverse[0][half] != 0 && inverse[1][half] != 0;  // else there is no gradient
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
-        stats[v] = shift_of(maximum[v][half]);
-        stats[4 + v] = quad_sum(f[v][half]) + no_number;
+        const float of_row = inverse[v][half];
+        no_number += of_row == 0 && (alive >> (half + 2 * v) & 1) ? not_a_number() : 0 * of_row;
+        stats[v] = shift[v][half], stats[2 + v] = both ? of_row : 0.0f;
       }
-      stats[2] = of_second == 0 ? 0.0f : of_first;  // without gradient where one view is empty
-      stats[3] = log_ratio(half);
-      return kFactor * quad_sum(values[half]) + no_number;
+      const float value = quad_sum(values[half]) + no_number;
+      stats[4] = quad_sum(f[half]) + no_number, stats[5] = value - stats[4];
+      return kFactor * value;
     }
   };
 
-  // Of scores and statistics (maximum; 1 / sum of exponentials, and the logarithm of the sums' ratio; sum f).
+  // Of scores and statistics (what a softmax subtracts; what it multiplies by; sum f).
   template <bool kOfSecond, typename Stat>
   static EAR_OPS_DEVICE void slopes(float share, const float (&score)[2], const Stat& stat, float (&slope)[2]) {
-    const float shift[2] = {stat(0, 0), stat(0, 1)};
-    const Probabilities of(score, shift, stat(1, 0), stat(1, 1));
+    const float shift[2] = {stat(0, 0), stat(0, 1)}, inverse[2] = {stat(1, 0), stat(1, 1)};
+    const Probabilities of(score, shift, inverse);
     const Entry made = entry<kOfSecond, false>(of.p, of.t, of.log2);
     slope[0] = share * (made.f[0] - of.p * stat(2, 0));
     if (kOfSecond) slope[1] = share * (made.f[1] - of.t * stat(2, 1));

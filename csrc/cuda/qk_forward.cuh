@@ -1,5 +1,6 @@
 // The loss of the rows that a block owns, and the statistics of each row, in one sweep over the keys: written here for
-// the MSE. What is summed is a matter of the comparison (qk_mse.cuh, qk_divergences.cuh, qk_squared_scores.cuh).
+// the MSE. What is summed is a matter of the comparison (qk_mse.cuh, qk_divergences.cuh, qk_squared_scores.cuh), and
+// one of them takes two sweeps.
 //
 //   global memory   Q [64, D] and K [S, D] of both views
 //                     | cp.async
@@ -82,7 +83,7 @@ EAR_OPS_CONSTANT int short_blocks(int kD) {
 }
 
 // Rows of at most kRows keys and kD features, without bias, window and causal mask.
-template <typename T, int kD, int kRows>
+template <typename T, int kD, int kRows, typename Compared>
 EAR_OPS_KERNEL(2 * kRows, (short_blocks<T, kRows>(kD)))
 forward_short(EAR_OPS_ARGUMENT const QKArgs a) {
   using Layout = SharedVectors<T, kD>;
@@ -95,28 +96,46 @@ forward_short(EAR_OPS_ARGUMENT const QKArgs a) {
   copy_vectors<T, kD, kRows, 2 * kRows>(visited, keys, 0, 0);
   commit_copies();
   const Real<kRows> real(keys, 0);
-  Mse::Rows rows;
+  typename Compared::Rows rows;
   wait_copies<0>();
   sync_block();
   if constexpr (Products<T>::kSplit) {
     Products<T>::template split<kD, 4 * kRows, kRows / 16>(owned);  // all that there are
     sync_block();
   }
-#pragma unroll
-  for (int tile = 0; tile < kRows / kVisited; ++tile) {
-    if (tile > 0 && tile * kVisited >= a.keys) break;
+  const auto with_tile = [&](int tile, const auto& use) {
     float scores[2][kVisited / 8][4];
     clear(scores);
     add_scores<T, kD, kVisited, Role::kQueries, kRows, kRows>(owned, visited + tile * Layout::bytes(kVisited), scores);
-    finish_scores<kVisited, Role::kQueries, false>(a, at.pair, at.head, 0, 0, {}, real.template tile<kVisited>(tile),
-                                                   scores, &rows.alive);
-    if (tile == 0) {
-      rows.template add<kVisited, true>(scores);
-    } else {
-      rows.template add<kVisited>(scores);
+    finish_scores<kVisited, Role::kQueries, false, Compared::kInLog2>(
+        a, at.pair, at.head, 0, 0, {}, real.template tile<kVisited>(tile), scores, &rows.alive);
+    use(scores);
+  };
+  if constexpr (Compared::kSweepsTwice) {
+    // Of two tiles, the first is measured, the last is measured and added while its scores are there, and the first is
+    // added. A single tile is the last one.
+    const bool two_tiles = kRows > kVisited && a.keys > kVisited;
+    const int last_step = two_tiles ? 2 : 1;
+#pragma unroll 1
+    for (int step = two_tiles ? 0 : 1; step <= last_step; ++step)
+      with_tile(two_tiles && step == 1, [&](auto& scores) {
+        if (step <= 1) rows.template measure<kVisited>(scores);
+        if (step == 1) rows.end_measuring();
+        if (step >= 1) rows.template add<kVisited>(scores);
+      });
+  } else {
+    constexpr int kUnrolled = Compared::kFirstIsSimpler ? kRows / kVisited : 1;
+#pragma unroll kUnrolled
+    for (int tile = 0; tile < kRows / kVisited; ++tile) {
+      if (tile > 0 && tile * kVisited >= a.keys) break;
+      with_tile(tile, [&](auto& scores) {
+        if constexpr (Compared::kFirstIsSimpler)
+          if (tile == 0) return rows.template add<kVisited, true>(scores);
+        rows.template add<kVisited>(scores);
+      });
     }
   }
-  write_forward<kRows, Mse>(queries, at.block, rows);
+  write_forward<kRows, Compared>(queries, at.block, rows);
 }
 
 template <typename T, int kD, bool kGeneral, typename Compared>
@@ -132,7 +151,9 @@ forward_long(EAR_OPS_ARGUMENT const QKArgs a) {
     // Where all keys are in one tile, its scores serve both sweeps.
     const int sweeps = Compared::kSweepsTwice && a.keys > kVisited ? 2 : 1;
 #pragma unroll 1
-    for (int sweep = 0; sweep < sweeps; ++sweep)
+    for (int sweep = 0; sweep < sweeps; ++sweep) {
+      if constexpr (Compared::kSweepsTwice)
+        if (sweep == 1) rows.end_measuring();
       for_tiles<false>(stages, steps, [&](const auto& step, auto& scores, int) {
         finish_scores<kVisited, Role::kQueries, kGeneral, Compared::kInLog2>(
             a, at.pair, at.head, first_owned, step.first_visited, {},
@@ -140,9 +161,11 @@ forward_long(EAR_OPS_ARGUMENT const QKArgs a) {
         if constexpr (Compared::kSweepsTwice) {
           if (sweep == 0) rows.template measure<kVisited>(scores);
           if (sweep < sweeps - 1) return;
+          if (sweeps == 1) rows.end_measuring();
         }
         rows.template add<kVisited>(scores);
       });
+    }
   }
   write_forward<kOwned, Compared>(queries, at.block, rows);
 }

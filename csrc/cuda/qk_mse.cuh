@@ -11,8 +11,10 @@ struct Mse {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kMse));
   static constexpr bool kInLog2 = true;          // scores come in units of log 2
   static constexpr bool kSweepsTwice = false;    // over the keys: the first time for the statistics of a row alone
+  static constexpr bool kFirstIsSimpler = true;  // the first tile of a row has an `add` of its own
   static constexpr bool kMayBeInfinite = false;  // so that a head without upstream gradient has to be passed over
   static constexpr bool kSharesSlopes = true;    // dS of the second view is made even where nobody wants it
+  static constexpr bool kLongSlopes = false;     // so that they leave registers for few scores
   static constexpr float kFactor = 2;            // of dS, multiplied in at the end
 
   // What dS is multiplied by before it is rounded to float16, in which it would vanish long before that matters

@@ -8,6 +8,7 @@ namespace ear_ops::cuda {
 struct SquaredScores {
   static constexpr int kRowStats = static_cast<int>(row_stats_of(Comparison::kScores));  // none
   static constexpr bool kInLog2 = false, kSweepsTwice = false, kMayBeInfinite = false, kSharesSlopes = true;
+  static constexpr bool kFirstIsSimpler = false, kLongSlopes = false;
   static constexpr float kFactor = 2;
   static constexpr float kRange = 64;  // scores of 16-bit models differ by less than 1000
 

@@ -59,7 +59,7 @@ struct Real {
         words[v][w] = ballot((kN >= 32 || lane < kN) && vectors.real(v, first + w * 32 + lane));
   }
   EAR_OPS_DEVICE Real() {}
-  // Of the vectors [index * kPart, (index + 1) * kPart) among these.
+  // Of the vectors [index * kPart, (index + 1) * kPart) among these. Words are chosen, for registers have no index.
   template <int kPart>
   EAR_OPS_DEVICE Real<kPart, kViews> tile(int index) const {
     static_assert(kPart % 32 == 0, "a part is made of whole words");
@@ -67,7 +67,12 @@ struct Real {
 #pragma unroll
     for (int v = 0; v < kViews; ++v)
 #pragma unroll
-      for (int w = 0; w < (kPart + 31) / 32; ++w) part.words[v][w] = words[v][index * (kPart / 32) + w];
+      for (int w = 0; w < kPart / 32; ++w) {
+        part.words[v][w] = words[v][w];
+#pragma unroll
+        for (int other = 1; other < kN / kPart; ++other)
+          if (index == other) part.words[v][w] = words[v][other * (kPart / 32) + w];
+      }
     return part;
   }
   EAR_OPS_DEVICE bool any(int v) const {

@@ -372,6 +372,25 @@ def test_comparisons(comparison: str, sizes: tuple[int, int, int], rest: dict[st
 
 
 @every_comparison
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize(
+    ("queries", "keys", "dim"),
+    [(1, 1, 32), (64, 64, 64), (20, 40, 96), (65, 64, 32), (70, 100, 64), (128, 128, 16), (66, 70, 128)],
+    ids=str,
+)
+def test_comparisons_of_short_rows(
+    comparison: str, queries: int, keys: int, dim: int, masked: bool, dtype: torch.dtype
+) -> None:
+    masks = ragged([keys, max(1, keys // 2)], queries, keys) if masked and queries > 2 else {}
+    check(compared(comparison, queries, keys, dim, pairs=2, heads=1, masks=masks, reduction="none"), dtype)
+
+
+@every_comparison
+def test_more_queries_than_a_block_owns_and_few_keys(comparison: str, dtype: torch.dtype) -> None:
+    check(compared(comparison, 140, 30, 32, pairs=1, heads=1, reduction="none"), dtype)
+
+
+@every_comparison
 def test_comparisons_under_a_bias_that_forbids_keys(comparison: str, dtype: torch.dtype) -> None:
     bias = torch.randn((2, 1, 9, 70), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     bias = bias.masked_fill(bias > 1, -torch.inf)
@@ -412,7 +431,7 @@ def test_a_key_that_only_the_target_has_makes_kl_infinite(name: str, dtype: torc
 
 @every_comparison
 @pytest.mark.parametrize("closeness", [1e-4, 1e-2])
-@pytest.mark.parametrize("keys", [40, 130])
+@pytest.mark.parametrize("keys", [40, 100, 130])
 def test_nearly_equal_views_keep_their_digits(comparison: str, closeness: float, keys: int) -> None:
     case = compared(comparison, 20, keys, reduction="none", closeness=closeness).to(torch.float32)
     value, gradients = case.run("cpu")
@@ -435,9 +454,10 @@ def test_a_row_without_a_target_has_no_gradient_where_scores_are_large(compariso
 
 
 @every_comparison
-@pytest.mark.parametrize("keys", [40, 130])
-def test_equal_views_give_exactly_zero(comparison: str, keys: int, dtype: torch.dtype) -> None:
-    case = compared(comparison, 20, keys, gain=3.0, options=CAUSAL).to(dtype)
+@pytest.mark.parametrize("options", [{}, CAUSAL], ids=["plain", "positions"])
+@pytest.mark.parametrize("keys", [40, 100, 130])
+def test_equal_views_give_exactly_zero(comparison: str, keys: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    case = compared(comparison, 20, keys, gain=3.0, options=options).to(dtype)
     value, gradients = replace(case, x_aug=case.x).run("cpu")
     assert value == 0 and not any(gradient.any() for gradient in gradients)
 
@@ -445,11 +465,22 @@ def test_equal_views_give_exactly_zero(comparison: str, keys: int, dtype: torch.
 @every_comparison
 def test_views_that_are_far_apart(comparison: str) -> None:
     """Probabilities underflow, and the largest score so far rises from tile to tile in one view alone."""
-    case = compared(comparison, 20, 200, pairs=1, gain=40.0, reduction="none")
-    check(replace(case, x_aug=tuple(view / 5 for view in case.x_aug)), torch.float32)
+    for keys in (40, 100, 200):
+        case = compared(comparison, 20, keys, pairs=1, gain=40.0, reduction="none")
+        check(replace(case, x_aug=tuple(view / 5 for view in case.x_aug)), torch.float32)
     rising = torch.linspace(-300, 300, 200, dtype=torch.float64).expand(1, 2, 20, 200)
     biases = {"attn_bias": torch.zeros_like(rising), "attn_bias_aug": rising}
     check(compared(comparison, 20, 200, pairs=1, biases=biases, reduction="none"), torch.float32)
+
+
+@pytest.mark.parametrize("comparison", ["kl", "reverse kl", "js"])
+@pytest.mark.parametrize("name", ["attn_bias", "attn_bias_aug"])
+def test_a_row_that_the_smallest_float_masks_in_one_view(comparison: str, name: str) -> None:
+    """All of its keys are equal there. The sums of its exponentials must not be lost beside such a maximum."""
+    biases = {"attn_bias": torch.zeros(1, 1, 9, 100, dtype=torch.float64)}
+    biases["attn_bias_aug"] = biases["attn_bias"].clone()
+    biases[name][:, :, 4] = torch.finfo(torch.float32).min
+    check(compared(comparison, 9, 100, pairs=1, biases=biases, reduction="none"), torch.float32)
 
 
 @every_comparison

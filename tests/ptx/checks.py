@@ -203,6 +203,15 @@ def divergence_checks(dtype: torch.dtype) -> Iterator[Check]:
         yield Check(f"{name}, masks", right(compared(replace(both, masks=masks)), dtype), core, "sm_90")
         for dim in (32, 64, 96, 128, 160):
             yield Check(f"{name}, dim {dim}", right(compared(qk(20, 130, dim)), dtype))
+        # Short rows: all queries and keys of a head in one block of threads, which has 64 of each or 128.
+        for dim in (32, 64, 96, 128) if name != "reverse kl" else ():  # the kernels of kl, with views exchanged
+            yield Check(f"{name}, few keys, dim {dim}", right(compared(qk(18, 21, dim)), dtype))
+            yield Check(f"{name}, short rows, dim {dim}", right(compared(qk(66, 70, dim)), dtype))
+        short = masked_case(40, 70, 64, reduction="none")
+        short_masks = {**short.masks, "attention_mask_aug": short.masks["attention_mask"]}
+        yield Check(
+            f"{name}, short rows, masks", right(compared(replace(short, masks=short_masks)), dtype), core, "sm_90"
+        )
         # A difference of scores keeps their rounding errors, so that it is less exact the smaller it is.
         near = compared(qk(9, 70, 64, closeness=0.1 if name == "scores" else 1e-2))
         yield Check(f"{name}, nearly equal", right(near, dtype) if dtype is F32 else right_value(near, dtype))
