@@ -206,7 +206,7 @@ class Layout:
                 f"query: the model turns queries and keys after the projections ({type(rotary).__name__}), so the "
                 f"projections alone do not give its attention; use layer= instead"
             )
-        return ProjectionSite(query, key, modules[query], modules[key], num_heads, kv_heads, receiver, cross_attention)
+        return ProjectionSite(self.root, query, key, num_heads, kv_heads, receiver, cross_attention)
 
     def embeddings(self) -> HiddenSite:
         """What enters the first block: the embedding layer's output, LayerNorm and dropout included."""

@@ -197,18 +197,17 @@ class ProjectionSite:
 
     def __init__(
         self,
+        root: nn.Module,
         query: str,
         key: str,
-        query_module: nn.Module,
-        key_module: nn.Module,
         num_heads: int,
         num_key_value_heads: int,
         model: str,
         cross_attention: bool | None = None,
     ) -> None:
-        self.cross_attention = cross_attention
+        self.root, self.cross_attention = root, cross_attention
         self.query, self.key = query, key
-        self.query_module, self.key_module = query_module, key_module
+        self.query_module, self.key_module = root.get_submodule(query), root.get_submodule(key)
         self.num_heads, self.num_key_value_heads = num_heads, num_key_value_heads
         self.model = model
 
@@ -222,6 +221,7 @@ class ProjectionSite:
         ]
 
     def read(self, record: Record, what: str) -> AttentionInputs:
+        self._check_in_place(what)
         query = self._heads(record, self.query, self.num_heads, what)
         key = self._heads(record, self.key, self.num_key_value_heads, what)
         query, key = _one_dtype(query, key)
@@ -231,6 +231,19 @@ class ProjectionSite:
         if key_mask is not None and self._is_cross_attention(record, lengths, what):
             query_mask = key_mask.new_ones(rows, lengths[0])  # queries of other tokens, such as learnt ones, are real
         return AttentionInputs(query, key, key_mask, query_mask, attn_bias=None)
+
+    def _check_in_place(self, what: str) -> None:
+        """Raises RuntimeError where another module, whose output the model uses, took the place of a projection."""
+        for path, module in ((self.query, self.query_module), (self.key, self.key_module)):
+            try:
+                current = self.root.get_submodule(path)
+            except AttributeError:  # inside a wrapper of its own
+                continue
+            if current is not module:
+                raise RuntimeError(
+                    f"{what}: {path} was replaced by {type(current).__name__} after attach(), so the loss would be of "
+                    f"what lies inside; detach, and attach again after get_peft_model, merge_and_unload and the like"
+                )
 
     def _is_cross_attention(self, record: Record, lengths: tuple[int, int], what: str) -> bool:
         """Whether queries and keys are of different tokens; equal lengths alone may be a coincidence."""

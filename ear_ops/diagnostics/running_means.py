@@ -31,6 +31,11 @@ class RunningMeans:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._steps[name] = self._steps.get(name, 0) + 1
 
+    def clear(self) -> None:
+        """Forget the steps since the last :meth:`pop`."""
+        self._sums.clear()
+        self._steps.clear()
+
     def pop(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """The means since the last call, each over the steps that had the term; the sums are then forgotten.
 

@@ -10,9 +10,7 @@ Nothing of transformers is imported here.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,15 +22,13 @@ from ear_ops.capture.layout import unwrap
 from ear_ops.capture.teacher import LayerMap
 from ear_ops.diagnostics.running_means import RunningMeans
 from ear_ops.functional import check_labels_of_views, repeat_labels
+from ear_ops.integrations.own_parameters import OwnParameters
 from ear_ops.regularizers import Regularizer
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object
-
-
-SAVED_REGULARIZERS = "regularizers.safetensors"  # in a checkpoint, beside the model's files
 
 
 class StepLoss(NamedTuple):
@@ -54,8 +50,8 @@ class RegularizedTrainerMixin(_Trainer):
     Each line of the training log gets the mean of every regulariser's term since the line before, over all processes.
     It also gets ``task_loss``: the Trainer's own loss, a mean over the rows.
 
-    Checkpoints hold the parameters of the regularisers themselves, such as a projection's, and a resumed training goes
-    on with them.
+    Parameters of the regularisers themselves, such as a projection's, are treated as those of the model: weight decay,
+    clipping (by their own norm), several processes, checkpoints and ``load_best_model_at_end``.
 
     Args:
         regularizers, teacher, layer_map: see :func:`ear_ops.attach`. The teacher is put into eval mode and on the
@@ -67,7 +63,8 @@ class RegularizedTrainerMixin(_Trainer):
             (``dispatch_batches``) or use DataParallel. Or ``model_init`` is given in place of a model. Or
             :func:`ear_ops.attach` raises it. In training: labels fit neither pairs nor rows. Or they are classes of all
             rows, on the CPU, that differ between the views of a pair, as in a batch with one view. In evaluation: a
-            batch holds both views. Or ``train_sampling_strategy`` needs lengths that the items do not have.
+            batch holds both views. When a training is resumed: the checkpoint is of other regularisers. Or
+            ``train_sampling_strategy`` needs lengths that the items do not have.
         RuntimeError: in training, the Trainer runs the model several times for one loss.
     """
 
@@ -92,58 +89,44 @@ class RegularizedTrainerMixin(_Trainer):
             teacher.to(self.args.device)
         regularizers = list(regularizers)
         self.attached: Attachment | None = None
+        attachable: Any = self.model
         if regularizers:
-            attachable: Any = self.model
             self.attached = attach(attachable, regularizers, teacher=teacher, layer_map=layer_map)
-            self.add_callback(_clears_gradients_of(self._own_parameters()))
+        self.own = OwnParameters(() if self.attached is None else self.attached.regularizers, unwrap(attachable))
+        if self.own.parameters:
+            self.add_callback(self.own.callback())
         self.means = RunningMeans()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's optimiser, which also trains the parameters of the regularisers themselves."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        attached = () if self.attached is None else self.attached.parameters()
-        missing = [parameter for parameter in attached if parameter not in known]
-        if missing:
-            optimizer.add_param_group({"params": missing})
+        if self.own.missing_in(optimizer) and self.lr_scheduler is not None:
+            raise ValueError(
+                "optimizers: expected an optimiser that has the parameters of the regularisers, too, because its "
+                "schedule was made already; pass projection=torch.nn.Linear(...) and its parameters to the optimiser, "
+                "or pass (optimizer, None)"
+            )
+        self.own.add_to(optimizer, self.args.weight_decay)
         return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as the Trainer does; the log begins anew."""
+        self.means.clear()
+        return super().train(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model, and beside it the regularisers where they have parameters of their own."""
         super().save_model(output_dir, _internal_call)
-        parameters = self._own_parameters()
-        if self.args.should_save and len(parameters):
-            import safetensors.torch  # which transformers needs, and this package does not
-
-            folder = str(self.args.output_dir if output_dir is None else output_dir)
-            safetensors.torch.save_model(parameters, str(Path(folder, SAVED_REGULARIZERS)))
+        if self.args.should_save:
+            self.own.save(str(self.args.output_dir if output_dir is None else output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *others: Any, **more: Any) -> None:
-        """Loads the parameters of the regularisers with those of the model, when a training is resumed."""
         super()._load_from_checkpoint(resume_from_checkpoint, *others, **more)
-        parameters = self._own_parameters()
-        if not len(parameters):
-            return
-        saved = Path(resume_from_checkpoint, SAVED_REGULARIZERS)
-        if not saved.exists():
-            warnings.warn(
-                f"{resume_from_checkpoint} has no {SAVED_REGULARIZERS}, so the parameters of the regularisers, such as "
-                f"a projection's, begin anew; to go on with them, load them into the regularisers before train()",
-                stacklevel=2,
-            )
-            return
-        import safetensors.torch
+        self.own.load(resume_from_checkpoint)
 
-        try:
-            safetensors.torch.load_model(parameters, str(saved), device=str(self.args.device))
-        except RuntimeError as error:
-            raise ValueError(
-                f"regularizers: expected those that {saved} was saved with, in the same order; {error}"
-            ) from error
-
-    def _own_parameters(self) -> nn.ParameterList:
-        """Those of the regularisers themselves, in the order in which they were passed."""
-        return nn.ParameterList(() if self.attached is None else self.attached.parameters())
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.own.load(str(self.state.best_model_checkpoint))
 
     def detach(self) -> None:
         """Take the regularisers off the model."""
@@ -161,6 +144,7 @@ class RegularizedTrainerMixin(_Trainer):
         if self.attached is not None:
             self.attached.forget()
         if self.teacher is not None:
+            inputs = self._with_decoder_inputs(model, inputs)
             with torch.no_grad():
                 self.teacher(**self._inputs_of_teacher(self.teacher, inputs))
         else:
@@ -192,6 +176,11 @@ class RegularizedTrainerMixin(_Trainer):
         step = self.training_loss(model, dict(inputs))
         self.means.add(step.terms)
         return (step.loss, step.outputs) if return_outputs else step.loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, without ``word_ids``, which belong to the regularisers."""
+        inputs = {name: value for name, value in inputs.items() if name != "word_ids"}
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the terms to the lines of the training log."""
@@ -225,6 +214,23 @@ class RegularizedTrainerMixin(_Trainer):
                 "dispatch_batches splits the pairs of a batch between processes: pass "
                 'accelerator_config={"dispatch_batches": False} (None dispatches iterable data sets)'
             )
+
+    def _with_decoder_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """``inputs`` with those of the decoder of an encoder-decoder, which a teacher cannot make without labels."""
+        root = unwrap(model)
+        labels = inputs.get("labels")
+        has_inputs = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
+        if has_inputs or not getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+            return inputs
+        if not isinstance(labels, Tensor) or labels.dim() < 2:  # of the sequence: both models shift their input_ids
+            return inputs
+        shift: Any = getattr(root, "prepare_decoder_input_ids_from_labels", None)
+        if shift is None:
+            raise ValueError(
+                f"decoder_input_ids: expected in the batch, because {type(root).__name__} makes them from labels by "
+                f"itself, which its teacher does not get; let the collator add them"
+            )
+        return {**inputs, "decoder_input_ids": shift(labels=labels)}
 
     def _inputs_of_teacher(self, teacher: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """``inputs`` without labels, on the device of a teacher that was not moved to that of the model."""
@@ -299,14 +305,3 @@ def _stays_where_it_is(teacher: nn.Module) -> bool:
         getattr(model, name, None)
         for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_device_map")
     )
-
-
-def _clears_gradients_of(parameters: nn.ParameterList) -> Any:
-    """A callback that clears gradients before each step; the Trainer clears those of the model alone."""
-    from transformers import TrainerCallback
-
-    class ClearGradients(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            parameters.zero_grad()
-
-    return ClearGradients()

@@ -50,9 +50,14 @@ class Regularizer:
         """What :func:`ear_ops.attach` calls before it hangs anything on the model, such as to make a projection."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of this regulariser itself: of the modules that it keeps as attributes."""
+        """The parameters of this regulariser itself: those that it keeps as attributes, and those of such modules.
+
+        Several modules belong into one ``nn.ModuleList``; in a list of Python they are not found.
+        """
         for value in vars(self).values():
-            if isinstance(value, nn.Module):
+            if isinstance(value, nn.Parameter):
+                yield value
+            elif isinstance(value, nn.Module):
                 yield from value.parameters()
 
     def site(self, layout: Layout) -> Site:

@@ -37,6 +37,8 @@ class LogitsPull(Regularizer):
             and ``"sum"`` by nothing.
         name: key of the term in ``ear.components()``.
 
+    Of an encoder-decoder, ``decoder_attention_mask`` says which tokens are real; without it all of them count.
+
     A class whose logit is -inf in both views adds nothing. Where only the target has a class, KL is +inf.
     """
 

@@ -199,6 +199,21 @@ def test_lora(tools, order):
     assert trained and all("lora" in name for name in trained)
 
 
+def test_a_projection_that_was_replaced_is_refused(tools):
+    """As peft does: what was tapped lies inside of what replaced it, and lacks the adapter."""
+    model, path = tools.build_model("bert"), "bert.encoder.layer.2.attention.self"
+    with attach(model, [AttentionPull(query=f"{path}.query", key=f"{path}.key", num_heads=4, name="pull")]) as ear:
+        model(**tools.build_batch())
+        ear.loss()
+        inside = model.get_submodule(path)
+        inside.query = torch.nn.Sequential(inside.query)
+        model(**tools.build_batch())
+        with pytest.raises(
+            RuntimeError, match=rf"pull: {path}.query was replaced by Sequential after attach.*again after"
+        ):
+            ear.loss()
+
+
 def test_two_terms_of_one_kind_on_one_layer_have_names(tools):
     model, batch = tools.build_model("bert"), tools.build_batch()
     mean, summed = AttentionPull(2), AttentionPull(2, reduction="sum", name="sum_of_pull")

@@ -73,7 +73,7 @@ def test_layers_that_share_a_mask_ask_it_once(monkeypatch):
 def test_queries_of_their_own_are_all_real():
     """A learnt query that pools a padded row is no padding."""
     query, key = nn.Linear(8, 8), nn.Linear(8, 8)
-    pooled = ProjectionSite("query", "key", query, key, 2, 2, model="")
+    pooled = ProjectionSite(nn.ModuleDict({"query": query, "key": key}), "query", "key", 2, 2, model="")
     for length in (1, 2, 5, 7):
         pooled.cross_attention = True if length == 5 else None  # of one length by coincidence
         record = Record()
@@ -89,7 +89,8 @@ def test_queries_of_their_own_are_all_real():
 def test_projections_of_different_tensors_of_one_length_ask_what_they_are(cross_attention):
     """The mask of the keys was taken for the queries' because both have five positions by coincidence."""
     query, key = nn.Linear(8, 8), nn.Linear(8, 8)
-    place = ProjectionSite("query", "key", query, key, 2, 2, model="", cross_attention=cross_attention)
+    root = nn.ModuleDict({"query": query, "key": key})
+    place = ProjectionSite(root, "query", "key", 2, 2, model="", cross_attention=cross_attention)
     tokens, memory = torch.randn(4, 5, 8), torch.randn(4, 5, 8)
     record = Record()
     record.masks[""] = {"attention_mask": TensorCall(torch.tensor([[1, 1, 1, 0, 0]] * 4))}

@@ -192,6 +192,37 @@ def test_word_ids_go_to_the_regularisers_and_not_to_the_model(tmp_path: Path) ->
     torch.testing.assert_close(weights(own.model), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_word_ids_do_not_reach_the_model_in_prediction(tmp_path: Path) -> None:
+    own = trainer(tmp_path)
+    batch = {name: value for name, value in one_view([Pairs()[0]]).items() if name != "labels"}
+    loss, logits, labels = own.prediction_step(own.model, {**batch, "word_ids": torch.zeros(1, 4)}, False)
+    assert loss is labels is None and logits.shape == (1, 3)
+
+
+SEQ2SEQ = {
+    "Bart": {"encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0, "max_position_embeddings": 9},
+    "T5": {"num_layers": 1, "d_kv": 8, "num_heads": 2, "d_ff": 16, "dropout_rate": 0.0},
+}
+TOKENS = {"vocab_size": 20, "pad_token_id": 0, "decoder_start_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize("kind", SEQ2SEQ)
+def test_the_decoder_of_a_teacher_reads_what_that_of_the_student_reads(tmp_path: Path, kind: str) -> None:
+    config = getattr(transformers, f"{kind}Config")(d_model=16, **SEQ2SEQ[kind], **TOKENS)
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(getattr(transformers, f"{kind}ForConditionalGeneration")(config))
+    items = [{name: torch.randint(3, 20, (5,)) for name in ("input_ids", "labels")} for _ in range(PAIRS)]
+    options = {"train_dataset": items, "teacher": models[1], "regularizers": [ear_ops.LogitsPull()]}
+    own = trainer(tmp_path, of=models[0], options={**options, "data_collator": None}, learning_rate=0.0)
+    own.train()
+    batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    logs = [of.eval()(**batch).logits.detach().log_softmax(-1).flatten(0, 1) for of in models]
+    expected = F.kl_div(*logs, log_target=True, reduction="batchmean")
+    assert own.state.log_history[0]["logits_pull"] == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_the_trainer_runs_the_teacher(tmp_path: Path) -> None:
     teacher = model(seed=1, layers=4)
     before = weights(teacher)
@@ -220,85 +251,6 @@ def test_the_trainer_runs_the_teacher(tmp_path: Path) -> None:
     assert not teacher.training and torch.equal(weights(teacher), before) and with_grad == [False]
     torch.testing.assert_close(weights(own.model), expected, rtol=1e-5, atol=1e-6)
     trainer(tmp_path, options={"teacher": model(seed=1), "data_collator": one_view}, remove_unused_columns=True)
-
-
-def test_the_trainer_trains_the_projection_of_a_regulariser(tmp_path: Path) -> None:
-    pull = ear_ops.HiddenPull(1, projection="linear")
-    options = {"teacher": model(seed=1), "data_collator": one_view, "regularizers": [pull]}
-    own = trainer(tmp_path, options=options)
-    assert isinstance(pull.projection, torch.nn.Linear)
-    before = pull.projection.weight.detach().clone()
-    own.train()
-    assert not torch.equal(pull.projection.weight, before)
-
-
-def _two_projections(seed: int) -> list[ear_ops.Regularizer]:
-    """Regularisers with parameters of their own, which two of them share."""
-    torch.manual_seed(seed)
-    shared = torch.nn.Linear(16, 16)
-    return [*(ear_ops.HiddenPull(layer, projection=shared) for layer in (1, 2)), ear_ops.AttentionPull(1)]
-
-
-def _distil(folder: Path, regularizers: Any, resumed: Path | None = None, **changes: Any) -> list[torch.Tensor]:
-    """Trains, and returns the weights of the model and of the projection."""
-    options = {"teacher": model(seed=1), "data_collator": one_view, "regularizers": regularizers}
-    own = trainer(folder, options=options, **changes)
-    own.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-    return [weights(own.model), weights(regularizers[0].projection)]
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_projection_goes_down_its_gradient(tmp_path: Path, parts: int) -> None:
-    """Step after step, and in parts of a batch."""
-    regularizers, student = _two_projections(0), model()
-    projection, teacher = regularizers[0].projection, model(seed=1)
-    batch = one_view([Pairs()[i] for i in range(PAIRS)])
-    with ear_ops.attach(student, _two_projections(0), teacher=teacher.eval()) as ear:
-        parameters = [*student.parameters(), *ear.parameters()]
-        optimizer = torch.optim.SGD(parameters, lr=0.1)
-        for _ in range(3):
-            with torch.no_grad():
-                teacher(**{name: value for name, value in batch.items() if name != "labels"})
-            optimizer.zero_grad()
-            (student.train()(**batch).loss + ear.loss()).backward()
-            optimizer.step()
-        expected = weights(ear.regularizers[0].projection)
-    _distil(
-        tmp_path,
-        regularizers,
-        max_steps=3,
-        per_device_train_batch_size=PAIRS // parts,
-        gradient_accumulation_steps=parts,
-    )
-    torch.testing.assert_close(weights(projection), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_resumed_training_goes_on_with_the_projections(tmp_path: Path) -> None:
-    """As if it had not been interrupted."""
-    expected = _distil(tmp_path / "whole", _two_projections(0), max_steps=2)
-    _distil(tmp_path / "parts", _two_projections(0), max_steps=1, save_strategy="steps", save_steps=1)
-    checkpoint = tmp_path / "parts" / "checkpoint-1"
-    found = _distil(tmp_path / "parts", _two_projections(1), checkpoint, max_steps=2)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
-    others = [ear_ops.HiddenPull(1, projection=torch.nn.Linear(16, 16, bias=False))]
-    with pytest.raises(ValueError, match=r"regularizers: expected those that .* was saved with"):
-        _distil(tmp_path, others, checkpoint, max_steps=2)
-    (checkpoint / "regularizers.safetensors").unlink()
-    with pytest.warns(UserWarning, match=r"checkpoint-1 has no regularizers\.safetensors, .* begin anew"):
-        _distil(tmp_path, _two_projections(0), checkpoint, max_steps=2)
-
-
-def test_the_trainer_takes_each_parameter_of_regularisers_once(tmp_path: Path) -> None:
-    """A projection that regularisers share, and one that is a frozen part of the model."""
-    student, shared = model(), torch.nn.Linear(16, 16)
-    student.pooling = torch.nn.Linear(16, 16).requires_grad_(False)
-    pulls = [ear_ops.HiddenPull(layer, projection=shared) for layer in (1, 2)]
-    pulls.append(ear_ops.HiddenPull(1, projection=student.pooling, name="pooling"))
-    options = {"teacher": model(seed=1), "data_collator": one_view, "regularizers": pulls}
-    groups = trainer(tmp_path, of=student, options=options).create_optimizer().param_groups
-    taken = [parameter for group in groups for parameter in group["params"]]
-    assert len(set(taken)) == len(taken) and set(shared.parameters()) < set(taken)
-    assert student.pooling.weight not in set(taken)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +321,15 @@ def test_the_log_has_the_mean_of_every_term_since_its_last_line(tmp_path: Path) 
             assert line[name] == pytest.approx((part[0][name] + part[1][name]) / 2, rel=1e-6)
         mean = 2 * line["task_loss"] + 5.0 * line["attention_pull.1"] + 0.5 * line["embedding_push"]
         assert line["loss"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_another_training_begins_the_log_anew(tmp_path: Path) -> None:
+    own = trainer(tmp_path, max_steps=3, logging_steps=2)
+    own.train()  # the last step is in no line
+    own.train()
+    (line,) = [line for line in own.state.log_history if "loss" in line]
+    mean = 2 * line["task_loss"] + 5.0 * line["attention_pull.1"] + 0.5 * line["embedding_push"]
+    assert line["loss"] == pytest.approx(mean, rel=1e-5)
 
 
 def test_a_weight_gets_the_optimiser_step(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,26 @@ def train_in_parts(folder: Path, pairs: Pairs) -> tuple[torch.Tensor, list[dict[
     )
     own.train()
     return weights(own.model), [line for line in own.state.log_history if "loss" in line]
+
+
+def projections(seed: int, shared: bool = True) -> list[Any]:
+    """Regularisers with parameters of their own, which two of them may share."""
+    torch.manual_seed(seed)
+    first = torch.nn.Linear(16, 16)
+    second = first if shared else torch.nn.Linear(16, 16)
+    return [ear_ops.HiddenPull(1, projection=first), ear_ops.HiddenPull(2, projection=second), ear_ops.AttentionPull(1)]
+
+
+def distil(folder: Path, regularizers: Any, resumed: Path | None = None, **changes: Any) -> list[torch.Tensor]:
+    """Trains with a teacher, and returns the weights of the model and of what the first regulariser keeps."""
+    options = {"teacher": model(seed=1), "data_collator": one_view, "regularizers": regularizers}
+    own = trainer(folder, options=options, **changes)
+    own.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    projection = getattr(regularizers[0], "projection", None)
+    return [weights(own.model), *([] if projection is None else [weights(projection)])]
+
+
+def distil_in_a_process(folder: Path, changes: dict[str, Any]) -> list[torch.Tensor]:
+    """In one of several processes, which begin with other projections."""
+    torch.set_num_threads(1)
+    return distil(folder, projections(int(os.environ["RANK"])), **changes)
