@@ -51,7 +51,7 @@ struct WordLists {
 struct alignas(16) Strip {
   OfViews from, to;
   int number, words;
-  bool has_rows;  // whether a word may have a row in M: both views have tokens with a word
+  int has_rows;  // whether a word may have a row in M: both views have tokens with a word
 
   // The strip whose first tokens are `from` of each list.
   EAR_OPS_DEVICE Strip() {}  // for what comes out of shared memory

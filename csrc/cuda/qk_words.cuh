@@ -102,7 +102,8 @@ struct WordBlock : WordScores<T, kD, kOwner, kKnown> {
   // Adds the sums of one tile to those of all tiles of large strips.
   EAR_OPS_DEVICE void add_to_large(const StripPair& of) const {
     const int thread = thread_anew(), v = thread / kOwned, place = thread % kOwned;
-    if (place >= a.strip_tokens) return;
+    // Keys that do not exist have no sum; a view may have fewer tiles than the other one.
+    if (place >= a.strip_tokens || head_of(Role::kKeys, v, of.large_rows ? place : 0) < 0) return;
     float* const to = large_sums(v) + place;
     store_shared(to,
                  load_shared<float>(to) + load_shared<float>(of.large_rows ? tile(v, 0, place) : tile(v, place, 0)));
