@@ -149,8 +149,8 @@ struct WordBlock : WordScores<T, kD, kOwner, kKnown> {
 #pragma unroll
           for (int v = 0; v < 2; ++v) {
             at[v] = columns[c][v] + facts.place[v] * step;
-            const float made = load_shared<float>(at[v]) * facts.inverse[v];
-            m[v] = exists[c][v] && is_word[c] ? made : 0.0f;
+            m[v] = 0;  // others may write where a column that does not exist would be read
+            if (exists[c][v] && is_word[c]) m[v] = load_shared<float>(at[v]) * facts.inverse[v];
           }
           use(maps, row, c, m);
           if constexpr (kReplaces)
