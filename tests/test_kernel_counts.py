@@ -125,6 +125,8 @@ def test_what_the_machine_does_not_know_is_named() -> None:
         ("SEL R9, R4, R5, !P0", 7),
         ("IABS R9, R4", 0x100000000 - 0x89ABCDEF),
         ("VIMNMX R9, R4, R5, PT", 0x89ABCDEF),
+        ("VIMNMX3 R9, R5, R4, R5, PT", 0x89ABCDEF),
+        ("VIMNMX3.U32 R9, R5, R4, R5, !PT", 0x89ABCDEF),
         ("IMNMX.U32 R9, R4, R5, PT", 7),
         ("VOTE.ANY R9, PT, P0", 0xFFFFFFFF),
         ("P2R R9, PR, RZ, 0x1", 1),

@@ -44,6 +44,9 @@ struct WordCall {  // the arguments of the kernels, and what keeps their memory 
       : call(op, problem.tokens(), sizes), lists(op, problem, sizes), args{} {
     static_cast<QKArgs&>(args) = call.args;
     args.comparison = op.comparison, args.numbers = static_cast<int>(problem.words) + 1;
+    for (int v = 0; v < 2; ++v)  // kernels that read 16 bytes at a time have 32 bits for the step from row to row
+      for (const HeadsPointer* of : {&args.query[v], &args.key[v]})
+        args.vectorized = args.vectorized && of->strides.row < int64_t(1) << 31;
     args.number = integers(lists.number), args.position = integers(lists.position), args.first = integers(lists.first);
   }
 };
@@ -55,7 +58,7 @@ std::tuple<Tensor, Tensor> forward(const WordsProblem& problem) {
   WordCall call(kOp, problem, sizes);
   const auto options = problem.query.options().dtype(at::kFloat);
   const Tensor row_stats = make({kWordRowStats, sizes.pairs, sizes.heads, sizes.queries}, options);
-  const Tensor block_sums = make({sizes.pairs, sizes.heads, strips_of(call.args)}, options);
+  const Tensor block_sums = make({sizes.pairs, sizes.heads, strip_blocks(call.args)}, options);
   call.args.row_stats = floats(row_stats), call.args.block_sums = floats(block_sums);
   launch.check(kOp.name, launch_words_forward(call.call.element, call.args, launch.stream()));
   return {block_sums.sum(-1), row_stats};

@@ -1,138 +1,177 @@
-// Tokens of both views in the order of their words, and how 64 queries and 64 keys of each come into shared memory.
+// Tokens of both views in the order of their words, and how a tile of queries and of keys of each comes into shared
+// memory.
 //
 //   global memory   lists of tokens (qk_words_args.h); Q and K; row_stats and d of queries
 //                     | cp.async, vector by vector
-//   shared memory   64 queries and 64 keys of each view, and of each its position, its word and its statistics
+//   shared memory   64 queries and 64 keys of each view, and of each its position, its head and its statistics
+//
+// The head of a token is the place within the tile of the first token of its word. M and its slopes lie at heads.
 #pragma once
 
 #include "qk_scores.cuh"
-#include "qk_words_args.h"
+#include "qk_word_strips.cuh"
 
 namespace ear_ops::cuda {
 
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kKnownStats = 3;  // of a query: maximum, 1 / sum of exponentials, d
+constexpr int kWordStats = 3;  // of a query: maximum, 1 / sum of exponentials, d
+constexpr int kNoHead = -1;    // of a token that does not exist, or of a query without a row in M
 
-// Where a block's data lie in shared memory.
+struct alignas(8) TokenFacts {
+  int position, head;
+};
+// Of a row of M: the place of its word in each view, and 1 over its pieces. kNoHead: it does not count.
+struct alignas(16) RowFacts {
+  int place[2];
+  float inverse[2];
+};
+// Of a column of M: the place of its word in each view, or kNoHead.
+struct alignas(8) ColumnFacts {
+  int place[2];
+};
+
+// The index of a thread, of which the compiler keeps nothing that follows from it in registers.
+EAR_OPS_DEVICE int thread_anew() { return unknown(thread_index()); }
+
+// Where a block's data lie in shared memory. Rows of tiles come last, so that a launch may ask for fewer of them.
 template <typename T, int kD>
 struct WordMemory {
   static constexpr int kVectors = SharedVectors<T, kD>::bytes(kOwned);  // of one role and view
-  static constexpr int kTile = 4 * kVectors;                            // P [64, 64 + 1]
-  static constexpr int kTileRow = kOwned + 1;
-  static constexpr int kMaps = kTile + kOwned * kTileRow * 4;  // [2, 32, 32 + 1]
-  static constexpr int kMapsRow = kStripWords + 1;
-  static constexpr int kPositions = kMaps + 2 * kStripWords * kMapsRow * 4;  // [roles, views, 64], positions of tokens
-  static constexpr int kWords = kPositions + 4 * kOwned * 4;                 // likewise, their words within the strip
-  static constexpr int kStats = kWords + 4 * kOwned * 4;                     // [3, views, 64] of queries
-  static constexpr int kBytes = kStats + 2 * kKnownStats * kOwned * 4;
+  static constexpr int kTokens = 4 * kVectors;                          // [roles, views, 64] facts of tokens
+  static constexpr int kStats = kTokens + 4 * kOwned * 8;               // [views, 3, 64] of queries
+  static constexpr int kSums = kStats + 2 * kWordStats * kOwned * 4;    // [views, 64], of large strips
+  static constexpr int kStrips = kSums + 2 * kOwned * 4;                // two of them
+  static constexpr int kLoaded = kStrips + 2 * static_cast<int>(sizeof(Strip));
+  static constexpr int kShare = kLoaded + 16;
+  static constexpr int kTiles = kShare + 16;
+  // A row: of each view, P of one query and 64 keys, and 16 bytes. In those of the first view lie the facts of a row of
+  // M; in those of the second view the facts of a column, the value of a row and whether it has a target.
+  static constexpr int kOfView = kOwned + 4, kTileRow = 2 * kOfView;
+  static constexpr int kBlocks = sizeof(T) == 4 ? 2 : 3;  // that a multiprocessor shall hold where it has no gradients
+  static EAR_OPS_CONSTANT int64_t bytes(int rows) { return kTiles + int64_t(rows) * kTileRow * 4; }
 };
 
-// 64 tokens of each role, of one view: those of its list from `query` and from `key` on, before the ends.
+// A tile of both views: tokens of each list from `query` and from `key` on, before the ends.
 struct WordTile {
-  int query, query_end, key, key_end;
+  OfViews query, query_end, key, key_end;
 };
 
-// A number of each view. Registers have no index, so that an array would lie in memory.
-struct OfViews {
-  int first, second;
-  EAR_OPS_DEVICE int operator()(int v) const { return v == 0 ? first : second; }
-  EAR_OPS_DEVICE void set(int v, int to) {
-    if (v == 0) {
-      first = to;
-    } else {
-      second = to;
-    }
-  }
+struct alignas(16) Loaded {
+  OfViews queries, keys;
 };
+
+// The strip whose words a block of threads owns at the moment, and the one that it visits.
+enum class Which { kOwn, kOther };
 
 // The tokens of one pair and head: where they are, and those in shared memory.
 template <typename T, int kD>
 struct WordTokens {
   using Memory = WordMemory<T, kD>;
-  static constexpr int kNone = -1;
 
   const WordArgs& a;
-  int64_t pair;
-  int head;
-  int known;  // statistics of queries that exist by now, of kKnownStats
+  WordLists lists;
+  int head, key_head;
   int chunks;
-  OfViews loaded_queries{kNone, kNone}, loaded_keys{kNone, kNone};  // from where in the lists on
 
-  EAR_OPS_DEVICE WordTokens(const WordArgs& a, int64_t pair, int head, int known)
-      : a(a), pair(pair), head(head), known(known), chunks((a.dim + kD - 1) / kD) {}
-
-  // --- words and tokens ---
-
-  // Where in the list of a view a number begins.
-  EAR_OPS_DEVICE int begin(int v, int number) const {
-    const int at = number < a.numbers ? number : a.numbers;
-    return load_global(a.first + (v * a.pairs + pair) * (a.numbers + 1) + at);
+  EAR_OPS_DEVICE WordTokens(const WordArgs& a, int64_t pair, int head)
+      : a(a),
+        lists{a, static_cast<int>(pair)},
+        head(head),
+        key_head(head / (a.heads / a.key_heads)),
+        chunks((a.dim + kD - 1) / kD) {
+    forget();
   }
-  EAR_OPS_DEVICE int pieces(int v, int number) const { return begin(v, number + 1) - begin(v, number); }
-  // Whether a number is a word of both views, which has a row in M.
-  EAR_OPS_DEVICE bool has_row(int number) const { return number > 0 && pieces(0, number) > 0 && pieces(1, number) > 0; }
 
-  // Where the queries and the keys of a strip begin; queries without a word are not compared, keys are attended to.
-  EAR_OPS_DEVICE int first_query(int v, int strip) const { return begin(v, strip == 0 ? 1 : strip * kStripWords); }
-  EAR_OPS_DEVICE int first_key(int v, int strip) const { return begin(v, strip * kStripWords); }
-  EAR_OPS_DEVICE int end(int v, int strip) const { return begin(v, (strip + 1) * kStripWords); }
-  EAR_OPS_DEVICE bool has_queries(int strip) const {
-    return first_query(0, strip) < end(0, strip) && first_query(1, strip) < end(1, strip);
-  }
-  EAR_OPS_DEVICE bool has_keys(int strip) const {
-    return first_key(0, strip) < end(0, strip) || first_key(1, strip) < end(1, strip);
-  }
-  EAR_OPS_DEVICE int64_t place(int v, int index) const { return (v * a.pairs + pair) * a.queries + index; }
-  EAR_OPS_DEVICE int position(int v, int index) const { return load_global(a.position + place(v, index)); }
-  EAR_OPS_DEVICE int number(int v, int index) const { return load_global(a.number + place(v, index)); }
+  // --- strips, which lie in shared memory because registers are few ---
 
-  // --- shared memory ---
+  EAR_OPS_DEVICE Strip* strip_address(Which which) const {
+    return reinterpret_cast<Strip*>(shared_memory() + Memory::kStrips) + (which == Which::kOwn ? 0 : 1);
+  }
+  EAR_OPS_DEVICE Strip strip(Which which) const { return load_shared<Strip>(strip_address(which)); }
+
+  // Calls use() for every strip of the pair, when it is in its place.
+  template <typename Use>
+  EAR_OPS_DEVICE void for_strips(Which which, const Use& use) const {
+    OfViews from = lists.begins(0);
+#pragma unroll 1
+    while (true) {
+      sync_block();  // the strip before may still be read
+      if (thread_index() == 0) store_shared(strip_address(which), Strip(lists, from));
+      sync_block();
+      if (!strip(which).exists(a)) break;
+      use();
+      from = strip(which).to;
+    }
+  }
+  // Calls use() for the strips that block number `block` of `blocks` owns: every so many.
+  template <typename Use>
+  EAR_OPS_DEVICE void for_own_strips(int block, int blocks, const Use& use) const {
+    int until = block;
+    for_strips(Which::kOwn, [&] {
+      if (until == 0) use();
+      until = until == 0 ? blocks - 1 : until - 1;
+    });
+  }
+
+  // --- vectors and facts ---
+
+  // The share of a head in the upstream gradient, which is read much later.
+  EAR_OPS_DEVICE char* share() const { return shared_memory() + Memory::kShare; }
 
   EAR_OPS_DEVICE char* vectors(Role role, int v) const {
     return shared_memory() + (role == Role::kQueries ? v : 2 + v) * Memory::kVectors;
   }
-  EAR_OPS_DEVICE int* fact(int table, Role role, int v, int token) const {
-    return reinterpret_cast<int*>(shared_memory() + table) + ((role == Role::kQueries ? v : 2 + v) * kOwned + token);
+  EAR_OPS_DEVICE char* facts(Role role, int v, int token) const {
+    return shared_memory() + Memory::kTokens + ((role == Role::kQueries ? v : 2 + v) * kOwned + token) * 8;
   }
-  EAR_OPS_DEVICE int position_of(Role role, int v, int token) const {
-    return load_shared<int>(fact(Memory::kPositions, role, v, token));
+  EAR_OPS_DEVICE int head_of(Role role, int v, int token) const { return load_shared<int>(facts(role, v, token) + 4); }
+  EAR_OPS_DEVICE float* stats(int v, int k) const {
+    return reinterpret_cast<float*>(shared_memory() + Memory::kStats) + (v * kWordStats + k) * kOwned;
   }
-  // Of a token, the number of its word within the strip; -1 where the token does not exist, or is a query without a
-  // row.
-  EAR_OPS_DEVICE int word_of(Role role, int v, int token) const {
-    return load_shared<int>(fact(Memory::kWords, role, v, token));
+  // P of a query and a key.
+  EAR_OPS_DEVICE float* tile(int v, int query, int key) const {
+    return reinterpret_cast<float*>(shared_memory() + Memory::kTiles) + query * Memory::kTileRow + v * Memory::kOfView +
+           key;
   }
-  EAR_OPS_DEVICE float* stat_address(int k, int v, int query) const {
-    return reinterpret_cast<float*>(shared_memory() + Memory::kStats) + (2 * k + v) * kOwned + query;
-  }
-  EAR_OPS_DEVICE float stat(int k, int v, int query) const { return load_shared<float>(stat_address(k, v, query)); }
-  EAR_OPS_DEVICE float* tile(int query, int key) const {
-    return reinterpret_cast<float*>(shared_memory() + Memory::kTile) + query * Memory::kTileRow + key;
-  }
-  // M of word i of one strip and word j of another, or its slope.
-  EAR_OPS_DEVICE float* map(int v, int i, int j) const {
-    return reinterpret_cast<float*>(shared_memory() + Memory::kMaps) + (v * kStripWords + i) * Memory::kMapsRow + j;
+  EAR_OPS_DEVICE float* row_facts(int row) const { return tile(0, row, kOwned); }
+  EAR_OPS_DEVICE float* column_facts(int column) const { return tile(1, column, kOwned); }
+  EAR_OPS_DEVICE float* row_value(int row) const { return tile(1, row, kOwned + 2); }
+  EAR_OPS_DEVICE float* row_target(int row) const { return tile(1, row, kOwned + 3); }
+  // Sums of P over words, of tiles of which one role has a single word. Its heads are 0, so that two heads make a
+  // place.
+  EAR_OPS_DEVICE float* large_sums(int v) const {
+    return reinterpret_cast<float*>(shared_memory() + Memory::kSums) + v * kOwned;
   }
 
-  EAR_OPS_DEVICE void forget() { loaded_queries = loaded_keys = OfViews{kNone, kNone}; }
+  // From where in the lists on the tokens are that are in shared memory, and that none are.
+  EAR_OPS_DEVICE char* loaded() const { return shared_memory() + Memory::kLoaded; }
+  EAR_OPS_DEVICE void forget() const {
+    sync_block();  // somebody may still ask
+    if (thread_index() == 0) store_shared(loaded(), Loaded{{-1, -1}, {-1, -1}});
+    sync_block();
+  }
 
-  // Writes down what is known of the tokens [first, last) of a list, at most 64.
-  EAR_OPS_DEVICE void describe(Role role, int v, int first, int last) const {
-    const int token = thread_index();
-    if (token >= kOwned) return;
-    int at = 0, word = -1;
-    if (first + token < last) {
-      at = position(v, first + token);
-      const int of_token = number(v, first + token);
-      if (role == Role::kKeys || has_row(of_token)) word = of_token % kStripWords;
+  // Writes down what is known of the tokens [first, last) of each list, at most 64. A thread takes one. kKnown: of the
+  // statistics of queries, those that exist by now.
+  template <int kKnown>
+  EAR_OPS_DEVICE void describe(Role role, const OfViews& first, const OfViews& last) const {
+    const int thread = thread_anew(), v = thread / kOwned, token = thread % kOwned, index = first(v) + token;
+    TokenFacts of{0, kNoHead};
+    if (index < last(v)) {
+      of.position = lists.position(v, index);
+      const int number = lists.number(v, index);
+      if (role == Role::kKeys || lists.has_row(number)) {
+        const int place = lists.begin(v, number) - first(v);
+        of.head = place < 0 ? 0 : place;
+      }
     }
-    store_shared(fact(Memory::kPositions, role, v, token), at);
-    store_shared(fact(Memory::kWords, role, v, token), word);
+    store_shared(facts(role, v, token), of);
     if (role == Role::kKeys) return;
-    const int64_t index = stats_index(a, pair, head, at), step = stats_step(a);
-    for (int k = 0; k < known; ++k) {
+    const int64_t at = stats_index(a, unknown(lists.pair), head, of.position), step = stats_step(a);
+#pragma unroll
+    for (int k = 0; k < kKnown; ++k) {
       const float* from = k < 2 ? a.row_stats + (2 * k + v) * step : a.d + v * step;
-      store_shared(stat_address(k, v, token), word < 0 ? 0.0f : load_global(from + index));
+      store_shared(stats(v, k) + token, of.head < 0 ? 0.0f : load_global(from + at));
     }
   }
 
@@ -140,47 +179,75 @@ struct WordTokens {
   EAR_OPS_DEVICE void gather(Role role, int v, int feature) const {
     using Layout = SharedVectors<T, kD>;
     constexpr int kElements = 16 / sizeof(T), kAccesses = kD / kElements;
+    constexpr int kPass = kThreads / kAccesses;  // tokens that the block copies at a time
+    static_assert(kThreads % kAccesses == 0, "a thread copies the same features of all its tokens");
     const HeadsPointer& of = role == Role::kQueries ? a.query[v] : a.key[v];
-    const int64_t of_head = role == Role::kQueries ? head : head / (a.heads / a.key_heads);
-    const T* from = static_cast<const T*>(of.data) + pair * of.strides.batch + of_head * of.strides.head;
-    char* to = vectors(role, v);
-#pragma unroll 1
-    for (int i = thread_index(); i < kOwned * (a.vectorized ? kAccesses : kD); i += kThreads) {
-      const int token = a.vectorized ? i / kAccesses : i / kD;
-      const int c = a.vectorized ? i % kAccesses * kElements : i % kD;
-      const bool real = word_of(role, v, token) >= 0 && feature + c < a.dim;
-      const T* at =
-          real ? from + position_of(role, v, token) * of.strides.row + (feature + c) * of.strides.column : from;
-      if (a.vectorized) {
-        copy_async<16>(to + Layout::offset(token, c), at, real);
-      } else {
-        store_shared(to + Layout::offset(token, c), real ? load_global(at) : T{});
+    const int of_head = role == Role::kQueries ? head : key_head;
+    const T* from = static_cast<const T*>(of.data) + unknown(lists.pair) * of.strides.batch + of_head * of.strides.head;
+    char* const to = vectors(role, v);
+    if (a.vectorized) {
+      const int thread = thread_anew(), c = thread % kAccesses * kElements;
+      const bool exists = feature + c < a.dim;
+      const T* const first = exists ? from + feature + c : from;
+      const int step = static_cast<int>(of.strides.row);  // has room, where rows are read like this
+#pragma unroll 2
+      for (int n = 0; n < kOwned; n += kPass) {
+        const int token = n + thread / kAccesses;
+        const TokenFacts facts_of = load_shared<TokenFacts>(facts(role, v, token));
+        copy_async<16>(to + Layout::offset(token, c), first + static_cast<int64_t>(facts_of.position) * step,
+                       exists && facts_of.head >= 0);
       }
+      return;
+    }
+#pragma unroll 1
+    for (int i = thread_anew(); i < kOwned * kD; i += kThreads) {
+      const int token = i / kD, c = i % kD;
+      const TokenFacts facts_of = load_shared<TokenFacts>(facts(role, v, token));
+      const bool real = facts_of.head >= 0 && feature + c < a.dim;
+      const T* at = from + facts_of.position * of.strides.row + (feature + c) * of.strides.column;
+      store_shared(to + Layout::offset(token, c), real ? load_global(at) : T{});
     }
   }
 
-  // Brings the vectors of a tile of view v, where they are not there yet.
-  EAR_OPS_DEVICE void bring(int v, const WordTile& tile, int chunk) {
-    const bool missing[2] = {chunks > 1 || loaded_queries(v) != tile.query, chunks > 1 || loaded_keys(v) != tile.key};
+  // Brings the vectors of a tile, where they are not there yet.
+  template <int kKnown>
+  EAR_OPS_DEVICE void bring(const WordTile& tile, int chunk) {
+    const Loaded before = load_shared<Loaded>(loaded());
+    const bool missing[2] = {chunks > 1 || !(before.queries == tile.query), chunks > 1 || !(before.keys == tile.key)};
     if (!missing[0] && !missing[1]) return;
-    loaded_queries.set(v, tile.query), loaded_keys.set(v, tile.key);
     sync_block();  // what lies there may still be read
-    if (missing[0]) describe(Role::kQueries, v, tile.query, tile.query_end);
-    if (missing[1]) describe(Role::kKeys, v, tile.key, tile.key_end);
+    if (thread_index() == 0) store_shared(loaded(), Loaded{tile.query, tile.key});
+    if (missing[0]) describe<kKnown>(Role::kQueries, tile.query, tile.query_end);
+    if (missing[1]) describe<kKnown>(Role::kKeys, tile.key, tile.key_end);
     sync_block();
 #pragma unroll 1
-    for (int k = 0; k < 2; ++k)
-      if (k == 0 ? missing[0] : missing[1]) gather(k == 0 ? Role::kQueries : Role::kKeys, v, chunk * kD);
+    for (int k = 0; k < 4; ++k)
+      if (k < 2 ? missing[0] : missing[1]) gather(k < 2 ? Role::kQueries : Role::kKeys, k % 2, chunk * kD);
     commit_copies();
     wait_copies<0>();
     sync_block();
     if constexpr (Products<T>::kSplit) {
 #pragma unroll 1
-      for (int k = 0; k < 2; ++k)
-        if (k == 0 ? missing[0] : missing[1])
-          Products<T>::template split<kD, kOwned, kWarps>(vectors(k == 0 ? Role::kQueries : Role::kKeys, v));
+      for (int k = 0; k < 8; ++k)  // half of the vectors at a time, because registers are few
+        if (k < 4 ? missing[0] : missing[1])
+          Products<T>::template split<kD, kOwned / 2, kWarps>(vectors(k < 4 ? Role::kQueries : Role::kKeys, k / 2 % 2) +
+                                                              k % 2 * (Memory::kVectors / 2));
       sync_block();
     }
+  }
+
+  // Writes down where the words of a strip, which are rows of M, and of another one, its columns, have their heads.
+  EAR_OPS_DEVICE void describe_map(Which rows, Which columns) const {
+    const Strip i = strip(rows), j = strip(columns);
+    const int thread = thread_anew(), v = thread / kOwned, word = thread % kOwned;
+    if (word >= a.strip_tokens) return;
+    const int row = i.number + word, column = j.number + word;
+    const bool counts = word < i.words && lists.has_row(row);
+    float* const of_row = row_facts(word);
+    store_shared(of_row + v, counts ? lists.begin(v, row) - i.from(v) : kNoHead);
+    store_shared(of_row + 2 + v, counts ? reciprocal_fast(static_cast<float>(lists.pieces(v, row))) : 0.0f);
+    const bool exists = word < j.words && lists.pieces(v, column) > 0;
+    store_shared(column_facts(word) + v, exists ? lists.begin(v, column) - j.from(v) : kNoHead);
   }
 };
 

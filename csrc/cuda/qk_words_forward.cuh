@@ -1,9 +1,9 @@
-// The loss of the words of a strip, and the softmax' statistics of their tokens. A block of threads owns 32 words of
-// one head, and visits the words of all strips.
+// The loss of the words of a strip, and the softmax' statistics of their tokens. A block of threads takes strips of
+// words of one head, and visits the words of all strips for each.
 //
-//   registers   scores of 64 queries and all keys, tile by tile --> maximum and sum of exponentials
+//   registers   scores of a tile of queries and all keys, tile by tile --> maximum and sum of exponentials
 //   written     row_stats [4, B, H, L]; 0 for tokens that are not compared
-//   registers   M of 32 x 32 words (qk_words.cuh) --> values of its entries, strip by strip
+//   memory      M of two strips (qk_words.cuh) --> values of its entries, strip by strip
 //   written     block_sums: one number
 #pragma once
 
@@ -14,7 +14,8 @@ namespace ear_ops::cuda {
 
 // The running softmax of the two rows of a lane.
 struct RunningSoftmax {
-  float maximum[2] = {-infinity(), -infinity()}, sum[2] = {0, 0}, compares[2] = {0, 0};
+  float maximum[2] = {-infinity(), -infinity()}, sum[2] = {0, 0};
+  uint32_t compares = 0;  // a bit for each row
 
   EAR_OPS_DEVICE void add(const float (&scores)[kOwned / 8][4], uint32_t compared) {
 #pragma unroll
@@ -30,20 +31,20 @@ struct RunningSoftmax {
         for (int e = 2 * half; e < 2 * half + 2; ++e) total += exponential(scores[n][e], shift);
       sum[half] = sum[half] * exponential(maximum[half], shift) + total;
       maximum[half] = largest;
-      if (compared & 0x33333333u << 2 * half) compares[half] = 1;
     }
+    compares |= compared;
   }
   // Puts the parts of the four lanes of a row together: its maximum, and 1 / sum of exponentials.
   EAR_OPS_DEVICE void finish(int half, float (&stats)[2]) const {
     stats[0] = shift_of(quad_max(maximum[half]));
     const float total = quad_sum(sum[half] * exponential(maximum[half], stats[0]));
-    stats[1] = inverse_of_row(total, quad_max(compares[half]) != 0);
+    stats[1] = inverse_of_row(total, quad_max(compares >> half & 1 ? 1.0f : 0.0f) != 0);
   }
 };
 
 template <typename Block>
 EAR_OPS_DEVICE void store_stat(const Block& block, int k, int v, int index, float stat) {
-  float* to = block.a.row_stats + stats_index(block.a, block.pair, block.head, block.position(v, index));
+  float* to = block.a.row_stats + stats_index(block.a, block.lists.pair, block.head, block.lists.position(v, index));
   store_global(to + (2 * k + v) * stats_step(block.a), stat);
 }
 
@@ -53,74 +54,116 @@ EAR_OPS_DEVICE void store_stats(const Block& block, int v, int index, const floa
   for (int k = 0; k < 2; ++k) store_stat(block, k, v, index, stats[k]);
 }
 
-// Writes the statistics of the queries of a strip; the first one's block writes those of all tokens without a word.
+// Writes the statistics of the padding of both views.
 template <typename Block>
-EAR_OPS_DEVICE void write_stats(Block& block, int strip) {
+EAR_OPS_DEVICE void write_padding(const Block& block) {
   const float none[2] = {0, 0};
 #pragma unroll 1
-  for (int v = 0; v < 2; ++v) {
-    const int end = block.end(v, strip);
-    if (strip == 0)
-      for (int i = thread_index(); i < block.first_query(v, 0); i += kThreads) store_stats(block, v, i, none);
+  for (int v = 0; v < 2; ++v)
+    for (int i = thread_index(); i < block.lists.begin(v, 0); i += kThreads) store_stats(block, v, i, none);
+}
+
+// Writes the statistics of the queries of the own strip. They attend to all keys that are no padding, in tiles of 64.
+template <typename Block>
+EAR_OPS_DEVICE void write_stats(Block& block) {
+  const WordArgs& a = block.a;
+  const OfViews first = block.lists.begins(0);
+  const int longest = a.queries - Strip::smaller(first.first, first.second);
 #pragma unroll 1
-    for (int query = block.first_query(v, strip); query < end; query += kOwned) {
-      RunningSoftmax rows;
+  for (int part = 0; part < block.own_tiles(); ++part) {
+    WordTile at;
+    block.range_of(Which::kOwn, part, &at.query, &at.query_end);
+    RunningSoftmax rows[2];
 #pragma unroll 1
-      for (int key = block.begin(v, 0); key < block.a.keys; key += kOwned) {
-        float scores[kOwned / 8][4];
-        const uint32_t compared = block.score(v, {query, end, key, block.a.keys}, block.chunks - 1, scores);
-        rows.add(scores, compared);
-      }
+    for (int key = 0; key < longest; key += kOwned) {
+      at.key = {first.first + key, first.second + key}, at.key_end = {a.queries, a.queries};
+      float scores[2][kOwned / 8][4];
+      block.template multiply<0>(at, block.chunks - 1, scores);
+      const uint32_t compared = block.finish(scores);
+#pragma unroll
+      for (int v = 0; v < 2; ++v) rows[v].add(scores[v], compared >> (2 * v) & 3);
+    }
+#pragma unroll
+    for (int v = 0; v < 2; ++v)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float stats[2];
-        rows.finish(half, stats);
-        const int index = query + owned_of_lane(half);
-        if (thread_index() % 4 == 0 && index < end) store_stats(block, v, index, stats);
+        rows[v].finish(half, stats);
+        const int token = owned_of_lane(half), index = at.query(v) + token;
+        if (thread_index() % 4 != 0 || index >= at.query_end(v)) continue;
+        if (block.head_of(Role::kQueries, v, token) < 0) stats[0] = stats[1] = 0;
+        store_stats(block, v, index, stats);
       }
-    }
   }
 }
 
+// The sum over a warp, the same in every lane.
+EAR_OPS_DEVICE float warp_sum(float value) {
+#pragma unroll
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) value += shuffle_xor(value, lanes);
+  return value;
+}
+
+// Of KL, which sums rows one by one: a row in which T is 0 everywhere counts nothing. It has no gradient either, as if
+// its tokens attended to nothing. The maxima stay, for exponentials that are multiplied by 0.
+template <typename Block>
+EAR_OPS_DEVICE float sum_of_rows(const Block& block) {
+  const Strip i = block.strip(Which::kOwn);
+  const int row = thread_index();
+  if (row >= i.words || row >= kOwned || load_shared<int>(block.row_facts(row)) < 0) return 0;
+  if (load_shared<float>(block.row_target(row)) != 0) return load_shared<float>(block.row_value(row));
+#pragma unroll 1
+  for (int v = 0; v < 2; ++v)
+    for (int index = block.lists.begin(v, i.number + row); index < block.lists.begin(v, i.number + row + 1); ++index)
+      store_stat(block, 1, v, index, 0);
+  return 0;
+}
+
 template <typename T, int kD>
-EAR_OPS_KERNEL(kThreads, 1)
+EAR_OPS_KERNEL(kThreads, (WordMemory<T, kD>::kBlocks))
 words_forward(EAR_OPS_ARGUMENT const WordArgs a) {
-  const WordStrip at(a);
-  WordBlock<T, kD, Role::kQueries> block(a, at.pair, at.head, 0);
-  write_stats(block, at.strip);
-  block.known = 2;  // behind the barrier with which a visit begins
-  block.forget();
-  float values[kWordsOfWarp] = {};
-  uint32_t has_target = 0;
-  if (block.has_queries(at.strip))
-#pragma unroll 1
-    for (int j = 0; j < at.strips; ++j) {
-      if (!block.has_keys(j)) continue;
-      block.template visit<0>(at.strip, j, 0, 0, 0, 0);  // makes sums alone
-      block.for_entries(at.strip, [&](auto maps, int number, const float (&m)[2], bool, const float (&)[2]) {
-        const float value = maps.value(m[0], m[1]);
-#pragma unroll
-        for (int n = 0; n < kWordsOfWarp; ++n)
-          if (n == number) values[n] += value;
-        if (m[1] != 0) has_target |= 1u << number;
-      });
-    }
+  const WordHead at(a);
+  WordBlock<T, kD, Role::kQueries, 2> block(a, at.pair, at.head);
+  const auto sums_rows = [&] { return a.comparison == Comparison::kKl; };
   float total = 0;
-#pragma unroll
-  for (int n = 0; n < kWordsOfWarp; ++n) {
-    const bool counts = ballot(has_target >> n & 1) != 0 || a.comparison != Comparison::kKl;
-    const int row = block.row_of_warp(at.strip, n);
-    if (counts) total += values[n];
-    if (counts || !block.has_row(row)) continue;
-    // A row in which T is 0 everywhere counts nothing, and has no gradient: as if its tokens attended to nothing. The
-    // maxima stay, for exponentials that are multiplied by 0.
-#pragma unroll 1
-    for (int v = 0; v < 2; ++v)
-      for (int i = block.begin(v, row) + thread_index() % kWarp; i < block.begin(v, row + 1); i += kWarp)
-        store_stat(block, 1, v, i, 0);
-  }
+  if (at.block == 0) write_padding(block);
+  block.for_own_strips(at.block, at.blocks, [&] {
+    block.forget();
+    write_stats(block);
+    block.forget();  // with a barrier, behind which others read the statistics
+    if (!block.strip(Which::kOwn).has_rows) return;
+    if (sums_rows() && thread_index() < a.strip_tokens) {
+      store_shared(block.row_value(thread_index()), 0.0f);
+      store_shared(block.row_target(thread_index()), 0.0f);
+    }
+    block.for_strips(Which::kOther, [&] {
+      const auto with_sums = [&](const StripPair& of) {
+        float of_row = 0;
+        bool has_target = false;
+        block.template for_entries<false>(of, [&](auto maps, int row, int c, const float (&m)[2]) {
+          const float value = maps.value(m[0], m[1]);
+          if (!sums_rows()) {
+            total += value;
+            return;
+          }
+          of_row = c == 0 ? value : of_row + value;
+          has_target = c == 0 ? m[1] != 0 : has_target || m[1] != 0;
+          if (c == 0) return;
+          const float sum = warp_sum(of_row);
+          const bool any = ballot(has_target) != 0;
+          if (thread_index() % kWarp != 0) return;
+          store_shared(block.row_value(row), load_shared<float>(block.row_value(row)) + sum);
+          if (any) store_shared(block.row_target(row), 1.0f);
+        });
+      };
+      block.template visit<2>(0, 0, 0, with_sums, 0);
+    });
+    if (!sums_rows()) return;
+    sync_block();
+    total += sum_of_rows(block);
+  });
   total = block_sum<kThreads>(total);
-  const int64_t index = (at.pair * a.heads + at.head) * at.strips + at.strip;
+  const int64_t index = (at.pair * a.heads + at.head) * at.blocks + at.block;
   if (thread_index() == 0) store_global(a.block_sums + index, total);
 }
 

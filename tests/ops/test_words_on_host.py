@@ -185,6 +185,34 @@ def test_shared_memory_holds_every_head_dimension(architecture: str) -> None:
     check_words(*CASES["chunks"], torch.float32)
 
 
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=["plain", "causal"])
+def test_strips_are_shorter_where_shared_memory_is_small(options: dict[str, Any]) -> None:
+    """Also beside words of more tokens than such a strip has."""
+    cuda_on_host.configure(architecture="sm_86")
+    for ids in (MANY, LARGE):
+        sizes = {"heads": 1, "key_heads": 1, "dim": 8}
+        check_words(ids, sizes, {"attention_mask": (ids >= 0).long(), **options}, torch.float32)
+
+
+def scattered_words(length: int, words: int, without: int, seed: int) -> Tensor:
+    """Words of random pieces in any order, of which each view lacks some; ``without`` tokens of each view have none."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(words, (4, length), generator=generator)
+    ids[:, torch.randperm(length, generator=generator)[:without]] = -1
+    return ids
+
+
+@pytest.mark.parametrize("divergence", ["mse", "kl"])
+@pytest.mark.parametrize(("length", "words", "without"), [(190, 150, 20), (150, 40, 80), (70, 3, 0), (140, 400, 30)])
+def test_strips_of_every_kind(length: int, words: int, without: int, divergence: str) -> None:
+    """More keys without a word than a tile holds, words of many pieces, and long gaps between numbers."""
+    ids = scattered_words(length, words, without, seed=length)
+    if divergence == "kl":  # finite where both views have the same words
+        ids[2:] = ids[:2].roll(1, 1)
+    sizes = {"heads": 2, "key_heads": 1, "dim": 16}
+    check_words(ids, sizes, {"divergence": divergence}, torch.float32)
+
+
 def test_strides_change_no_bit() -> None:
     inputs = [view.to(torch.bfloat16) for view in views(FEW, dim=16)]
     laid = [torch.stack([view, view * torch.nan], -1)[..., 0] for view in inputs]

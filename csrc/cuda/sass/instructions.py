@@ -343,6 +343,21 @@ def _extreme(instruction: Instruction) -> Step:
     return step
 
 
+@meaning("VIMNMX3")
+def _extreme_of_three(instruction: Instruction) -> Step:
+    to, *three, asked = instruction.operands
+    convert: Callable[[int], int] = (lambda word: word) if "U32" in instruction.opcode else m.signed
+    sources, least, destination = list(map(source, three)), condition(asked), place(to)
+
+    def pick(a: int, b: int, c: int, smaller: int) -> int:
+        return min(a, b, c, key=convert) if smaller else max(a, b, c, key=convert)
+
+    def step(warp: Warp, mask: int) -> None:
+        warp.write(destination, lift(pick, *(read(warp) for read in sources), bits_of(least(warp))), mask)
+
+    return step
+
+
 @meaning("VIADDMNMX")
 def _add_extreme(instruction: Instruction) -> Step:
     to, left, right, limit, asked = instruction.operands

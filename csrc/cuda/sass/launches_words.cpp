@@ -37,7 +37,7 @@ int main(int, char** words) {
   a.number = memory<int>("number", tokens * 4, "count", a.queries);
   a.first = memory<int>("first", 2 * a.pairs * (a.numbers + 1) * 4, "count", a.numbers + 1);
   a.row_stats = memory<float>("row_stats", 4 * rows * 4);
-  a.block_sums = memory<float>("block_sums", a.pairs * a.heads * strips_of(a) * 4);
+  a.block_sums = memory<float>("block_sums", a.pairs * a.heads * strip_blocks(a) * 4);
   if (backward) a.grad_sums = memory<float>("grad_sums", a.pairs * a.heads * 4), a.d = memory<float>("d", 2 * rows * 4);
 
   argument_bytes = sizeof(WordArgs);
