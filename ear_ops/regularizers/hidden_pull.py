@@ -25,7 +25,7 @@ class HiddenPull(Regularizer):
 
     The projection is trained by your optimiser: give it the parameters of the model and ``ear.parameters()``. It is no
     part of the model. So the model's ``state_dict()`` does not have it, and DistributedDataParallel does not average
-    its gradient. :class:`ear_ops.RegularizedTrainerMixin` trains, saves and resumes it.
+    its gradient. :class:`ear_ops.RegularizedTrainerMixin` trains and saves it like the parameters of the model.
 
     Args:
         layer: block of the model, counted from 1; its output is taken before any final norm of the model.
