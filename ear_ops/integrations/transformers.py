@@ -92,21 +92,23 @@ class RegularizedTrainerMixin(_Trainer):
         attachable: Any = self.model
         if regularizers:
             self.attached = attach(attachable, regularizers, teacher=teacher, layer_map=layer_map)
-        self.own = OwnParameters(() if self.attached is None else self.attached.regularizers, unwrap(attachable))
-        if self.own.parameters:
-            self.add_callback(self.own.callback())
+        self.own_parameters = OwnParameters(
+            () if self.attached is None else self.attached.regularizers, unwrap(attachable)
+        )
+        if self.own_parameters.parameters:
+            self.add_callback(self.own_parameters.callback())
         self.means = RunningMeans()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's optimiser, which also trains the parameters of the regularisers themselves."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.own.missing_in(optimizer) and self.lr_scheduler is not None:
+        if self.own_parameters.missing_in(optimizer) and self.lr_scheduler is not None:
             raise ValueError(
                 "optimizers: expected an optimiser that has the parameters of the regularisers, too, because its "
                 "schedule was made already; pass projection=torch.nn.Linear(...) and its parameters to the optimiser, "
                 "or pass (optimizer, None)"
             )
-        self.own.add_to(optimizer, self.args.weight_decay)
+        self.own_parameters.add_to(optimizer, self.args.weight_decay)
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,15 +120,15 @@ class RegularizedTrainerMixin(_Trainer):
         """Saves the model, and beside it the regularisers where they have parameters of their own."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            self.own.save(str(self.args.output_dir if output_dir is None else output_dir))
+            self.own_parameters.save(str(self.args.output_dir if output_dir is None else output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *others: Any, **more: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *others, **more)
-        self.own.load(resume_from_checkpoint)
+        self.own_parameters.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self.own.load(str(self.state.best_model_checkpoint))
+        self.own_parameters.load(str(self.state.best_model_checkpoint))
 
     def detach(self) -> None:
         """Take the regularisers off the model."""
