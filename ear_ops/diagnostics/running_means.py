@@ -58,5 +58,5 @@ class RunningMeans:
                     f"views the same (an augmentation that changed nothing), or is everything masked?",
                     stacklevel=2,
                 )
-        self._sums, self._steps = {}, {}
+        self.clear()
         return named
