@@ -180,8 +180,9 @@ def _check_probabilities(sums: Tensor, views: Sequence[Tensor | None]) -> None:
     if not can_be_read(sums) or not torch.isnan(sums).any():
         return
     for name, view in zip(("attn", "attn_aug"), views, strict=True):
-        if view is not None and (view < 0).any():
-            raise ValueError(f"{name}: expected probabilities, got {view.min().item():.4g}; apply the softmax first")
+        below = None if view is None else view[(view < 0) & torch.isfinite(view)]
+        if below is not None and below.numel():
+            raise ValueError(f"{name}: expected probabilities, got {below.min().item():.4g}; apply the softmax first")
 
 
 def _weights_of_maps(problem: MapsProblem, head_weights: Tensor | None) -> Tensor | None:
