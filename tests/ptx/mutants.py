@@ -281,6 +281,9 @@ SURVIVORS = {
     "qk_word_scores, sync_warp number 1: left out": (
         "It orders no memory: it keeps the compiler from loading the statistics of both views, which takes registers."
     ),
+    "qk_word_tokens, sync_block number 3: left out": (
+        "It matters where another head of a group follows a tile that was there already; no check of words has that."
+    ),
     "split_products, sync_warp number 2: left out": (
         "It orders no memory: it keeps the compiler from loading far ahead, which takes registers."
     ),
