@@ -89,7 +89,7 @@ struct WordTokens {
   }
   EAR_OPS_DEVICE Strip strip(Which which) const { return load_shared<Strip>(strip_address(which)); }
 
-  // Calls use() for every strip of the pair, when it is in its place.
+  // Calls use() for every strip of the pair, when it is in its place. Ends with a barrier.
   template <typename Use>
   EAR_OPS_DEVICE void for_strips(Which which, const Use& use) const {
     OfViews from = lists.begins(0);

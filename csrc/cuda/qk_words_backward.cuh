@@ -192,7 +192,6 @@ EAR_OPS_DEVICE void words_gradient(const WordArgs& a, int64_t pair, int head, in
         const float share =
             load_global(a.grad_sums + pair * a.heads + h) / largest_upstream(a, pair, first_head, end_head);
         if (share == 0) continue;  // slopes may be infinite
-        sync_block();              // that of the head before may still be read
         if (thread_index() == 0) store_shared(block.share(), share * map_range<T>(a.comparison));
         if (h != block.head) block.forget();
         block.head = h, block.key_head = kQueries ? h / group : head;

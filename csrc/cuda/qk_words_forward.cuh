@@ -158,9 +158,7 @@ words_forward(EAR_OPS_ARGUMENT const WordArgs a) {
       };
       block.template visit<2>(0, 0, 0, with_sums, 0);
     });
-    if (!sums_rows()) return;
-    sync_block();
-    total += sum_of_rows(block);
+    if (sums_rows()) total += sum_of_rows(block);
   });
   total = block_sum<kThreads>(total);
   const int64_t index = (at.pair * a.heads + at.head) * at.blocks + at.block;
