@@ -40,18 +40,18 @@ threads.
 
 # By how the name of the file begins: what is compiled again, and which tests run.
 UNITS = {
-    "block": (("kernels", "kernels_bfloat16"), "test_cuda_on_host.py", "bfloat16 or maps or pooled or attention"),
-    "mean": (("kernels_mean",), "test_cuda_on_host.py", "averages"),
-    "pooled": (("kernels",), "test_cuda_on_host.py", "pooled or others or anything"),
-    "qk_hopper": (("kernels_hopper",), "test_cuda_on_host.py", "hopper"),
+    "block": (("kernels", "kernels_bfloat16"), "test_kernels_on_host.py", "bfloat16 or maps or pooled or attention"),
+    "mean": (("kernels_mean",), "test_averages_on_host.py", ""),
+    "pooled": (("kernels",), "test_kernels_on_host.py", "pooled or others or anything"),
+    "qk_hopper": (("kernels_hopper",), "test_kernels_on_host.py", "hopper"),
     "qk_word": (("kernels_words",), "test_words_on_host.py", ""),
-    "qk": (("kernels_bfloat16",), "test_cuda_on_host.py", "bfloat16"),
-    "split": (("kernels_float",), "test_cuda_on_host.py", "float32"),
+    "qk": (("kernels_bfloat16",), "test_kernels_on_host.py", "bfloat16"),
+    "split": (("kernels_float",), "test_kernels_on_host.py", "float32"),
 }
 COMPARISON_UNITS = (
     ("kernels_divergences_bfloat16", "kernels_divergences_float"),
-    "test_cuda_on_host.py",
-    "(kl or js or scores or comparison) and not averages and (bfloat16 or not float16)",
+    "test_comparisons_on_host.py",
+    "bfloat16 or not float16",
 )
 # What KL, JS and squared scores compute, and how rows are gone over for them.
 COMPARISON_CHANGES = {
@@ -185,7 +185,8 @@ def caught_by(mutant: Mutant) -> str | None:
     )
     with tempfile.TemporaryDirectory() as folder:
         library = build(mutant, units, Path(folder))
-        arguments = [str(ROOT / "tests" / "ops" / file), "-x", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider"]
+        path = ROOT / "tests" / "ops" / "on_host" / file
+        arguments = [str(path), "-x", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider"]
         arguments += ["-c", str(ROOT / "pyproject.toml"), *(["-k", chosen] if chosen else [])]
         program = RUN.format(tests=str(ROOT / "tests"), root=str(ROOT), library=str(library), arguments=arguments)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

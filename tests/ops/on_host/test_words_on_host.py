@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from support import cuda_on_host
+from support.host_cases import DTYPES
 from support.rules import l2_error
 from support.words import CASES, FEW, LARGE, MANY, check_words, loss_of, results, views
 from torch import Tensor
 
 from ear_ops.ops.qk_words import QK_WORD_ATTENTION, WordsProblem
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIVERGENCES = ("mse", "kl", "reverse_kl", "js")
 
-pytestmark = pytest.mark.skipif(
-    not cuda_on_host.LIBRARY.exists(), reason="not compiled: python tests/cuda_on_host/build.py"
-)
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def kernels() -> Iterator[None]:
-    with cuda_on_host.in_place_of_cpu_kernels():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def device_as_usual(kernels: None) -> Iterator[None]:
-    cuda_on_host.configure()
-    yield
-    cuda_on_host.configure()
 
 
 @pytest.mark.parametrize(
