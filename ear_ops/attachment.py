@@ -91,8 +91,9 @@ class Attachment:
         for regularizer in self.regularizers:
             if regularizer.uses_word_ids and word_ids is None:
                 raise TypeError(f"{regularizer.name}: it compares words, so it needs ear.loss(word_ids=...)")
-        for ids in word_ids if isinstance(word_ids, tuple) else () if word_ids is None else (word_ids,):
-            check_tensor("word_ids", ids, "pass torch.tensor(word_ids), with -1 where a token has no word")
+        if word_ids is not None:
+            for ids in word_ids if isinstance(word_ids, tuple) else (word_ids,):
+                check_tensor("word_ids", ids, "pass torch.tensor(word_ids), with -1 where a token has no word")
         untaken = self._recorder.untaken
         try:
             records = self._take()

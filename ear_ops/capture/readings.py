@@ -133,10 +133,13 @@ def align_attention(
             f"relation_heads=...) or HiddenPull, or choose a teacher (or a layer of it) with {count} heads"
         )
     if not attend_alike(reading, reading_aug):
+        described, described_aug = (
+            ", ".join(f"{name}={value}" for name, value in _structure_of(view).items())
+            for view in (reading, reading_aug)
+        )
         raise ValueError(
-            f"{what}: expected attention of one structure in both views, got {_structure_of(reading)} and "
-            f"{_structure_of(reading_aug)}; compare words (alignment='word'), or use RelationPull, HiddenPull or "
-            f"LogitsPull"
+            f"{what}: expected attention of one structure in both views, got {described} and {described_aug}; "
+            f"compare words (alignment='word'), or use RelationPull, HiddenPull or LogitsPull"
         )
     if heads == "each":
         reading, reading_aug = _one_head_size(reading, reading_aug)
@@ -159,9 +162,9 @@ def attend_alike(reading: AttentionInputs, reading_aug: AttentionInputs) -> bool
     return _structure_of(reading) == _structure_of(reading_aug)
 
 
-def _structure_of(reading: AttentionInputs) -> str:
-    has_bias = reading.attn_bias is not None
-    return f"is_causal={reading.is_causal}, window={reading.window}, softcap={reading.softcap}, bias={has_bias}"
+def _structure_of(reading: AttentionInputs) -> dict[str, Any]:
+    names = ("is_causal", "window", "softcap")
+    return {**{name: getattr(reading, name) for name in names}, "bias": reading.attn_bias is not None}
 
 
 def align_maps(reading: AttentionMaps, reading_aug: AttentionMaps) -> tuple[AttentionMaps, AttentionMaps]:

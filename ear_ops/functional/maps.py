@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from ear_ops.arguments import check_choice
-from ear_ops.functional.options import HEADS, check_divergence_options, kl_name, reduce_rows, weigh_heads
+from ear_ops.functional.options import (
+    HEADS,
+    check_divergence_options,
+    check_head_weights,
+    kl_name,
+    reduce_rows,
+    weigh_heads,
+)
 from ear_ops.functional.values import can_be_read
 from ear_ops.ops.attention_divergences import ATTENTION_DIVERGENCES
 from ear_ops.ops.attention_mse import ATTENTION_MSE, MapsProblem, maps_problem
@@ -187,6 +194,7 @@ def _check_probabilities(sums: Tensor, views: Sequence[Tensor | None]) -> None:
 
 def _weights_of_maps(problem: MapsProblem, head_weights: Tensor | None) -> Tensor | None:
     """The weights ``[H]`` of the averages over the heads of maps."""
+    check_head_weights(head_weights)
     second = problem.attn if problem.attn_aug is None else problem.attn_aug
     heads, heads_aug = problem.attn.shape[1], second.shape[1]
     return normalized_weights(head_weights, heads, heads_aug, problem.attn, can_be_read(head_weights))

@@ -35,11 +35,16 @@ def kl_name(direction: str) -> str:
     return "kl" if direction == "forward" else "reverse_kl"
 
 
+def check_head_weights(head_weights: Any) -> None:
+    if head_weights is not None:
+        check_tensor("head_weights", head_weights, "pass torch.tensor(head_weights)")
+
+
 def weigh_heads(sums: Tensor, head_weights: Tensor | None) -> Tensor:
     """``sums`` ``[B, H]`` times ``head_weights`` ``[H]``."""
     if head_weights is None:
         return sums
-    check_tensor("head_weights", head_weights, "pass torch.tensor(head_weights)")
+    check_head_weights(head_weights)
     if list(head_weights.shape) != [sums.shape[1]]:
         raise ValueError(
             f"head_weights: expected one number for each of the {sums.shape[1]} heads, got shape "

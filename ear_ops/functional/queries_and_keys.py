@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from ear_ops.arguments import check_choice
-from ear_ops.functional.options import HEADS, check_divergence_options, kl_name, reduce_rows, weigh_heads
+from ear_ops.functional.options import (
+    HEADS,
+    check_divergence_options,
+    check_head_weights,
+    kl_name,
+    reduce_rows,
+    weigh_heads,
+)
 from ear_ops.functional.values import can_be_read
 from ear_ops.ops.mean_heads import QK_MEAN_HEADS, MeanHeadsProblem, mean_heads_problem
 from ear_ops.ops.operator import ReferenceOperator
@@ -345,6 +352,7 @@ def _qk_divergence(
 
 def _averages(problem: AttentionProblem, head_weights: Tensor | None, one_scale: bool) -> MeanHeadsProblem:
     """The problem of the averages over the heads; ``one_scale``: the user gave a scale, which both views have."""
+    check_head_weights(head_weights)
     check_weights = can_be_read(head_weights)
     return mean_heads_problem(problem, head_weights, one_scale=one_scale, check_weights=check_weights)
 

@@ -19,6 +19,4 @@ def has_no_values(tensor: Tensor) -> bool:
 
 def can_be_read(tensor: Tensor | None) -> bool:
     """Whether the numbers of ``tensor`` can be looked at without waiting for a device, and not in a trace."""
-    return (
-        isinstance(tensor, Tensor) and tensor.is_cpu and not torch.compiler.is_compiling() and not has_no_values(tensor)
-    )
+    return tensor is not None and tensor.is_cpu and not torch.compiler.is_compiling() and not has_no_values(tensor)

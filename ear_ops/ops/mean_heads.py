@@ -119,15 +119,10 @@ def normalized_weights(
     """The weights ``[H]`` over their sum, in the compute dtype of ``like``; None where the user gave none.
 
     Raises:
-        TypeError: they are no tensor.
         ValueError: they do not fit the ``heads`` of the first view and the ``heads_aug`` of the second.
     """
     if head_weights is None:
         return None
-    if not isinstance(head_weights, Tensor):
-        raise TypeError(
-            f"head_weights: expected a tensor, got {type(head_weights).__name__}; pass torch.tensor(head_weights)"
-        )
     if heads != heads_aug:
         raise ValueError(
             f"head_weights: expected None, because the views have {heads} and {heads_aug} heads, which share no "

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import LOSSES, Case, attention_case, in_comparison, qk_case
-from support.changes import bits_equal, fill_padding, same_results
+from support.changes import bits_equal, check_blocks_change_nothing, fill_padding, same_results
 from support.rules import check_case, l2_error
 from support.strategies import MASK_KINDS, cases
 from torch import Tensor
@@ -529,14 +529,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @every_form
 @given(data=st.data())
 def test_blocks_change_nothing(form: str, data: st.DataObject) -> None:
-    case = drawn(data, form, dtypes=(torch.float64,))
-    value, gradients = case.run("reference")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK_ENTRIES", 500)
-        in_blocks, block_gradients = case.run("reference")
-    torch.testing.assert_close(in_blocks, value)
-    for gradient, expected in zip(block_gradients, gradients, strict=True):
-        torch.testing.assert_close(gradient, expected)
+    check_blocks_change_nothing(drawn(data, form, dtypes=(torch.float64,)))
 
 
 @in_every_way(QK)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import plain
 from support.cases import Case, attention_case, pooled_case, qk_case
+from support.changes import check_blocks_change_nothing
 from support.memory import peak_memory
 from support.strategies import OPS, cases
 
@@ -219,14 +220,7 @@ def test_reference_is_plain_pytorch(op: str, data: st.DataObject) -> None:
 
 @given(data=st.data())
 def test_blocks_of_queries_change_nothing(data: st.DataObject) -> None:
-    case = data.draw(cases("qk_attention_mse", dtypes=(torch.float64,)))
-    value, gradients = case.run("reference")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK_ENTRIES", 500)
-        in_blocks, block_gradients = case.run("reference")
-    torch.testing.assert_close(in_blocks, value)
-    for gradient, expected in zip(block_gradients, gradients, strict=True):
-        torch.testing.assert_close(gradient, expected)
+    check_blocks_change_nothing(data.draw(cases("qk_attention_mse", dtypes=(torch.float64,))))
 
 
 def test_memory_of_the_reference_grows_with_the_length_beyond_a_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
+
+from ear_ops.ops import blocks
 
 from .cases import Case
 
@@ -16,6 +19,17 @@ def bits_equal(a: Tensor, b: Tensor) -> bool:
 
 def same_results(a: tuple[Tensor, list[Tensor | None]], b: tuple[Tensor, list[Tensor | None]]) -> bool:
     return bits_equal(a[0], b[0]) and all(bits_equal(x, y) for x, y in zip(a[1], b[1], strict=True))
+
+
+def check_blocks_change_nothing(case: Case) -> None:
+    """The reference gives the same in one block of queries and in many."""
+    value, gradients = case.run("reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK_ENTRIES", 500)
+        in_blocks, block_gradients = case.run("reference")
+    torch.testing.assert_close(in_blocks, value)
+    for gradient, expected in zip(block_gradients, gradients, strict=True):
+        torch.testing.assert_close(gradient, expected)
 
 
 def padding_of(case: Case) -> tuple[list[Tensor | None], list[Tensor | None]]:

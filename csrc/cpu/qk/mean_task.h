@@ -29,7 +29,7 @@ struct MeanView {
 //   select(b)       the keys of all heads of pair b
 //   load_queries    a block of queries of all heads
 //   softmaxes       max, inverse and factors of the block
-//   average(t, n)   e_h of all heads for the keys [t, t + n), unless softmaxes left them, and the sums of f_h e_h
+//   average(t, n)   e_h of all heads for the keys [t, t + n) and the sums of f_h e_h, unless softmaxes left both
 //   compare         the slopes in place of the sums
 // Where rows are kept, the latter two leave what they made of all keys of the row, else of the last tile alone. Heads
 // with a weight of 0 are left out of everything.
@@ -203,7 +203,7 @@ class MeanTask {
     return total;
   }
 
-  // Returns the sum over the rows of the block. Leaves d of each row, where gradients need the rows again.
+  // Returns the sum over the rows of the block. Where the rows are not kept, also leaves d of each for the gradients.
   double compare_rows() {
     const bool sums_slopes = gradients && !keeps_rows;
     if (sums_slopes) for_heads([&](int v, int64_t head) { std::fill_n(of_head(views[v].d, head), kBlock, A(0)); });
