@@ -3,7 +3,7 @@
 Integers, predicates, addresses, branches and barriers are exact, so loops run as often as they would. Every number that
 the kernel reads from a tensor is the same, 0.5, and every matrix product gives 0.5: values do not matter to the count,
 except where a branch asks for them. Such a branch takes the way of equal scores. An access outside of the memory of
-the call is an error, as is an instruction that this file does not know.
+the call is an error, as is an instruction that the table does not know.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .instructions import DATA, Step, nothing, step_of
+from . import floats, integers, memory  # noqa: F401 -- they fill the table
 from .listing import INSTRUCTION_BYTES, Instruction, Kernel
 from .operands import (
     FULL,
@@ -29,6 +29,7 @@ from .operands import (
     lanes_of,
     source,
 )
+from .table import DATA, Step, nothing, step_of
 
 STACK = 1 << 24  # where a thread's own memory ends
 RESERVED_SHARED = {"80": 0, "90": 1024, "90a": 1024}  # bytes before those of the kernel

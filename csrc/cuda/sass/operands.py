@@ -169,3 +169,7 @@ def pair(text: str) -> Callable[[Warp], Value]:
     """A register and the one after it, as 64 bits."""
     low, high = source(text), source(text, offset=1)
     return lambda warp: lift(lambda a, b: b << 32 | a, low(warp), high(warp))
+
+
+def is_predicate(text: str) -> bool:
+    return bool(PREDICATE.match(text))

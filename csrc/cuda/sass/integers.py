@@ -1,8 +1,8 @@
-"""What each instruction that computes, loads or stores does for some lanes of a warp."""
+"""Moves, integers, predicates, votes, shuffles and barriers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from . import meanings as m
@@ -11,86 +11,30 @@ from .operands import (
     CONSTANT,
     FULL,
     LANES,
-    PREDICATE,
-    REGISTER,
     TRUE,
     NotUnderstood,
     Place,
     Value,
-    active,
-    address,
     bits_of,
     compare,
     condition,
     first,
+    is_predicate,
     lanes_of,
     lift,
     pair,
     place,
     source,
 )
+from .table import Step, apply, meaning, modifiers_of, nothing
 
 if TYPE_CHECKING:
-    from .machine import Region, Warp
-
-Step = Callable[["Warp", int], None]
-DATA = 0x3F003F00  # what tensors hold: 0.5, as two bfloat16 as well as, nearly, one float
-PRODUCT = 0x3F000000  # what a matrix product gives: 0.5
-
-
-def nothing(warp: Warp, mask: int) -> None:
-    pass
-
-
-# Instructions that change nothing that is kept here.
-SILENT = ("NOP", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "ENDCOLLECTIVE", "MEMBAR", "ERRBAR", "CCTL", "YIELD", "NANOSLEEP")
-# Copies of tiles bring nothing, and barriers in shared memory never make a warp wait.
-SILENT += ("FENCE", "UTMALDG", "WARPGROUP", "USETMAXREG")
-
-
-def step_of(instruction: Instruction) -> Step:
-    """What an instruction does for some lanes of a warp."""
-    name = instruction.name
-    if name in SILENT:
-        return nothing
-    maker = _MAKERS.get(name) or (_MAKERS.get(name[1:]) if name[0] == "U" else None)
-    if maker is None:
-        raise NotUnderstood(f"{name} is not in this file")
-    return maker(instruction)
-
-
-_MAKERS: dict[str, Callable[[Instruction], Step]] = {}
-
-
-def meaning(*names: str) -> Callable[[Callable[[Instruction], Step]], Callable[[Instruction], Step]]:
-    def register(maker: Callable[[Instruction], Step]) -> Callable[[Instruction], Step]:
-        for name in names:
-            _MAKERS[name] = maker
-        return maker
-
-    return register
-
-
-def _apply(
-    to: Place, function: Callable[..., int], sources: Sequence[Callable[[Warp], Value]]
-) -> Callable[[Warp, int], None]:
-    def step(warp: Warp, mask: int) -> None:
-        warp.write(to, lift(function, *(read(warp) for read in sources)), mask)
-
-    return step
-
-
-def _modifiers(instruction: Instruction) -> list[str]:
-    return instruction.opcode.split(".")[1:]
-
-
-def _is_predicate(text: str) -> bool:
-    return bool(PREDICATE.match(text))
+    from .machine import Warp
 
 
 @meaning("MOV")
 def _mov(instruction: Instruction) -> Step:
-    return _apply(place(instruction.operands[0]), lambda a: a, [source(instruction.operands[1])])
+    return apply(place(instruction.operands[0]), lambda a: a, [source(instruction.operands[1])])
 
 
 @meaning("S2R", "S2UR", "CS2R")
@@ -119,7 +63,7 @@ def _special(instruction: Instruction) -> Step:
 
 @meaning("LDC")
 def _load_constant(instruction: Instruction) -> Step:
-    to, modifiers = place(instruction.operands[0]), _modifiers(instruction)
+    to, modifiers = place(instruction.operands[0]), modifiers_of(instruction)
     match = CONSTANT.match(instruction.operands[1])
     if not match:
         raise NotUnderstood("its source is no constant")
@@ -145,14 +89,14 @@ def _to_uniform(instruction: Instruction) -> Step:
 def _add(instruction: Instruction) -> Step:
     to, *rest = instruction.operands
     carries_out = []
-    while _is_predicate(rest[0]):
+    while is_predicate(rest[0]):
         carries_out.append(place(rest.pop(0)))
     carries_in = []
-    while _is_predicate(rest[-1]):
+    while is_predicate(rest[-1]):
         carries_in.append(condition(rest.pop()))
     destination = place(to)
     if not carries_out and not carries_in:
-        return _apply(destination, lambda *words: sum(words) & FULL, [source(text) for text in rest])
+        return apply(destination, lambda *words: sum(words) & FULL, [source(text) for text in rest])
     # With a carry, -x is the complement of x and one more: 2^32 where x is 0.
     negative = [text.startswith("-") for text in rest]
     sources = [source(text.removeprefix("-")) for text in rest]
@@ -176,9 +120,9 @@ def _add(instruction: Instruction) -> Step:
 @meaning("IMAD")
 def _multiply_add(instruction: Instruction) -> Step:
     to, *rest = instruction.operands
-    modifiers = _modifiers(instruction)
-    carry_out = place(rest.pop(0)) if _is_predicate(rest[0]) else None
-    carry_in = condition(rest.pop()) if _is_predicate(rest[-1]) else None
+    modifiers = modifiers_of(instruction)
+    carry_out = place(rest.pop(0)) if is_predicate(rest[0]) else None
+    carry_in = condition(rest.pop()) if is_predicate(rest[-1]) else None
     destination = place(to)
     is_signed = "U32" not in modifiers
     wide, high = "WIDE" in modifiers, "HI" in modifiers
@@ -210,9 +154,9 @@ def _multiply_add(instruction: Instruction) -> Step:
 @meaning("LEA")
 def _scaled_add(instruction: Instruction) -> Step:
     to, *rest = instruction.operands
-    modifiers = _modifiers(instruction)
-    carry_out = place(rest.pop(0)) if _is_predicate(rest[0]) else None
-    carry_in = condition(rest.pop()) if _is_predicate(rest[-1]) else None
+    modifiers = modifiers_of(instruction)
+    carry_out = place(rest.pop(0)) if is_predicate(rest[0]) else None
+    carry_in = condition(rest.pop()) if is_predicate(rest[-1]) else None
     count = int(rest.pop(), 16)
     destination, high, extended = place(to), "HI" in modifiers, "SX32" in modifiers
     negative = rest[0].startswith("-")
@@ -239,7 +183,7 @@ def _scaled_add(instruction: Instruction) -> Step:
 @meaning("LOP3")
 def _logic(instruction: Instruction) -> Step:
     rest = list(instruction.operands)
-    truth = place(rest.pop(0)) if _is_predicate(rest[0]) else None
+    truth = place(rest.pop(0)) if is_predicate(rest[0]) else None
     extra = condition(rest.pop())
     table = int(rest.pop(), 16)
     destination, sources, function = place(rest[0]), [source(text) for text in rest[1:]], m.logic3(table)
@@ -271,7 +215,7 @@ def _predicate_logic(instruction: Instruction) -> Step:
 
 @meaning("SHF")
 def _shift(instruction: Instruction) -> Step:
-    modifiers = _modifiers(instruction)
+    modifiers = modifiers_of(instruction)
     to, low, count, upper = instruction.operands
     function = m.shift(
         left="L" in modifiers,
@@ -280,12 +224,12 @@ def _shift(instruction: Instruction) -> Step:
         bits=64 if {"U64", "S64"} & set(modifiers) else 32,
         wraps="W" in modifiers,
     )
-    return _apply(place(to), function, [source(low), source(count), source(upper)])
+    return apply(place(to), function, [source(low), source(count), source(upper)])
 
 
 @meaning("ISETP", "FSETP")
 def _set_predicate(instruction: Instruction) -> Step:
-    modifiers = _modifiers(instruction)
+    modifiers = modifiers_of(instruction)
     yes, no, left, right, combined, *lower = instruction.operands
     floats = instruction.name == "FSETP"
     sources = [source(left, floats), source(right, floats)]
@@ -377,7 +321,7 @@ def _add_extreme(instruction: Instruction) -> Step:
 
 @meaning("IABS")
 def _absolute(instruction: Instruction) -> Step:
-    return _apply(place(instruction.operands[0]), lambda a: abs(m.signed(a)), [source(instruction.operands[1])])
+    return apply(place(instruction.operands[0]), lambda a: abs(m.signed(a)), [source(instruction.operands[1])])
 
 
 @meaning("POPC", "FLO", "BREV")
@@ -388,15 +332,15 @@ def _bit_counts(instruction: Instruction) -> Step:
         "BREV": lambda a: int(f"{a:032b}"[::-1], 2),
     }
     function = functions[instruction.name.removeprefix("U")]
-    if "SH" in _modifiers(instruction):
+    if "SH" in modifiers_of(instruction):
         function = lambda a: 32 - a.bit_length() & FULL  # noqa: E731
-    return _apply(place(instruction.operands[0]), function, [source(instruction.operands[-1])])
+    return apply(place(instruction.operands[0]), function, [source(instruction.operands[-1])])
 
 
 @meaning("PRMT")
 def _permute(instruction: Instruction) -> Step:
     to, *rest = instruction.operands
-    return _apply(place(to), m.permute, [source(text) for text in rest])
+    return apply(place(to), m.permute, [source(text) for text in rest])
 
 
 @meaning("P2R")
@@ -444,7 +388,7 @@ def _vote(instruction: Instruction) -> Step:
 def _shuffle(instruction: Instruction) -> Step:
     _, to, value, offset, limit = instruction.operands
     destination, sources = place(to), [source(value), source(offset), source(limit)]
-    kind = _modifiers(instruction)[0]
+    kind = modifiers_of(instruction)[0]
 
     def step(warp: Warp, mask: int) -> None:
         words, by, clamp = (lanes_of(read(warp)) for read in sources)
@@ -456,107 +400,6 @@ def _shuffle(instruction: Instruction) -> Step:
             other = lane_of.get(kind, lane & segment | by[lane] & 31 & ~segment)
             result.append(words[other if (other >= most if kind == "UP" else other <= most) else lane])
         warp.write(destination, lift(lambda word: word, result), mask)
-
-    return step
-
-
-# --- numbers ---------------------------------------------------------------------------------------------------------
-
-
-@meaning("FADD", "FMUL", "FFMA")
-def _arithmetic(instruction: Instruction) -> Step:
-    to, *rest = instruction.operands
-    function: Callable[..., float] = m.ARITHMETIC[instruction.name]
-    sources = [source(text, True) for text in rest]
-    return _apply(place(to), lambda *words: m.as_bits(function(*map(m.as_float, words))), sources)
-
-
-@meaning("MUFU")
-def _function(instruction: Instruction) -> Step:
-    function = m.FUNCTIONS[_modifiers(instruction)[0]]
-    to, read = instruction.operands
-    return _apply(place(to), lambda word: m.as_bits(function(m.as_float(word))), [source(read, True)])
-
-
-@meaning("FCHK")
-def _check_division(instruction: Instruction) -> Step:
-    to = place(instruction.operands[0])
-    return lambda warp, mask: warp.write(to, 0, mask)  # the quotient needs no slow path
-
-
-@meaning("I2F", "I2FP")
-def _from_integer(instruction: Instruction) -> Step:
-    modifiers = _modifiers(instruction)
-    to, text = instruction.operands
-    read = pair(text) if {"U64", "S64"} & set(modifiers) else source(text)
-    is_signed = not {"U32", "U64", "U16", "U8"} & set(modifiers)
-
-    def convert(word: int) -> int:
-        value = m.signed(word) if is_signed else word
-        bits = m.as_bits(float(value))
-        return bits + 1 if "RP" in modifiers and m.as_float(bits) < value else bits
-
-    return _apply(place(to), convert, [read])
-
-
-@meaning("F2I")
-def _to_integer(instruction: Instruction) -> Step:
-    modifiers = _modifiers(instruction)
-    to, text = instruction.operands
-    bits = 64 if {"U64", "S64"} & set(modifiers) else 32
-    is_signed = not {"U32", "U64"} & set(modifiers)
-    destination, read = place(to), source(text, True)
-
-    def step(warp: Warp, mask: int) -> None:
-        result = lift(lambda word: m.to_integer(m.as_float(word), bits, is_signed), read(warp))
-        for word in range(bits // 32):
-            warp.write(destination, lift(lambda x: x >> 32 * word & FULL, result), mask, word)  # noqa: B023
-
-    return step
-
-
-@meaning("F2FP", "F2F")
-def _narrow(instruction: Instruction) -> Step:
-    to, *rest = instruction.operands
-    modifiers = _modifiers(instruction)
-    sources = [source(text, True) for text in rest]
-
-    def convert(*words: int) -> int:
-        if "BF16" in modifiers:
-            halves = [word >> 16 for word in words]
-        else:
-            halves = [m.half_bits(m.as_float(word)) for word in words]
-        return halves[0] if len(halves) == 1 else halves[0] << 16 | halves[1]
-
-    return _apply(place(to), convert, sources)
-
-
-@meaning("HADD2", "HMUL2", "HFMA2")
-def _halves(instruction: Instruction) -> Step:
-    """Of these, only the conversion of a half to a float and the loading of two constants occur where values matter."""
-    to, *rest = instruction.operands
-    if "F32" in _modifiers(instruction):
-        upper = rest[-1].endswith("H1_H1")
-        return _apply(
-            place(to),
-            lambda word: m.as_bits(m.half_value(word >> 16 if upper else word)),
-            [source(rest[-1].partition(".")[0])],
-        )
-    word = DATA
-    if instruction.name == "HFMA2" and rest[0].lstrip("-") == rest[1].lstrip("-") == "RZ":
-        halves = [m.half_bits(m.as_float(m.immediate(text))) for text in rest[2:4]]
-        word = halves[0] << 16 | halves[1]
-    return _apply(place(to), lambda: word, [])
-
-
-@meaning("HGMMA")
-def _product_of_a_group(instruction: Instruction) -> Step:
-    """The part of one warp: 16 rows of as many columns as the opcode says."""
-    to, columns = place(instruction.operands[0]), int(instruction.opcode.split(".")[1].split("x")[1])
-
-    def step(warp: Warp, mask: int) -> None:
-        for word in range(columns // 2):
-            warp.write(to, PRODUCT, mask, word)
 
     return step
 
@@ -574,163 +417,3 @@ def _phase(instruction: Instruction) -> Step:
 def _elect(instruction: Instruction) -> Step:
     to = place(instruction.operands[0])
     return lambda warp, mask: warp.write(to, mask & -mask, mask)
-
-
-@meaning("HMMA")
-def _matrix_product(instruction: Instruction) -> Step:
-    to, words = place(instruction.operands[0]), 4 if "F32" in _modifiers(instruction) else 2
-
-    def step(warp: Warp, mask: int) -> None:
-        for word in range(words):
-            warp.write(to, PRODUCT, mask, word)
-
-    return step
-
-
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
-def _size(instruction: Instruction) -> int:
-    sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
-    return next((sizes[name] for name in reversed(_modifiers(instruction)) if name in sizes), 4)
-
-
-def _regions(warp: Warp, places: Value, mask: int, size: int) -> list[Region]:
-    """The regions that the active lanes touch, one for each lane or one for all."""
-    block, touched = warp.block, active(places, mask)
-    lowest = block.region(min(touched), size)
-    if block.region(max(touched), size) is lowest:
-        return [lowest]
-    return [block.region(place, size) for place in touched]
-
-
-@meaning("LDG", "LD")
-def _load_global(instruction: Instruction) -> Step:
-    to = place(instruction.operands[0])
-    where, size = address(instruction.operands[1], True), _size(instruction)
-
-    def step(warp: Warp, mask: int) -> None:
-        places = where(warp)
-        regions = _regions(warp, places, mask, size)
-        if len({(region.word, region.period) for region in regions}) > 1:
-            raise NotUnderstood(f"{instruction.text!r} reads numbers and masks at once")
-        for word in range(max(1, size // 4)):
-            read = lambda at: regions[0].read(at + 4 * word) & (1 << 8 * min(size, 4)) - 1  # noqa: B023, E731
-            warp.write(to, lift(read, places) if regions[0].period else read(0), mask, word)
-
-    return step
-
-
-@meaning("STG", "ST", "RED")
-def _store_global(instruction: Instruction) -> Step:
-    where, size = address(instruction.operands[0], True), _size(instruction)
-
-    def step(warp: Warp, mask: int) -> None:
-        _regions(warp, where(warp), mask, size)
-
-    return step
-
-
-@meaning("ATOMG", "ATOM")
-def _atomic(instruction: Instruction) -> Step:
-    """What it finds in memory is 0, so that a block that counts itself is the first."""
-    targets = [place(text) for text in instruction.operands if _is_predicate(text) or REGISTER.match(text)]
-    to = next(target for target in targets if not target.predicate)
-    return lambda warp, mask: warp.write(to, 0, mask)
-
-
-def _inside(warp: Warp, places: Value, mask: int, size: int, text: str) -> None:
-    if max(active(places, mask)) + size > warp.block.shared_bytes:
-        raise NotUnderstood(f"{text!r} is outside of the {warp.block.shared_bytes} bytes of shared memory")
-
-
-@meaning("LDS")
-def _load_shared(instruction: Instruction) -> Step:
-    to, where, size = place(instruction.operands[0]), address(instruction.operands[1], False), _size(instruction)
-
-    def step(warp: Warp, mask: int) -> None:
-        places, shared = where(warp), warp.block.shared
-        _inside(warp, places, mask, size, instruction.text)
-        for word in range(max(1, size // 4)):
-            read = lambda at: int.from_bytes(shared[at + 4 * word : at + 4 * word + min(size, 4)], "little")  # noqa: B023, E731
-            warp.write(to, lift(read, places), mask, word)
-
-    return step
-
-
-@meaning("STS")
-def _store_shared(instruction: Instruction) -> Step:
-    where, size, text = address(instruction.operands[0], False), _size(instruction), instruction.operands[1]
-    sources = [source(text, offset=word) for word in range(max(1, size // 4))]
-
-    def step(warp: Warp, mask: int) -> None:
-        places, shared = where(warp), warp.block.shared
-        _inside(warp, places, mask, size, instruction.text)
-        count = min(size, 4)
-        for word, read in enumerate(sources):
-            values = lanes_of(read(warp))
-            for lane, at in enumerate(lanes_of(places)):
-                if mask >> lane & 1:
-                    content = values[lane] & (1 << 8 * count) - 1
-                    shared[at + 4 * word : at + 4 * word + count] = content.to_bytes(count, "little")
-
-    return step
-
-
-@meaning("LDSM")
-def _load_matrices(instruction: Instruction) -> Step:
-    to, where = place(instruction.operands[0]), address(instruction.operands[1], False)
-    words = {"4": 4, "2": 2}.get(_modifiers(instruction)[-1], 1)
-
-    def step(warp: Warp, mask: int) -> None:
-        _inside(warp, where(warp), mask, 16, instruction.text)
-        for word in range(words):
-            warp.write(to, DATA, mask, word)
-
-    return step
-
-
-@meaning("LDGSTS")
-def _copy(instruction: Instruction) -> Step:
-    """A copy brings what its source is filled with, whether or not the lane asks for zeros."""
-    to, where, size = (
-        address(instruction.operands[0], False),
-        address(instruction.operands[1], True),
-        _size(instruction),
-    )
-
-    def step(warp: Warp, mask: int) -> None:
-        places, shared = to(warp), warp.block.shared
-        _inside(warp, places, mask, size, instruction.text)
-        for region in _regions(warp, where(warp), mask, size):
-            if region.word != DATA:
-                content = region.word.to_bytes(4, "little") * (size // 4)
-                for at in active(places, mask):
-                    shared[at : at + size] = content
-
-    return step
-
-
-@meaning("LDL", "STL")
-def _own_memory(instruction: Instruction) -> Step:
-    loads, size = instruction.name == "LDL", _size(instruction)
-    register, where = instruction.operands if loads else instruction.operands[::-1]
-    to, at = place(register), address(where, False)
-    words = max(1, size // 4)
-    sources = [] if loads else [source(register, offset=word) for word in range(words)]
-
-    def step(warp: Warp, mask: int) -> None:
-        places = set(active(at(warp), mask))
-        if len(places) != 1:
-            raise NotUnderstood(f"{instruction.text!r} has another address in each lane")
-        start = places.pop()
-        for word in range(words):
-            if loads:
-                warp.write(to, warp.own_memory.get(start + 4 * word, 0), mask, word)
-            else:
-                before, now = warp.own_memory.get(start + 4 * word, 0), sources[word](warp)
-                kept = zip(lanes_of(before), lanes_of(now), strict=True)
-                merged = [new if mask >> lane & 1 else old for lane, (old, new) in enumerate(kept)]
-                warp.own_memory[start + 4 * word] = now if mask == FULL else merged
-
-    return step
