@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import html
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -37,9 +38,10 @@ from ear_ops.regularizers.word_alignment import WordIds
 
 
 class Attachment:
-    """Regularisers on a model; made by :func:`attach`. A context manager that detaches.
+    """Regularisers on a model, until it is detached or deleted; made by :func:`attach`.
 
-    A copy of it, or what a pickle of it gives, is detached: it has the regularisers alone.
+    It is a context manager that detaches. A copy of it, or what a pickle of it gives, is detached: it has the
+    regularisers alone.
 
     Args:
         recorder: installed on the model.
@@ -58,6 +60,9 @@ class Attachment:
         self._warned_of_untaken = False
         self._model_name = type(recorder.root).__name__
         self._copied = False
+        for installed in (recorder, teacher):
+            if installed is not None:  # no loss can be asked for once nobody holds the attachment
+                weakref.finalize(self, installed.remove).atexit = False
 
     def loss(
         self,
@@ -84,46 +89,34 @@ class Attachment:
         Raises:
             RuntimeError: no forward was recorded, or it did not come through a layer; the teacher is in training mode
                 or has seen another batch.
-            ValueError: the batch is odd, or masks or shapes do not fit.
+            TypeError: a weight needs ``step``, a regulariser needs ``word_ids``, or a term is no tensor.
+            ValueError: the batch is odd, or masks, ``word_ids`` or shapes do not fit.
         """
-        self._check_not_copied()
         weights = [regularizer.weight_at(step) for regularizer in self.regularizers]
-        for regularizer in self.regularizers:
-            if regularizer.uses_word_ids and word_ids is None:
-                raise TypeError(f"{regularizer.name}: it compares words, so it needs ear.loss(word_ids=...)")
-        if word_ids is not None:
-            for ids in word_ids if isinstance(word_ids, tuple) else (word_ids,):
-                check_tensor("word_ids", ids, "pass torch.tensor(word_ids), with -1 where a token has no word")
-        untaken = self._recorder.untaken
-        try:
-            records = self._take()
-        except RuntimeError as error:
-            raise RuntimeError(f"{', '.join(r.name for r in self.regularizers)}: {error}") from None
-        if untaken:
-            self._warn_of_untaken()
-        if attention_mask is not None:
-            self._replace_masks([record for record, _ in records], attention_mask)
+        terms = self._terms(word_ids, attention_mask)
         total: Tensor | None = None
-        components: dict[str, Tensor] = {}
-        for index, (regularizer, weight) in enumerate(zip(self.regularizers, weights, strict=True)):
-            readings = [
-                outside_inference_mode(sites[index].read(record, regularizer.name)) for record, sites in records
-            ]
-            self._check_rows(regularizer.name, [reading[0].shape[0] for reading in readings])
-            if self._teacher is not None:
-                readings[1] = as_constant(readings[1], readings[0][0].device)
-                if isinstance(word_ids, Tensor) and len(word_ids) == len(readings[0][0]):
-                    word_ids = (word_ids, word_ids)  # the teacher sees the very same rows
-            words = {"word_ids": word_ids} if regularizer.uses_word_ids else {}
-            with torch.autocast(readings[0][0].device.type, enabled=False):
-                term = regularizer.term(readings[0], readings[1] if len(readings) == 2 else None, **words)
-            check_term(regularizer, term)
-            self._warn_if_constant(regularizer.name, term)
-            components[regularizer.name] = term.detach()
+        for weight, term in zip(weights, terms.values(), strict=True):
             total = weight * term if total is None else total + (weight * term).to(total.device)
-        self._components = components
         assert total is not None
         return total
+
+    def terms(
+        self,
+        *,
+        word_ids: WordIds | None = None,
+        attention_mask: Tensor | tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The terms that :meth:`loss` adds up, by name: unweighted scalars with their graphs.
+
+        In place of :meth:`loss`, for losses that weigh terms in another way, such as by their gradients.
+
+        Args:
+            word_ids, attention_mask: as for :meth:`loss`.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: as :meth:`loss` does.
+        """
+        return self._terms(word_ids, attention_mask)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the regularisers themselves, such as a projection's, for your optimiser.
@@ -222,6 +215,49 @@ class Attachment:
                 row.insert(3, place)
         return rows
 
+    def _terms(
+        self, word_ids: WordIds | None, attention_mask: Tensor | tuple[Tensor, Tensor] | None
+    ) -> dict[str, Tensor]:
+        self._check_not_copied()
+        for regularizer in self.regularizers:
+            if regularizer.uses_word_ids and word_ids is None:
+                raise TypeError(
+                    f"{regularizer.name}: it compares words, so it needs word_ids, as in ear.loss(word_ids=...)"
+                )
+        if word_ids is not None:
+            for ids in word_ids if isinstance(word_ids, tuple) else (word_ids,):
+                check_tensor("word_ids", ids, "pass torch.tensor(word_ids), with -1 where a token has no word")
+        untaken = self._recorder.untaken
+        try:
+            records = self._take()
+        except RuntimeError as error:
+            raise RuntimeError(f"{', '.join(r.name for r in self.regularizers)}: {error}") from None
+        if untaken:
+            self._warn_of_untaken()
+        if attention_mask is not None:
+            self._replace_masks([record for record, _ in records], attention_mask)
+        terms: dict[str, Tensor] = {}
+        for index, regularizer in enumerate(self.regularizers):
+            readings = [
+                outside_inference_mode(sites[index].read(record, regularizer.name)) for record, sites in records
+            ]
+            rows = [reading[0].shape[0] for reading in readings]
+            self._check_rows(regularizer.name, rows)
+            if attention_mask is not None:
+                _check_rows_of_masks([record for record, _ in records], rows)
+            if self._teacher is not None:
+                readings[1] = as_constant(readings[1], readings[0][0].device)
+                if isinstance(word_ids, Tensor) and len(word_ids) == len(readings[0][0]):
+                    word_ids = (word_ids, word_ids)  # the teacher sees the very same rows
+            words = {"word_ids": word_ids} if regularizer.uses_word_ids else {}
+            with torch.autocast(readings[0][0].device.type, enabled=False):
+                term = regularizer.term(readings[0], readings[1] if len(readings) == 2 else None, **words)
+            check_term(regularizer, term)
+            self._warn_if_constant(regularizer.name, term)
+            terms[regularizer.name] = term
+        self._components = {name: term.detach() for name, term in terms.items()}
+        return terms
+
     def _check_not_copied(self) -> None:
         if self._copied:
             raise RuntimeError(
@@ -249,8 +285,8 @@ class Attachment:
 
     def _replace_masks(self, records: list[Record], attention_mask: Tensor | tuple[Tensor, Tensor]) -> None:
         """Put ``attention_mask`` in place of what the models of ``records`` received."""
-        views = [attention_mask] if isinstance(attention_mask, Tensor) else list(attention_mask)
-        if len(views) > 2 or not all(isinstance(view, Tensor) and view.dim() == 2 for view in views):
+        views = list(attention_mask) if isinstance(attention_mask, (tuple, list)) else [attention_mask]
+        if not 1 <= len(views) <= 2 or not all(isinstance(view, Tensor) and view.dim() == 2 for view in views):
             got = [list(view.shape) if isinstance(view, Tensor) else type(view).__name__ for view in views]
             raise ValueError(
                 f"attention_mask: expected a tensor [2B, L] of both views, or a pair of [B, L], 1 for real tokens and "
@@ -264,6 +300,8 @@ class Attachment:
                 )
             views = [torch.cat(views)]
         elif len(views) == 1 and len(records) == 2:
+            if self._teacher is None and len(views[0]) % 2:
+                raise ValueError(f"attention_mask: expected the rows of two views, got {len(views[0])} rows")
             views = [views[0], views[0]] if self._teacher is not None else list(views[0].chunk(2))
         for record, view in zip(records, views, strict=True):
             batch = None if record.batch is None else record.batch.tensor
@@ -286,7 +324,7 @@ class Attachment:
         warnings.warn(
             f"{self._model_name} ran several times before one loss(), which takes the last forward alone: put all rows "
             f"into one batch, {views}or call ear.forget() after each forward that loss() should leave out",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     def _warn_if_constant(self, name: str, term: Tensor) -> None:
@@ -296,8 +334,17 @@ class Attachment:
         warnings.warn(
             f"{name} has no gradient, so it is a constant in the loss: nothing that it depends on is trained (frozen "
             f"embeddings or layers, or views without grad)",
-            stacklevel=3,
+            stacklevel=4,
         )
+
+
+def _check_rows_of_masks(records: list[Record], rows: list[int]) -> None:
+    """Raises ValueError where a mask that replaces the model's has other rows: one would stand for all of them."""
+    for record, count in zip(records, rows, strict=True):
+        if record.mask_override is not None and len(record.mask_override) != count:
+            raise ValueError(
+                f"attention_mask: expected {count} rows, one for each of the forward, got {len(record.mask_override)}"
+            )
 
 
 def attach(
@@ -314,7 +361,7 @@ def attach(
 
     Args:
         model: any ``nn.Module``; ``torch.compile`` and ``DistributedDataParallel`` around it are looked through.
-        regularizers: :class:`AttentionPull`, :class:`EmbeddingPush`, :class:`SentencePull` or subclasses of
+        regularizers: those of :mod:`ear_ops.regularizers`, such as :class:`AttentionPull`, or your own subclasses of
             :class:`Regularizer`.
         teacher: another model, in eval mode when it is called; it may be deeper, and its heads larger.
         layer_map: from layers of ``model`` to layers of the teacher, counted from 1, such as ``{1: 2, 2: 4}``. None

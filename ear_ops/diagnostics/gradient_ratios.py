@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ear_ops.attachment import attach
 from ear_ops.capture import AttentionInputs, Layout, MultiheadSite, Recorder, unwrap
-from ear_ops.capture.teacher import LayerMap, TeacherLayout, as_constant, check_teacher
+from ear_ops.capture.teacher import LayerMap
 from ear_ops.functional import robust_cross_entropy
 
-Batch = Mapping[str, Tensor]  # as `PairCollator` makes it: inputs [2B, L], labels [B]
+Batch = Mapping[str, Tensor]  # as `PairCollator` makes it: inputs [2B, L], labels [B], perhaps word_ids [2B, L]
+NOT_INPUTS = ("labels", "word_ids")
 
 
 def gradient_ratios(
@@ -38,17 +41,17 @@ def gradient_ratios(
         model: a classifier, logits [2B, K]; attached or not.
         regularizers: their terms, without weights; one of several layers, or of `"middle"`, is as many terms.
         layer: block whose queries and keys are looked at, counted from 1.
-        batches: of two views, with the B labels, on the model's device; with a teacher, of one view.
+        batches: of two views, with the B labels, on the model's device; with a teacher, of one view. For terms of words
+            also with `word_ids`, which the model does not get.
         teacher, layer_map: as for `attach`; the cross-entropy is that of the batch alone then.
 
     Returns:
         Ratios by `TERM at embeddings`, `TERM at query`, `TERM at key` and, of both in one norm, `TERM at query and
-        key`; a place that the term or the cross-entropy does not reach is left out. A ratio that is asked for by
-        `push_ratio` is that of the push at the embeddings, by `pull_ratio` that of the pull at query and key.
+        key`; a place that the term or the cross-entropy does not reach is left out.
 
     Raises:
-        TypeError: ``batches`` holds something other than batches.
-        ValueError: the layer gives no queries and keys, or a batch has no labels.
+        TypeError: ``batches`` holds something other than batches, or a batch lacks the `word_ids` that a term needs.
+        ValueError: the layer gives no queries and keys, a batch has no labels, or two terms have one name.
     """
     squares = gradient_squares(model, regularizers, layer, batches, teacher=teacher, layer_map=layer_map)
     return {
@@ -79,69 +82,56 @@ def gradient_squares(
 ) -> dict[str, dict[str, float]]:
     """Squared norms of the gradients of CE(x) + CE(x^a) and of each unweighted term, summed over the batches.
 
-    The model is measured as it is, without dropout, and neither it nor the random state changes.
-
     Args:
-        model: a classifier, logits [2B, K].
-        regularizers: their terms, without weights; one of several layers, or of `"middle"`, is as many terms.
-        layer: block whose queries and keys are looked at, counted from 1; None for the embeddings alone.
-        batches: of two views; on the model's device; with a teacher, of one view.
-        teacher, layer_map: as for `attach`.
+        layer: as for :func:`gradient_ratios`; None for the embeddings alone.
+        model, regularizers, batches, teacher, layer_map: as for :func:`gradient_ratios`.
 
     Returns:
         By place (`embeddings`, `query`, `key`) and there by name, `cross_entropy` or a term's; a place that a term does
         not reach lacks it.
 
     Raises:
-        TypeError: ``batches`` holds something other than batches.
-        ValueError: the layer gives no queries and keys, or a batch has no labels.
+        TypeError, ValueError: as :func:`gradient_ratios` does.
     """
     root = unwrap(model)
     layout = Layout(root)
     embeddings = layout.embeddings()
-    attention = [] if layer is None else [layout.attention(layer)]
-    terms = [single for regularizer in regularizers for single in regularizer.expand(layout)]
-    sites = [term.site(layout) for term in terms]
-    teacher_root = None if teacher is None else check_teacher(teacher, root, layer_map)
-    with torch.random.fork_rng(devices={parameter.device for parameter in root.parameters() if parameter.is_cuda}):
-        for term in terms:  # of a regulariser that was not attached yet: a projection is drawn at random
-            term.prepare(root, teacher_root)
-    recorder = Recorder(root, [embeddings, *attention, *sites])
+    attention = None if layer is None else layout.attention(layer)
     squares: dict[str, dict[str, float]] = {}
     with contextlib.ExitStack() as undo:
-        undo.enter_context(_recorded(root, recorder))
-        if teacher_root is not None:
-            teacher_layout = TeacherLayout(teacher_root, layout, layer_map)
-            teacher_sites = [term.site(teacher_layout) for term in terms]
-            teacher_recorder = Recorder(teacher_root, teacher_sites, without_grad=True)
-            undo.enter_context(_recorded(teacher_root, teacher_recorder))
+        with torch.random.fork_rng(devices={parameter.device for parameter in root.parameters() if parameter.is_cuda}):
+            # A projection that was not attached yet is drawn at random.
+            ear = undo.enter_context(attach(root, regularizers, teacher=teacher, layer_map=layer_map))
+        recorder = Recorder(root, [embeddings] if attention is None else [embeddings, attention])
+        recorder.install()
+        undo.callback(recorder.remove)
+        for network in (root,) if teacher is None else (root, unwrap(teacher)):
+            undo.enter_context(_in_eval_mode(network))
         for batch in batches:
             _check_batch(batch)
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            inputs = {name: tensor for name, tensor in batch.items() if name not in NOT_INPUTS}
+            if teacher is not None:
+                with torch.no_grad():
+                    unwrap(teacher)(**inputs)
             with torch.enable_grad():
                 logits = root(**inputs).logits
-                (record,) = recorder.take()
-                places = {"embeddings": embeddings.read(record, "embeddings")[0]}
-                for site in attention:
-                    queries = site.read(record, "attention")
-                    # Those of an nn.MultiheadAttention are projected anew, and the cross-entropy passes them by.
-                    if isinstance(site, MultiheadSite) or not isinstance(queries, AttentionInputs):
-                        raise ValueError(
-                            f"layer: layer {layer} computes its attention itself and gives no queries and keys"
-                        )
-                    places |= {"query": queries.query, "key": queries.key}
-                readings = [[site.read(record, term.name)] for term, site in zip(terms, sites, strict=True)]
-                if teacher_root is None:
+                if teacher is None:
                     losses = {"cross_entropy": robust_cross_entropy(logits, batch["labels"])}
                 else:
                     losses = {"cross_entropy": robust_cross_entropy(torch.cat([logits, logits]), batch["labels"]) / 2}
-                    with torch.no_grad():
-                        teacher_root(**inputs)
-                    (record,) = teacher_recorder.take()
-                    for term, site, views in zip(terms, teacher_sites, readings, strict=True):
-                        views.append(as_constant(site.read(record, term.name), logits.device))
-                for term, views in zip(terms, readings, strict=True):
-                    losses[term.name] = term.term(views[0], views[1] if teacher_root is not None else None)
+                (record,) = recorder.take()
+                places = {"embeddings": embeddings.read(record, "embeddings")[0]}
+                if attention is not None:
+                    reading = attention.read(record, "attention")
+                    # Those of an nn.MultiheadAttention are projected anew, and the cross-entropy passes them by.
+                    if isinstance(attention, MultiheadSite) or not isinstance(reading, AttentionInputs):
+                        raise ValueError(
+                            f"layer: layer {layer} computes its attention itself and gives no queries and keys"
+                        )
+                    places |= {"query": reading.query, "key": reading.key}
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=".* has no gradient")  # such a term is left out
+                    losses |= ear.terms(word_ids=batch.get("word_ids"))
             places = {name: place for name, place in places.items() if place.requires_grad}  # not: frozen embeddings
             for name, loss in losses.items():
                 if not loss.requires_grad:
@@ -155,16 +145,15 @@ def gradient_squares(
 
 
 @contextlib.contextmanager
-def _recorded(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Inside, the model is in eval mode and its forwards are recorded."""
-    training = model.training
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, every module of the model is in eval mode; afterwards each is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        recorder.install()
         yield
     finally:
-        recorder.remove()
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _check_batch(batch: Any) -> None:

@@ -140,6 +140,57 @@ def test_two_attachments_detach_in_any_order(tools, first):
     leave_no_trace(model, before)
 
 
+def test_an_attachment_that_nobody_holds_is_taken_off(tools):
+    before = snapshot()
+    model = tools.build_model("bert")
+    for _ in range(3):
+        ear = attach(model, TERMS)  # as in a cell of a notebook that runs again
+    model(**tools.build_batch())
+    ear.loss()
+    hooks = hook_count(model)
+    del ear
+    gc.collect()
+    leave_no_trace(model, before)
+    with attach(model, TERMS):
+        assert hook_count(model) == hooks, "the first two were gone when the third was there"
+
+
+def test_the_terms_keep_their_graphs(tools):
+    model = tools.build_model("bert")
+    with attach(model, TERMS) as ear:
+        model(**tools.build_batch())
+        terms = ear.terms()
+        assert {name: term.item() for name, term in terms.items()} == {
+            name: term.item() for name, term in ear.components().items()
+        }
+        weighed = sum(term.weight * terms[term.name] for term in ear.regularizers)
+        gradient = torch.autograd.grad(weighed, model.get_input_embeddings().weight)[0]
+        model(**tools.build_batch())
+        loss = ear.loss()
+        torch.testing.assert_close(loss, weighed)
+        torch.testing.assert_close(torch.autograd.grad(loss, model.get_input_embeddings().weight)[0], gradient)
+
+
+@pytest.mark.parametrize("views", ["one forward", "two forwards"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_mask_in_place_of_the_models_has_a_row_for_each_row(tools, views, rows):
+    model, batch = tools.build_model("bert"), tools.build_batch()
+    count, length = batch["input_ids"].shape
+    assert rows < count
+    with attach(model, [EmbeddingPush()]) as ear:
+        if views == "one forward":
+            model(**batch)
+        else:
+            for name in ("original", "augmented"):
+                with ear.view(name):
+                    model(**batch)
+        with pytest.raises(ValueError, match=rf"expected .*(got {rows}|received \[{rows}, {length}\])"):
+            ear.loss(attention_mask=torch.ones(rows, length))
+        model(**batch)
+        with pytest.raises(ValueError, match=r"attention_mask: expected a tensor \[2B, L\].*; got \['int'\]"):
+            ear.loss(attention_mask=3)
+
+
 def test_two_models_at_once(tools):
     models = [tools.build_model("bert", seed=seed) for seed in (0, 1)]
     batch = tools.build_batch()

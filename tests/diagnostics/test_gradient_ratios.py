@@ -139,6 +139,38 @@ def test_with_a_teacher_the_ratios_are_those_of_plain_autograd(model, batch) -> 
     }
 
 
+def test_words_are_compared_where_the_term_compares_words(model, batch) -> None:
+    pull = AttentionPull(2, alignment="word")
+    with pytest.raises(TypeError, match=r"attention_pull\.2: it compares words, so it needs word_ids"):
+        gradient_ratios(model, [pull], 2, [batch])
+    words = torch.tensor([[-1, 0, 0, 1, 2, -1]]).repeat(2 * B, 1)
+    ratios = gradient_ratios(model, [pull], 2, [{**batch, "word_ids": words}])
+    taken = {}
+    model.bert.embeddings.register_forward_hook(lambda *call: taken.setdefault("embeddings", call[2]))
+    with attach(model.eval(), [pull]) as ear:
+        logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
+        term, cross_entropy = ear.terms(word_ids=words)[pull.name], torch.nn.functional.cross_entropy
+        losses = term, 2 * cross_entropy(logits, batch["labels"].repeat(2))
+    norms = [torch.autograd.grad(loss, taken["embeddings"], retain_graph=True)[0].norm().item() for loss in losses]
+    assert ratios["attention_pull.2 at embeddings"] == pytest.approx(norms[0] / norms[1], rel=1e-6)
+    tokens = gradient_ratios(model, [AttentionPull(2)], 2, [{**batch, "word_ids": words}])
+    assert ratios != pytest.approx(tokens, rel=1e-2)
+
+
+def test_names_are_unique_as_when_attached(model, batch) -> None:
+    with pytest.raises(ValueError, match=r"another name for each, got attention_pull\.1 more than once"):
+        gradient_ratios(model, [AttentionPull(1), AttentionPull(1, divergence="js")], 1, [batch])
+    with pytest.raises(TypeError, match="expected a list of regularisers"):
+        gradient_ratios(model, AttentionPull(1), 1, [batch])
+
+
+def test_every_module_keeps_its_mode(model, batch) -> None:
+    model.train().bert.encoder.eval()
+    modes = [module.training for module in model.modules()]
+    gradient_ratios(model, [EmbeddingPush()], 1, [batch])
+    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
+
+
 def test_what_is_no_batch_is_refused(model, batch) -> None:
     with pytest.raises(TypeError, match=r"batches: expected several batches, .* got str .*; pass \[batch\]"):
         gradient_ratios(model, [EmbeddingPush()], 1, batch)
