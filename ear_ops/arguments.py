@@ -18,6 +18,12 @@ def check_one_layer(value: Any, regularizer: str) -> None:
     """``regularizer``: the name of the class, which takes one layer."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"layer: expected a number, got {value!r}; write a {regularizer} for each layer")
+    check_layer(value)
+
+
+def check_layer(value: Any) -> None:
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"layer: expected at least 1 (layers are counted from 1), got {value}")
     check_count("layer", value)
 
 
@@ -25,7 +31,23 @@ def check_count(argument: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{argument}: expected an integer, got {value!r}")
     if value < 1:
-        raise ValueError(f"{argument}: expected at least 1 (layers are counted from 1), got {value}")
+        raise ValueError(f"{argument}: expected at least 1, got {value}")
+
+
+def checked_number(argument: str, value: Any, advice: str) -> float:
+    """``value``, a number or a constant tensor of one, as a finite ``float``; ``advice``: in place of a gradient."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{argument}: expected a constant, got a tensor that requires grad; the loss has no gradient for it, so "
+            f"{advice}"
+        )
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{argument}: expected a number, got {value!r}") from None
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{argument}: expected a finite number, got {value!r}")
+    return number
 
 
 def check_temperature(value: Any) -> None:

@@ -223,7 +223,47 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
     "mask_aug with both views in one tensor": (
         lambda: qk(query_aug=None, key_aug=None, **MASKS),
         ValueError,
-        ["attention_mask_aug:", "expected None", "got a tensor", "[2, 6]"],
+        ["attention_mask_aug:", "expected None", "got another one", "all 2 rows in attention_mask"],
+    ),
+    "a list for a mask": (
+        lambda: qk(attention_mask=[[1] * 6] * 2, attention_mask_aug=MASK),
+        TypeError,
+        ["attention_mask:", "a tensor", "got list", "[2, 6]"],
+    ),
+    "a number for a mask of queries": (
+        lambda: qk(query_mask=5, query_mask_aug=5),
+        TypeError,
+        ["query_mask:", "a tensor", "got int", "[2, 5]"],
+    ),
+    "a list for a mask of tokens": (
+        lambda: pooled(attention_mask=[[1] * 5] * 2, attention_mask_aug=TOKENS),
+        TypeError,
+        ["attention_mask:", "a tensor", "got list", "[2, 5]"],
+    ),
+    "a mask on another device": (
+        lambda: qk(attention_mask=MASK.to("meta"), attention_mask_aug=MASK),
+        ValueError,
+        ["attention_mask:", "on cpu", "got one on meta"],
+    ),
+    "a list for a bias": (lambda: qk(attn_bias=[[0.0]]), TypeError, ["attn_bias:", "a tensor", "got list"]),
+    "a causality that is no bool": (lambda: qk(is_causal="no"), TypeError, ["is_causal:", "True or False", "got 'no'"]),
+    "a scale that is learnt": (
+        lambda: qk(scale=torch.ones((), requires_grad=True)),
+        ValueError,
+        ["scale:", "constant", "requires grad", "multiply the queries"],
+    ),
+    "a scale that is not finite": (lambda: qk(scale=math.inf), ValueError, ["scale:", "finite", "got inf"]),
+    "a scale that is a text": (lambda: qk(scale="one"), TypeError, ["scale:", "a number", "got 'one'"]),
+    "a softcap that is a text": (lambda: qk(softcap="a"), TypeError, ["softcap:", "a number", "got 'a'"]),
+    "words that are no integer": (
+        lambda: ear_ops.qk_word_attention(QUERY, KEY[:, :, :5], word_ids=TOKENS, words=5.0),
+        TypeError,
+        ["words:", "an integer", "got 5.0"],
+    ),
+    "word_ids on another device": (
+        lambda: ear_ops.qk_word_attention(QUERY, KEY[:, :, :5], word_ids=TOKENS.to("meta"), words=5),
+        ValueError,
+        ["word_ids:", "on cpu", "got one on meta"],
     ),
     "four-dimensional mask": (
         lambda: qk(attention_mask=MASK[:, None, None], attention_mask_aug=MASK[:, None, None]),
@@ -275,7 +315,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
     ),
     "negative window": (lambda: qk(window=-3), ValueError, ["window:", "at least 1", "got -3"]),
     "softcap of 0": (lambda: qk(softcap=0.0), ValueError, ["softcap:", "positive", "got 0.0"]),
-    "softcap NaN": (lambda: qk(softcap=math.nan), ValueError, ["softcap:", "positive", "got nan"]),
+    "softcap NaN": (lambda: qk(softcap=math.nan), ValueError, ["softcap:", "finite", "got nan"]),
     "unknown reduction": (
         lambda: qk(reduction="avg"),
         ValueError,

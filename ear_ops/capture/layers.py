@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ear_ops.arguments import check_count, is_finite_number
+from ear_ops.arguments import check_layer, is_finite_number
 from ear_ops.capture.layout import Layout
 
 Layers = int | str | Sequence[int | str] | Mapping[int | str, float]
@@ -30,13 +30,13 @@ def check_layers(layers: Any) -> None:
             raise TypeError(f"layer: expected an integer, a module path or a pattern of paths, got {layers!r}")
         return
     if not isinstance(layers, (Mapping, Sequence)):
-        check_count("layer", layers)
+        check_layer(layers)
         return
     if not layers:
         raise ValueError(f"layer: expected at least one layer, got {layers!r}")
     for layer in layers:
         if not isinstance(layer, str):
-            check_count("layer", layer)
+            check_layer(layer)
     if isinstance(layers, Mapping):
         for layer, factor in layers.items():
             if not is_finite_number(factor):

@@ -91,6 +91,10 @@ def qk_word_attention(
         )
     if word_ids.dtype != torch.int64:
         raise TypeError(f"word_ids: expected int64, got {word_ids.dtype}")
+    if word_ids.device != query.device:
+        raise ValueError(f"word_ids: expected a tensor on {query.device}, as query is, got one on {word_ids.device}")
+    if not isinstance(words, int) or isinstance(words, bool):
+        raise TypeError(f"words: expected an integer, got {words!r}")
     if can_be_read(word_ids) and word_ids.numel() and word_ids.max() >= max(words, 1):
         raise ValueError(f"words: expected more than the largest word id, {int(word_ids.max())}, got {words}")
     words = max(words, 1)  # where no token has a word, one that no sequence has
@@ -110,6 +114,7 @@ def qk_word_attention(
         query_length=words,
         key_length=words,
         stacked=True,
+        device=query.device,
         count_padded_queries=False,
     )
     operators = QK_WORD_ATTENTION if support == "all" else QK_WORD_ATTENTION_ON_SHARED_WORDS  # which have no "mse"

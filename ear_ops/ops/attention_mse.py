@@ -104,6 +104,7 @@ def maps_problem(
         query_length=attn.shape[2],
         key_length=attn.shape[3],
         stacked=stacked,
+        device=attn.device,
         count_padded_queries=count_padded_queries,
     )
     return MapsProblem(attn, attn_aug, masks.key_mask, masks.counted_queries), masks.counted_pairs

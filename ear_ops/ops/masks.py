@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ear_ops.arguments import check_tensor
+
 
 class AttentionMasks(NamedTuple):
     """The masks of both views, resolved; every field is None where nothing is masked."""
@@ -81,7 +83,13 @@ def split_views(both: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def join_views(
-    name: str, mask: Tensor | None, mask_aug: Tensor | None, batch: int, length: int, stacked: bool
+    name: str,
+    mask: Tensor | None,
+    mask_aug: Tensor | None,
+    batch: int,
+    length: int,
+    stacked: bool,
+    device: torch.device,
 ) -> Tensor | None:
     """``[2B, length]`` bool mask of both views out of what the caller gave, or None.
 
@@ -89,11 +97,12 @@ def join_views(
         name: the argument's name, for errors.
         mask: ``[2B, length]`` where ``stacked`` (both views in one tensor), else ``[B, length]`` of x.
         mask_aug: None where ``stacked``, else ``[B, length]`` of x^a.
+        device: of the tensors that the masks belong to.
     """
     if stacked and mask_aug is not None:
         raise ValueError(
-            f"{name}_aug: expected None, because both views came in one tensor and {name} holds both masks; "
-            f"got a tensor of shape {list(mask_aug.shape)}"
+            f"{name}_aug: expected None, because both views came in one tensor and {name} holds both masks, "
+            f"got another one; pass all {2 * batch} rows in {name}"
         )
     if not stacked and (mask is None) != (mask_aug is None):
         present, missing = (name, f"{name}_aug") if mask is not None else (f"{name}_aug", name)
@@ -103,10 +112,10 @@ def join_views(
         )
     if mask is None:
         return None
-    checked = _as_bool(name, mask, (2 * batch if stacked else batch, length))
+    checked = _as_bool(name, mask, (2 * batch if stacked else batch, length), device)
     if mask_aug is None:
         return checked
-    return torch.cat([checked, _as_bool(f"{name}_aug", mask_aug, (batch, length))])
+    return torch.cat([checked, _as_bool(f"{name}_aug", mask_aug, (batch, length), device)])
 
 
 def resolve_attention_masks(
@@ -119,6 +128,7 @@ def resolve_attention_masks(
     query_length: int,
     key_length: int,
     stacked: bool,
+    device: torch.device,
     count_padded_queries: bool,
 ) -> AttentionMasks:
     """Resolve the user's masks of an attention loss.
@@ -126,8 +136,8 @@ def resolve_attention_masks(
     ``attention_mask`` ``[B, S]`` masks keys; ``query_mask`` ``[B, L]`` masks queries and is ``attention_mask`` by
     default where L = S (``[2B, ...]`` where ``stacked``). ``count_padded_queries``: the reduction ``"padded_mean"``.
     """
-    key_mask = join_views("attention_mask", attention_mask, attention_mask_aug, batch, key_length, stacked)
-    both_queries = join_views("query_mask", query_mask, query_mask_aug, batch, query_length, stacked)
+    key_mask = join_views("attention_mask", attention_mask, attention_mask_aug, batch, key_length, stacked, device)
+    both_queries = join_views("query_mask", query_mask, query_mask_aug, batch, query_length, stacked, device)
     if both_queries is None and query_length == key_length:
         both_queries = key_mask
     if count_padded_queries:
@@ -140,11 +150,14 @@ def resolve_attention_masks(
     return AttentionMasks(key_mask, counted_queries, torch.as_tensor(queries * keys))
 
 
-def _as_bool(name: str, mask: Tensor, shape: tuple[int, int]) -> Tensor:
+def _as_bool(name: str, mask: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
+    check_tensor(name, mask, f"pass a tensor {list(shape)}, 1 = real")
     if tuple(mask.shape) != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(mask.shape)}")
     if mask.dtype.is_floating_point or mask.dtype.is_complex:
         raise TypeError(
             f"{name}: expected bool or integer, 1 = real, got {mask.dtype}; an additive float mask goes into attn_bias"
         )
+    if mask.device != device:
+        raise ValueError(f"{name}: expected a mask on {device}, where the other tensors are, got one on {mask.device}")
     return mask if mask.dtype == torch.bool else mask != 0

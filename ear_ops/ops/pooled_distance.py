@@ -25,7 +25,8 @@ def pooled_problem(
     """The problem that a user's arguments describe; arguments as for :func:`ear_ops.pooled_distance`."""
     stacked = check_two_views("hidden", hidden, hidden_aug, ndim=3, layout="[B, L, C]")
     pairs = hidden.shape[0] // 2 if stacked else hidden.shape[0]
-    mask = join_views("attention_mask", attention_mask, attention_mask_aug, pairs, hidden.shape[1], stacked)
+    masks = attention_mask, attention_mask_aug
+    mask = join_views("attention_mask", *masks, pairs, hidden.shape[1], stacked, hidden.device)
     return PooledProblem(hidden, hidden_aug, mask)
 
 

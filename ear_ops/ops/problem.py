@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ear_ops.arguments import check_tensor, checked_number
 from ear_ops.ops.blocks import sum_over_blocks
 from ear_ops.ops.masks import check_two_views, resolve_attention_masks, split_views
 from ear_ops.ops.probabilities import attendable_keys, attention_scores, compute_dtype, masked_softmax
@@ -166,8 +167,14 @@ def attention_problem(
             raise TypeError(f"window: expected None or an integer, got {window!r}")
         if window < 1:
             raise ValueError(f"window: expected None or at least 1, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal: expected True or False, got {is_causal!r}")
+    if scale is not None:
+        scale = checked_number("scale", scale, "multiply the queries by it and pass scale=1.0")
+    if softcap is not None:
+        softcap = checked_number("softcap", softcap, "pass softcap.item()")
+        if softcap <= 0:
+            raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
     masks = resolve_attention_masks(
         attention_mask,
         attention_mask_aug,
@@ -177,6 +184,7 @@ def attention_problem(
         query_length=query_length,
         key_length=key_length,
         stacked=stacked,
+        device=query.device,
         count_padded_queries=count_padded_queries,
     )
     shapes = [
@@ -192,10 +200,10 @@ def attention_problem(
         counted_queries=masks.counted_queries,
         attn_bias=bias,
         attn_bias_aug=bias_aug,
-        scale=1.0 / math.sqrt(head_dim) if scale is None else float(scale),
+        scale=1.0 / math.sqrt(head_dim) if scale is None else scale,
         is_causal=is_causal,
         window=window or 0,
-        softcap=None if softcap is None else float(softcap),
+        softcap=softcap,
     )
     return problem, masks.counted_pairs
 
@@ -265,6 +273,7 @@ def _resolve_biases(
 
 
 def _expand_bias(name: str, bias: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    check_tensor(name, bias, "pass a tensor that broadcasts to the scores")
     if bias.requires_grad:
         raise ValueError(
             f"{name}: expected a constant, got a tensor that requires grad; the loss has no gradient for it, "

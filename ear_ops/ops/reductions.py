@@ -25,13 +25,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ear_ops.arguments import check_choice
+
 REDUCTIONS = ("mean", "padded_mean", "equations", "sum", "none")
 
 
 def check_reduction(reduction: str) -> None:
-    """Raise ``ValueError`` with the known names unless ``reduction`` is one of them."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    """Raises ``ValueError`` with the known names unless ``reduction`` is one of them."""
+    check_choice("reduction", reduction, REDUCTIONS)
 
 
 def reduce_attention(

@@ -92,8 +92,7 @@ class AttentionPull(Regularizer):
         reduction: str = "mean",
         name: str | None = None,
     ) -> None:
-        if alignment not in ("token", "word"):
-            raise ValueError(f"alignment: expected 'token' or 'word', got {alignment!r}")
+        check_choice("alignment", alignment, ("token", "word"))
         if alignment == "word" and reduction == "padded_mean":
             raise ValueError("reduction: 'padded_mean' counts padded tokens, which words do not have; use 'mean'")
         self.divergence = divergence

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ear_ops.arguments import check_one_layer
+from ear_ops.arguments import check_choice, check_one_layer
 from ear_ops.capture.layout import Layout
 from ear_ops.capture.readings import HiddenStates, align_hidden, split_reading
 from ear_ops.capture.sites import Site
@@ -53,8 +53,7 @@ class HiddenPull(Regularizer):
         check_one_layer(layer, "HiddenPull")
         if not (projection is None or projection == "linear" or isinstance(projection, nn.Module)):
             raise ValueError(f"projection: expected None, 'linear' or a torch.nn.Module, got {projection!r}")
-        if distance not in ("mse", "cosine"):
-            raise ValueError(f"distance: expected 'mse' or 'cosine', got {distance!r}")
+        check_choice("distance", distance, ("mse", "cosine"))
         super().__init__(f"hidden_pull.{layer}" if name is None else name, weight, reduction)
         self.layer = layer
         self.distance = distance

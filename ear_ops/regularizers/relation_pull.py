@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ear_ops import functional
-from ear_ops.arguments import check_count
+from ear_ops.arguments import check_choice, check_count
 from ear_ops.capture.layers import check_layers
 from ear_ops.capture.layout import Layout
 from ear_ops.capture.readings import AttentionInputs, align_attention
@@ -46,8 +46,7 @@ class RelationPull(Regularizer):
         check_layers(layer)
         if layer in ("all", "middle"):
             raise ValueError(f"layer: expected a number or a path, got {layer!r}; write a RelationPull for each layer")
-        if of not in ("query", "key", "value"):
-            raise ValueError(f"of: expected 'query', 'key' or 'value', got {of!r}")
+        check_choice("of", of, ("query", "key", "value"))
         if relation_heads is not None:
             check_count("relation_heads", relation_heads)
         super().__init__(f"relation_pull.{of}.{layer}" if name is None else name, weight, reduction)

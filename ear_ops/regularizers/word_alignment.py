@@ -68,7 +68,7 @@ def _qk_word_attention(
     options: dict[str, Any],
 ) -> Tensor:
     if reading_aug is None:
-        ids = _ids_of(reading, word_ids if isinstance(word_ids, Tensor) else torch.cat(word_ids), what)
+        ids = _ids_of(reading, _of_one_forward(word_ids, what), what)
         arguments = reading._asdict()
     else:
         reading, reading_aug = align_attention(reading, reading_aug, what)
@@ -112,7 +112,7 @@ def word_attention(
         what: names the regulariser in errors.
     """
     if reading_aug is None:
-        joined = word_ids if isinstance(word_ids, Tensor) else torch.cat(word_ids)
+        joined = _of_one_forward(word_ids, what)
         words = int(joined.max()) + 1
         maps, pieces = _word_attention(reading, joined, words, what)
         maps_aug = pieces_aug = None
@@ -170,6 +170,16 @@ def _word_attention(
     pieces = sums.sum(-1, keepdim=True)  # [B, W, 1]
     means = sums / pieces.clamp(min=1)
     return means[:, None] @ probabilities @ sums[:, None].transpose(-1, -2), pieces[:, :, 0]
+
+
+def _of_one_forward(word_ids: WordIds, what: str) -> Tensor:
+    """``word_ids`` ``[2B, L]`` of the two views of one forward."""
+    if isinstance(word_ids, Tensor):
+        return word_ids
+    if word_ids[0].shape[1:] != word_ids[1].shape[1:]:
+        shapes = " and ".join(str(list(of_view.shape)) for of_view in word_ids)
+        raise ValueError(f"{what}: expected word_ids of one length for both views of one forward, got {shapes}")
+    return torch.cat(word_ids)
 
 
 def _ids_of(reading: AttentionInputs | AttentionMaps, word_ids: Tensor, what: str) -> Tensor:

@@ -420,7 +420,7 @@ def test_relation_heads_that_do_not_divide() -> None:
         (lambda: LogitsPull(temperature=None), ValueError, "temperature: expected a positive, finite number, got None"),
         (lambda: LogitsPull(divergence=["kl"]), ValueError, "divergence: expected one of 'kl', 'reverse_kl', 'js'"),
         (lambda: LogitsPull(divergence="mse"), ValueError, "divergence: expected one of 'kl', 'reverse_kl', 'js'"),
-        (lambda: RelationPull(1, of="output"), ValueError, "of: expected 'query', 'key' or 'value', got 'output'"),
+        (lambda: RelationPull(1, of="output"), ValueError, "of: expected one of 'query', 'key', 'value', got 'output'"),
         (lambda: RelationPull([1, 2]), TypeError, "layer: expected a number or a path"),
         (lambda: RelationPull("all"), ValueError, "got 'all'; write a RelationPull for each layer"),
         (lambda: RelationPull(1, relation_heads=0), ValueError, "relation_heads: expected at least 1"),

@@ -95,6 +95,13 @@ def test_schedules(schedule, values: dict[int, float]) -> None:
     assert repr(schedule) in repr(AttentionPull(1, weight=schedule)), "a log says which schedule it was"
 
 
+@pytest.mark.parametrize("weight", ["0.1", None, float("nan")])
+def test_weights_are_numbers(weight: object) -> None:
+    for make in (lambda: LinearWarmupSchedule(weight, 4), lambda: CosineSchedule(0.0, weight, 4)):
+        with pytest.raises(TypeError, match=r"(weight|end): expected a finite number, got"):
+            make()
+
+
 @pytest.mark.parametrize("steps", [0, -1, 1.5, True])
 def test_schedules_need_steps(steps: object) -> None:
     for make in (lambda: LinearWarmupSchedule(0.1, steps), lambda: CosineSchedule(0.0, 0.1, steps)):

@@ -98,6 +98,9 @@ def test_the_words_of_one_view_are_not_those_of_both() -> None:
                 model(hidden[rows], MASK[rows])
         with pytest.raises(ValueError, match=r"expected word_ids \[2, 6\] .* got \[1, 6\]"):
             ear.loss(word_ids=WORDS[:2])
+        model(torch.randn(4, 6, 8), MASK)
+        with pytest.raises(ValueError, match=r"expected word_ids of one length .* got \[2, 6\] and \[2, 5\]"):
+            ear.loss(word_ids=(WORDS[:2], WORDS[2:, :5]))
 
 
 def test_words_of_one_piece_each_are_tokens() -> None:
@@ -161,7 +164,7 @@ def test_mistakes() -> None:
     model = Attention()
     with attach(model, [pull(alignment="word")]) as ear:
         model(torch.randn(4, 6, 8), MASK)
-        with pytest.raises(TypeError, match=r"attention_pull\.query: .* needs ear\.loss\(word_ids=\.\.\.\)"):
+        with pytest.raises(TypeError, match=r"attention_pull\.query: .* needs word_ids, as in ear\.loss"):
             ear.loss()
         with pytest.raises(ValueError, match=r"expected word_ids \[4, 6\] .* got \[2, 6\]"):
             ear.loss(word_ids=WORDS[:2])
