@@ -174,5 +174,7 @@ def facts() -> dict[str, str | int]:
 
 def command() -> str:
     """Return the command that runs this script, as a user types it."""
-    name = Path(sys.argv[0]).stem.removeprefix("bench_")
-    return shlex.join(["ear-ops", "bench", name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).stem
+    if name.startswith("bench_"):
+        return shlex.join(["ear-ops", "bench", name.removeprefix("bench_"), *sys.argv[1:]])
+    return shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])

@@ -10,7 +10,7 @@ def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks for the rest of the process: else a step makes its activations of fresh pages,
     which the kernel has to clear, the more of them the larger its batch is. Elsewhere nothing happens.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another system, or another C library
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, or Windows
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never; a step of 64 rows frees more than the 2 GB that it could say

@@ -53,6 +53,19 @@ def bench(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [
+        ("benchmarks/bench_losses.py", "ear-ops bench losses --out 'a b.json'"),
+        ("benchmarks/measure_scale.py", "python benchmarks/measure_scale.py --out 'a b.json'"),
+    ],
+)
+def test_results_name_the_command_that_made_them(monkeypatch: pytest.MonkeyPatch, script: str, command: str) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "--out", "a b.json"])
+    assert (BENCHMARKS.parent / script).exists()
+    assert measuring.command() == command
+
+
 @pytest.mark.parametrize("op", OPERATIONS)
 @pytest.mark.parametrize("preset", SMALL)
 def test_eager_and_fused_are_the_same_loss(op: str, preset: str) -> None:

@@ -233,5 +233,6 @@ def _renumber_configs(model: PreTrainedModel, rows: int, new_ids: dict[int, int]
         if getattr(config, "vocab_size", None) == rows:
             config.vocab_size = len(new_ids)
         for name, value in list(vars(config).items()):
-            if name.endswith("_token_id") and value in new_ids:
-                setattr(config, name, new_ids[value])
+            if name.endswith("_token_id") and isinstance(value, int | list):  # a model may have several end tokens
+                ids = [new_ids.get(token, token) for token in ([value] if isinstance(value, int) else value)]
+                setattr(config, name, ids[0] if isinstance(value, int) else ids)

@@ -68,7 +68,7 @@ _EXTRAS = {
     **dict.fromkeys(("accelerate", "datasets", "rich", "typer"), "train"),
     **dict.fromkeys(("matplotlib", "sklearn"), "analysis"),
 }
-_DataDir = Annotated[str | None, typer.Option(help="Folder of the data now.  [default: the folder that was read]")]
+_DataDir = Annotated[str | None, typer.Option(help="Folder with the data now.  [default: the folder that was read]")]
 _TRAINING, _STUDIES, _DATA_AND_SPEED = "Train and score", "Studies", "Data and speed"  # headings of the commands
 
 # The headings of the options of `train`.
@@ -180,9 +180,7 @@ def train(**settings: Any) -> None:
 def evaluate(
     folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     eval_split: Annotated[str | None, typer.Option(help="dev or test.  [default: as configured]")] = None,
-    data_dir: Annotated[
-        str | None, typer.Option(help="Folder with the data now.  [default: the folder that was read]")
-    ] = None,
+    data_dir: _DataDir = None,
 ) -> None:
     """Score a finished run again, or on another split."""
     from ear_ops.recipes.training.results import results_text
@@ -197,9 +195,7 @@ def compare(
     baseline: Annotated[
         str | None, typer.Option(metavar="RUN", help="Print the paired differences from this run too.")
     ] = None,
-    data_dir: Annotated[
-        str | None, typer.Option(help="Folder with the data now.  [default: the folder that was read]")
-    ] = None,
+    data_dir: _DataDir = None,
 ) -> None:
     """Print a table of finished runs, with a row for each run and a column for each language."""
     from ear_ops.recipes.training.results import comparison, read_results
@@ -265,9 +261,7 @@ def sweep(
 @_command(_STUDIES)
 def report(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of a study.")],
-    data_dir: Annotated[
-        str | None, typer.Option(help="Folder with the data now.  [default: the folder that was read]")
-    ] = None,
+    data_dir: _DataDir = None,
 ) -> None:
     """Write the paper's tables with the results of a study beside the paper's numbers."""
     from ear_ops.recipes.study.report import report as write_report

@@ -240,6 +240,16 @@ def test_the_padding_id_does_not_move(make_wordpiece: MakeWordPiece) -> None:
     assert len(small) < len(tokenizer)
 
 
+def test_several_end_tokens_are_renumbered(make_wordpiece: MakeWordPiece) -> None:
+    tokenizer = make_wordpiece(WORDPIECES)
+    model = classifiers(tokenizer)["bert"]
+    ends = [tokenizer.sep_token, "ab"]
+    model.config.eos_token_id = tokenizer.convert_tokens_to_ids(ends)
+    before = list(model.config.eos_token_id)
+    model, small = prune_vocabulary(model, tokenizer, ["ab"])
+    assert model.config.eos_token_id == small.convert_tokens_to_ids(ends) != before
+
+
 def test_tied_output_embeddings_shrink_too(make_unigram: MakeUnigram) -> None:
     tokenizer = make_unigram(PIECES)
     config = BertConfig(

@@ -13,12 +13,11 @@ from torch import Tensor
 from ear_ops.recipes.drawing import COLOURS, MARKERS, PAGE_WIDTH, figure
 
 
-def tsne(vectors: Tensor, seed: int = 0) -> NDArray[np.floating]:
-    """The t-SNE (van der Maaten and Hinton, 2008) of at least 4 vectors in two dimensions, the same for the same seed.
+def tsne(vectors: Tensor) -> NDArray[np.floating]:
+    """The t-SNE (van der Maaten and Hinton, 2008) of at least 4 vectors in two dimensions, the same in every call.
 
     Args:
         vectors: [N, C].
-        seed: of the embedding.
 
     Returns:
         [N, 2].
@@ -28,7 +27,7 @@ def tsne(vectors: Tensor, seed: int = 0) -> NDArray[np.floating]:
     if len(vectors) < 4:
         raise ValueError(f"vectors: expected at least 4, got {len(vectors)}")
     perplexity = min(30.0, (len(vectors) - 1) / 3)
-    embedded: NDArray[np.floating] = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(
+    embedded: NDArray[np.floating] = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(
         vectors.double().numpy()
     )
     return embedded

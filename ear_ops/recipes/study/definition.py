@@ -35,7 +35,7 @@ from ear_ops.errors import shown
 from ear_ops.recipes.study.paper_tables import TABLES
 from ear_ops.recipes.training.config import SETTING_TYPES, TrainConfig
 from ear_ops.recipes.training.errors import ConfigError
-from ear_ops.recipes.training.method_uses import METHOD_SETTINGS, METHOD_USES
+from ear_ops.recipes.training.methods import METHOD_SETTINGS, METHODS
 
 Settings = dict[str, Any]
 
@@ -65,7 +65,7 @@ class Run:
         """
         config = TrainConfig.from_dict({name: _typed(name, settings[name]) for name in settings}, output_dir="-")
         used, complete = config.used, config.to_dict()
-        if not METHOD_USES[config.method].two_views:
+        if not METHODS[config.method].two_views:
             complete["measure_gradients"] = 0
         if not used & _WEIGHTING:
             complete["preset"] = _DEFAULTS["preset"]

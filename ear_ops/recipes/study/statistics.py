@@ -93,21 +93,19 @@ def _probability_within(angle: float, degrees: int) -> float:
     return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
-def paired_bootstrap(
-    differences: NDArray[np.floating], groups: NDArray[np.integer], draws: int = DRAWS, seed: int = 0
-) -> Difference:
+def paired_bootstrap(differences: NDArray[np.floating], groups: NDArray[np.integer]) -> Difference:
     """The percentile bootstrap of a mean over paired differences of items (Davison and Hinkley, 1997, section 3.8).
+
+    It takes :data:`DRAWS` samples, the same in every call.
 
     Args:
         differences: at least one, [items].
         groups: the number of each item's group, from 0, [items]. Every group has items, and is drawn as a whole.
-        draws: how many samples are drawn.
-        seed: of the draws.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     sums, sizes = np.bincount(groups, weights=differences), np.bincount(groups)
     count = len(sizes)
-    drawn = (rng.integers(0, count, count) for _ in range(draws))
+    drawn = (rng.integers(0, count, count) for _ in range(DRAWS))
     means = [sums[sample].sum() / sizes[sample].sum() for sample in drawn]
     low, high = np.percentile(means, [2.5, 97.5])
     return Difference(float(differences.mean()), float(low), float(high))

@@ -21,7 +21,6 @@ from ear_ops.recipes.training.checkpoints import write_json
 from ear_ops.recipes.training.config import RATIOS
 from ear_ops.recipes.training.errors import ConfigError, refused_settings
 from ear_ops.recipes.training.folder import read_json
-from ear_ops.recipes.training.method_uses import METHOD_USES
 from ear_ops.recipes.training.methods import METHODS
 from ear_ops.recipes.training.shapes import NUMBER
 from ear_ops.recipes.training.stage_settings import ObjectiveSettings
@@ -41,7 +40,7 @@ def measured_ratios(
     A term that the method lacks is measured as `ear` has it. The result is None where the method has one view, or where
     no measurement was asked for.
     """
-    if not (settings.measure_gradients and METHOD_USES[settings.method].two_views):
+    if not (settings.measure_gradients and METHODS[settings.method].two_views):
         return None
     model.to(_training_device())
     method_terms = terms_of(settings)
@@ -125,9 +124,7 @@ def with_weights(settings: ObjectiveSettings, weights: dict[str, float]) -> Obje
 def _ratios_by_weight(settings: ObjectiveSettings) -> dict[str, float]:
     """The ratio of each weight that the method has and that the settings leave to be measured."""
     ratios = {
-        weight: getattr(settings, ratio)
-        for weight, ratio in RATIOS.items()
-        if weight in METHOD_USES[settings.method].settings
+        weight: getattr(settings, ratio) for weight, ratio in RATIOS.items() if weight in METHODS[settings.method].uses
     }
     return {weight: ratio for weight, ratio in ratios.items() if ratio is not None}
 

@@ -77,6 +77,7 @@ def mark_complete(folder: Path) -> None:
         _sync(path)
         digests[str(path.relative_to(folder))] = digest_of(path)
     write_json(folder / MANIFEST, digests)
+    _sync(folder.parent)  # which holds the name of the folder
 
 
 def damage(folder: Path) -> str | None:
@@ -118,6 +119,8 @@ def remove(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # Windows flushes neither folders nor what is open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from ear_ops.data.tasks import TASKS
 from ear_ops.errors import shown
 from ear_ops.recipes.training.errors import ConfigError
-from ear_ops.recipes.training.method_uses import METHOD_SETTINGS, METHOD_USES
+from ear_ops.recipes.training.methods import METHOD_SETTINGS, METHODS
 from ear_ops.recipes.training.stage_settings import (
     ClassifierSettings,
     DataSettings,
@@ -171,7 +171,7 @@ class TrainConfig:
 
     def _check(self) -> None:
         _check_known("task", self.task, TASKS)
-        _check_known("method", self.method, METHOD_USES)
+        _check_known("method", self.method, METHODS)
         for name, choices in CHOICES.items():
             if getattr(self, name) is not None:
                 _check_known(name, getattr(self, name), choices)
@@ -184,7 +184,7 @@ class TrainConfig:
         for name in (*RATIOS, *RATIOS.values()):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), low=0)
-        if self.compile and "perturbation" in METHOD_USES[self.method].settings:
+        if self.compile and "perturbation" in METHODS[self.method].uses:
             raise ConfigError(
                 f"compile: method {self.method!r} shifts the word embeddings by a hook in each step, which a compiled "
                 "model would ignore: leave compile out"
@@ -260,13 +260,13 @@ class TrainConfig:
     @property
     def two_views(self) -> bool:
         """Whether the method of this run needs the augmented view."""
-        return METHOD_USES[self.method].two_views
+        return METHODS[self.method].two_views
 
     @property
     def used(self) -> frozenset[str]:
         """The settings that this run looks at, of those that not every method looks at."""
-        uses = METHOD_USES[self.method]
-        return uses.settings | ({"layer", "reduction"} if self.measure_gradients and self.two_views else set())
+        measured = {"layer", "reduction"} if self.measure_gradients and self.two_views else set()
+        return METHODS[self.method].uses | measured
 
     @property
     def without_effect(self) -> list[str]:

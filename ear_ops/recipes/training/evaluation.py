@@ -17,11 +17,11 @@ from ear_ops.data.tasks import get_task
 from ear_ops.data.views import PairViews
 
 
-def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson, 1927). Raises ValueError without items."""
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """Wilson's 95% score interval of a proportion (Wilson, 1927). Raises ValueError without items."""
     if not 0 <= correct <= total or total == 0:
         raise ValueError(f"expected 0 <= correct <= total and total > 0, got correct={correct}, total={total}")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = NormalDist().inv_cdf(0.975)
     share = correct / total
     center = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))

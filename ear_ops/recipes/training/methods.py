@@ -17,7 +17,6 @@ from torch import Tensor
 from ear_ops.capture import unwrap
 from ear_ops.functional import robust_cross_entropy
 from ear_ops.integrations.transformers import StepLoss
-from ear_ops.recipes.training.method_uses import METHOD_USES
 from ear_ops.recipes.training.perturbation import (
     Draws,
     mean_norm,
@@ -29,13 +28,17 @@ from ear_ops.recipes.training.perturbation import (
 from ear_ops.recipes.training.stage_settings import ObjectiveSettings
 from ear_ops.regularizers import AttentionPull, EmbeddingPush, SentencePull
 
+AUGMENTATION = frozenset({"synonyms", "match", "dictionary_scale"})
+PUSH = frozenset({"alpha", "push_ratio", "reduction"})
+PULL = frozenset({"beta", "pull_ratio", "layer", "reduction"})
+
 
 class Method(ABC):
     """A way to fine-tune.
 
     Attributes:
-        two_views: whether batches hold the augmented view, as `METHOD_USES` says.
-        uses: the settings that change the result of this method, as `METHOD_USES` says.
+        two_views: whether batches hold x in rows 0..B-1 and its synonym-replaced x^a in rows B..2B-1, or x alone.
+        uses: the settings that change the result of this method, of those that not every method looks at.
     """
 
     two_views: ClassVar[bool]
@@ -68,7 +71,7 @@ class Method(ABC):
 class FineTune(Method):
     """CE(x): fine-tuning on the English originals alone, the baseline of Ding et al. (COLING 2022), tables 1 and 2."""
 
-    two_views, uses = METHOD_USES["finetune"]
+    two_views, uses = False, frozenset()
 
     def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         outputs = model(**inputs)
@@ -82,7 +85,7 @@ class RobustDataAugmentation(Method):
     (`ear-no-both`).
     """
 
-    two_views, uses = METHOD_USES["rs-da"]
+    two_views, uses = True, AUGMENTATION
 
     def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         outputs = model(**inputs)
@@ -97,7 +100,7 @@ class RandomPerturbation(Method):
     the mean word-embedding norm. A step has the B originals alone.
     """
 
-    two_views, uses = METHOD_USES["rs-rp"]
+    two_views, uses = False, frozenset({"perturbation"})
 
     def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         embeddings = word_embeddings(model, inputs)  # [B, L, C]
@@ -114,7 +117,7 @@ class AdversarialTraining(Method):
     token. The radius is `perturbation` times the mean word-embedding norm. Each step costs a forward and a backward.
     """
 
-    two_views, uses = METHOD_USES["adv"]
+    two_views, uses = False, frozenset({"perturbation", "adversarial_steps"})
 
     def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         inner = unwrap(model)  # the search needs no gradients of parameters, so processes exchange nothing in it
@@ -137,7 +140,7 @@ class RobustTargets(Method):
     except for its epsilon. The factor does change how gradients are clipped.
     """
 
-    two_views, uses = METHOD_USES["ear-no-both"]
+    two_views, uses = True, AUGMENTATION
 
     def step(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor, attached: Any, batch: int) -> StepLoss:
         outputs = self._forward(model, inputs, batch)
@@ -160,7 +163,7 @@ class RobustTargets(Method):
 class EmbeddingPushAttentionPull(RobustTargets):
     """EAR, equation 5 of Ding et al. (COLING 2022): CE(x) + CE(x^a) + alpha * push + beta * pull."""
 
-    two_views, uses = METHOD_USES["ear"]
+    two_views, uses = True, AUGMENTATION | PUSH | PULL
 
     def regularizers(self) -> list[Any]:
         return [self._push(), self._pull()]
@@ -169,7 +172,7 @@ class EmbeddingPushAttentionPull(RobustTargets):
 class WithoutPush(RobustTargets):
     """`ear` without the embedding push, the ablation of Ding et al. (COLING 2022), table 3."""
 
-    two_views, uses = METHOD_USES["ear-no-ept"]
+    two_views, uses = True, AUGMENTATION | PULL
 
     def regularizers(self) -> list[Any]:
         return [self._pull()]
@@ -178,7 +181,7 @@ class WithoutPush(RobustTargets):
 class WithoutPull(RobustTargets):
     """`ear` without the attention pull, the ablation of Ding et al. (COLING 2022), table 3."""
 
-    two_views, uses = METHOD_USES["ear-no-apt"]
+    two_views, uses = True, AUGMENTATION | PUSH
 
     def regularizers(self) -> list[Any]:
         return [self._push()]
@@ -191,7 +194,7 @@ class NoisePull(WithoutPush):
     sigma is `perturbation` times the mean word-embedding norm, so a noise vector is about sqrt(C) sigma long.
     """
 
-    two_views, uses = METHOD_USES["nt+apt"]
+    two_views, uses = True, AUGMENTATION | PULL | {"perturbation"}
 
     def _forward(self, model: Any, inputs: Mapping[str, Tensor], batch: int) -> Any:
         embeddings = word_embeddings(model, inputs)  # [2B, L, C]
@@ -208,7 +211,7 @@ class PushSentencePull(RobustTargets):
     `layer`.
     """
 
-    two_views, uses = METHOD_USES["ept+srpt"]
+    two_views, uses = True, AUGMENTATION | PUSH | PULL
 
     def regularizers(self) -> list[Any]:
         return [
@@ -229,6 +232,9 @@ METHODS: dict[str, type[Method]] = {
     "nt+apt": NoisePull,
     "ept+srpt": PushSentencePull,
 }
+
+# Every method looks at the settings that are not in here.
+METHOD_SETTINGS = frozenset[str]().union(*(method.uses for method in METHODS.values()))
 
 
 def _measured(weight: float | None) -> float:

@@ -16,7 +16,7 @@ from ear_ops.recipes.training.config import RATIOS, TrainConfig
 from ear_ops.recipes.training.errors import refused_settings
 from ear_ops.recipes.training.evaluation import one_label_notice, predict, score
 from ear_ops.recipes.training.folder import RunFolderError, read_json, versions
-from ear_ops.recipes.training.method_uses import METHOD_USES
+from ear_ops.recipes.training.methods import METHODS
 from ear_ops.recipes.training.results import TRAINING, read_results, results_markdown, summarise
 from ear_ops.recipes.training.sources import load_split_of
 from ear_ops.recipes.training.stage_settings import EvaluationSettings
@@ -109,7 +109,7 @@ def _write_results(
     results = {
         "task": config.task,
         "split": split,
-        "regularised": bool(METHOD_USES[config.method].settings & RATIOS.keys()),
+        "regularised": bool(METHODS[config.method].uses & RATIOS.keys()),
         "collapsed": training["collapsed"],
         **summarise(scores, config.source_language),
         "best": training["best"],
