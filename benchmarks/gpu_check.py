@@ -39,8 +39,9 @@ KERNEL_TESTS = [
     f"tests/ops/test_{name}.py" for name in ("qk_attention_mse", "attention_mse", "pooled_distance", "word_kernels")
 ]
 OTHER_TESTS = [
-    f"tests/{name}.py"
-    for name in ("ops/test_properties", "ops/test_compile", "ops/test_backend", "capture/test_exactness")
+    *(f"tests/ops/test_{name}.py" for name in ("divergences", "mean_heads_kernels")),
+    *(f"tests/ops/test_{name}.py" for name in ("properties", "compile", "backend")),
+    *("tests/test_functional_errors.py", "tests/capture/test_exactness.py"),
 ]
 SECONDS = 8 * 60  # of a call
 # Where speed is measured, the reference must not replace a kernel that cannot run. A sanitizer sees the end of an
@@ -48,11 +49,12 @@ SECONDS = 8 * 60  # of a call
 SANITIZERS = ("memcheck", "racecheck")
 SANITIZED = "cuda and test_features and (bfloat16 or float32 and ragged) and not scale"  # some 40 small tests
 CALLS = {
-    "tests": ("build", "environment", "gpu tests", *SANITIZERS),
-    "bench": ("build", "losses", "long rows", "training step", "compile"),
+    "tests": ("build", "environment", "gpu tests", "hopper tests", *SANITIZERS),
+    "bench": ("build", "losses", "comparisons", "long rows", "training step", "compile"),
 }
 ENVIRONMENT_OF_STEP = {
     "training step": {"EAR_OPS_BACKEND": "cuda"},
+    "hopper tests": {"EAR_OPS_CUDA_HOPPER": "1"},
     **{tool: {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} for tool in SANITIZERS},
 }
 Step = tuple[str, list[str], int, str | None]  # name, command, seconds, the tool it needs
@@ -65,9 +67,10 @@ def steps() -> dict[str, Step]:
     pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-rap", "-k"]
     bench = [python, "benchmarks/bench_losses.py", "--device", "cuda"]
     long = ["--ops=qk_attention_mse", "--presets=long-512,long-4096,gqa"]
+    comparisons = ["--ops=qk_attention_kl,qk_attention_js,qk_scores_mse,heads_mean", "--presets=paper,long-512"]
     compiled = ["--ops=qk_attention_mse", "--presets=paper,xnli", "--compile"]
     step = [python, "benchmarks/bench_step.py", "--model=bert-base", "--device=cuda", f"--out={OUT / 'step.json'}"]
-    tests = [*pytest, "cuda", "-v", *KERNEL_TESTS, *OTHER_TESTS]
+    tests = [*pytest, "cuda", "-v"]
     if importlib.util.find_spec("xdist"):
         tests += ["-n", "8"]
     if importlib.util.find_spec("pytest_timeout"):
@@ -75,8 +78,10 @@ def steps() -> dict[str, Step]:
     planned: list[Step] = [
         ("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 280, "nvcc"),
         ("environment", [python, "-m", "ear_ops.env_report"], 60, None),
-        ("gpu tests", tests, 150, None),
+        ("gpu tests", [*tests, *KERNEL_TESTS, *OTHER_TESTS], 150, None),
+        ("hopper tests", [*tests, KERNEL_TESTS[0]], 60, None),
         ("losses", [*bench, "--repeats=50", f"--out={OUT / 'losses.json'}"], 120, None),
+        ("comparisons", [*bench, *comparisons, "--repeats=20", f"--out={OUT / 'comparisons.json'}"], 60, None),
         ("long rows", [*bench, *long, "--repeats=20", f"--out={OUT / 'long.json'}"], 60, None),
         ("training step", step, 60, None),
         ("compile", [*bench, *compiled, "--repeats=50", f"--out={OUT / 'compile.json'}"], 120, None),

@@ -500,9 +500,17 @@ def test_gpu_check_runs_steps_by_name() -> None:
     assert done.returncode == 1 and "unknown steps memchek: expected some of 'tests', 'bench', 'build'" in done.stderr
 
 
-def test_gpu_check_names_test_files_that_exist() -> None:
-    named = [*gpu_check.KERNEL_TESTS, *gpu_check.OTHER_TESTS]
-    assert not [path for path in named if not (BENCHMARKS.parent / path).is_file()]
+def test_gpu_check_runs_every_test_that_a_gpu_can_run() -> None:
+    """These take the fixture `device` or, where they run a model, `model_device`."""
+    root = BENCHMARKS.parent
+    on_devices = {
+        path.relative_to(root).as_posix()
+        for path in (root / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test")
+        if {"device", "model_device"} & {argument.arg for argument in node.args.args}
+    }
+    assert {*gpu_check.KERNEL_TESTS, *gpu_check.OTHER_TESTS} == on_devices
 
 
 def test_tests_take_helpers_from_support_and_never_from_benchmarks() -> None:

@@ -90,6 +90,14 @@ def test_the_error_rule(form: str, backend: str, feature: str, dtype: torch.dtyp
     check_case(case_of(form, 33, reduction="sum", **options), dtype, backend)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(130, 333), (100, 100)], ids=["130 and 333", "100"])
+@pytest.mark.parametrize("form", QK)
+def test_the_error_rule_of_long_rows(form: str, lengths: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    """Rows of up to 128 keys and longer ones have kernels of their own on CUDA."""
+    check_case(case_of(form, *lengths, dim=64, reduction="sum"), dtype, device, device)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)  # float16 has no probabilities of less than 6e-8
 @pytest.mark.parametrize("closeness", [1e-4, 1.0])
 @pytest.mark.parametrize("form", [name for name in FORMS if name not in QK])
