@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -296,6 +297,41 @@ def test_the_committed_page_of_tables_is_made_of_the_committed_results() -> None
         assert plot in readme or f"`{folder.name}`" in readme, f"README.md leaves out {folder.name}"
         for fact in (result["facts"] for result in report.read(folder)):
             assert fact.get("kind", folder.name) == folder.name
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtypes", "text"),
+    [
+        (
+            "epyc-avx512-bf16",
+            ("float32", "bfloat16"),
+            "is {} times as fast as eager PyTorch at the sizes of real models",
+        ),
+        ("epyc-avx2", ("float32",), "{} times in float32 on the second"),
+        ("xeon-avx512", ("float32", "bfloat16"), "(`xeon-avx512`), {}."),
+    ],
+)
+def test_the_readme_says_what_was_measured(kind: str, dtypes: tuple[str, ...], text: str) -> None:
+    """The speed of the fused loss over eager PyTorch, with both passes, in all presets but the tiny one."""
+    rows = [
+        row for name in ("qk", "long") for row in json.loads((report.SPEED / kind / f"{name}.json").read_text())["rows"]
+    ]
+    ratios = [
+        row["eager_over_this"]
+        for row in rows
+        if row["provider"] == "fused" and row["mode"] == "forward+backward" and "eager_over_this" in row
+        if row["preset"] != "small" and row["dtype"] in dtypes
+    ]
+    readme = " ".join((report.ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert text.format(f"{min(ratios):.1f} to {max(ratios):.1f}") in readme
+
+
+def test_the_readme_counts_the_models_that_were_checked() -> None:
+    rows = json.loads((report.ROOT / "benchmarks/results/architectures/architectures.json").read_text())["rows"]
+    count = Counter(row["status"] for row in rows)
+    readme = " ".join((report.ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{count['correct']} model types of transformers give the exact loss" in readme
+    assert f"{count['refused']} others are refused with a message, {count['failed']} failed" in readme
 
 
 def test_report_says_how_straight_memory_is_over_length() -> None:
