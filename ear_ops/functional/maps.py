@@ -19,7 +19,8 @@ from ear_ops.functional.options import (
 )
 from ear_ops.functional.values import can_be_read
 from ear_ops.ops.attention_divergences import ATTENTION_DIVERGENCES
-from ear_ops.ops.attention_mse import ATTENTION_MSE, MapsProblem, maps_problem
+from ear_ops.ops.attention_mse import ATTENTION_MSE
+from ear_ops.ops.maps import MapsProblem, maps_problem
 from ear_ops.ops.mean_heads import normalized_weights
 from ear_ops.ops.reductions import check_reduction, reduce_attention
 

@@ -108,9 +108,9 @@ def qk_attention_mse(
     )
     if heads == "mean":
         averages = _averages(problem, head_weights, one_scale=scale is not None)
-        sums = QK_MEAN_HEADS["mse"].sums(averages, backend, averages.unsupported)
+        sums = QK_MEAN_HEADS["mse"].sums(averages, backend)
     else:
-        sums = weigh_heads(QK_ATTENTION_MSE.sums(problem, backend, problem.unsupported), head_weights)
+        sums = weigh_heads(QK_ATTENTION_MSE.sums(problem, backend), head_weights)
     return reduce_attention(sums, reduction, query.shape[2], key.shape[2], counted_pairs)
 
 
@@ -296,7 +296,7 @@ def qk_scores_mse(
         softcap=softcap,
         count_padded_queries=reduction == "padded_mean",
     )
-    sums = weigh_heads(QK_SCORES_MSE.sums(problem, backend, problem.unsupported), head_weights)
+    sums = weigh_heads(QK_SCORES_MSE.sums(problem, backend), head_weights)
     counted_pairs = problem.shared_pairs() if reduction == "mean" else None
     return reduce_attention(sums, reduction, query.shape[2], key.shape[2], counted_pairs)
 
@@ -345,7 +345,7 @@ def _qk_divergence(
         compared, operator = _averages(problem, head_weights, one_scale), QK_MEAN_HEADS[name]
     if support == "shared":
         compared = compared.on_shared_keys()
-    sums = operator.sums(compared, backend, compared.unsupported)
+    sums = operator.sums(compared, backend)
     sums = sums if heads == "mean" else weigh_heads(sums, head_weights)
     return reduce_rows(sums, name, problem.counted_queries, reduction, query.shape[2])
 

@@ -118,7 +118,7 @@ def qk_word_attention(
         count_padded_queries=False,
     )
     operators = QK_WORD_ATTENTION if support == "all" else QK_WORD_ATTENTION_ON_SHARED_WORDS  # which have no "mse"
-    sums = operators[divergence].sums(problem, backend, problem.unsupported)
+    sums = operators[divergence].sums(problem, backend)
     if divergence == "mse":
         return reduce_attention(weigh_heads(sums, head_weights), reduction, words, words, masks.counted_pairs)
     sums = weigh_heads(sums, head_weights)

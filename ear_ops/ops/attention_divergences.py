@@ -6,9 +6,9 @@ import functools
 
 from torch import Tensor
 
-from ear_ops.ops.attention_mse import MapsProblem
 from ear_ops.ops.blocks import sum_over_blocks
 from ear_ops.ops.divergences import DIVERGENCES, divergence_of_maps
+from ear_ops.ops.maps import MapsProblem
 from ear_ops.ops.operator import ReferenceOperator
 
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ear_ops.ops.attention_mse import mean_over_heads
 from ear_ops.ops.blocks import sum_over_blocks
 from ear_ops.ops.divergences import DIVERGENCES, apply_function, finite_where_left_out, softmax_of
 from ear_ops.ops.gradient_operator import GradientOperator
+from ear_ops.ops.maps import mean_over_heads
 from ear_ops.ops.masks import split_views
 from ear_ops.ops.probabilities import attention_scores, compute_dtype
 from ear_ops.ops.problem import AttentionProblem, views_of

@@ -53,13 +53,12 @@ class ReferenceOperator:
         self.name = name
         self.reference = reference
 
-    def sums(self, problem: Any, backend: str | None = None, unsupported: str | None = None) -> Tensor:
+    def sums(self, problem: Any, backend: str | None = None) -> Tensor:
         """The sums of ``problem`` by the chosen backend, differentiable.
 
-        Args:
-            backend: see :mod:`ear_ops.functional`.
-            unsupported: why no kernel can take this problem, if so.
+        ``backend``: see :mod:`ear_ops.functional`. A problem's property ``unsupported`` says why no kernel can take it.
         """
+        unsupported: str | None = getattr(problem, "unsupported", None)
         if select_backend(backend, problem[0], self.name, self.kernels, unsupported) == "reference":
             with _without_autocast(problem[0]):
                 return self.reference(problem)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ear_ops.ops.attention_mse import squared_difference_sums
+from ear_ops.ops.maps import squared_difference_sums
 from ear_ops.ops.operator import Operator
 from ear_ops.ops.problem import AttentionProblem, fake_outputs
 

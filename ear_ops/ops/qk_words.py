@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ear_ops.ops.attention_mse import on_shared_keys, squared_difference_sums
 from ear_ops.ops.blocks import sum_over_blocks
 from ear_ops.ops.divergences import DIVERGENCES, divergence_of_maps
+from ear_ops.ops.maps import on_shared_keys, squared_difference_sums
 from ear_ops.ops.masks import split_views
 from ear_ops.ops.operator import Operator, ReferenceOperator
 from ear_ops.ops.probabilities import attention_probabilities, compute_dtype
