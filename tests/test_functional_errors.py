@@ -245,6 +245,21 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
         ValueError,
         ["attention_mask:", "on cpu", "got one on meta"],
     ),
+    "a list for a bias at another temperature": (
+        lambda: ear_ops.qk_attention_kl(QUERY, KEY, QUERY, KEY, attn_bias=[[0.0]], temperature=2.0),
+        TypeError,
+        ["attn_bias:", "a tensor", "got list"],
+    ),
+    "a list of queries at another temperature": (
+        lambda: ear_ops.qk_attention_js([0.0], KEY, QUERY, KEY, temperature=2.0),
+        TypeError,
+        ["query:", "a tensor [B, H, L, D]", "got list"],
+    ),
+    "no head dimension at another temperature": (
+        lambda: ear_ops.qk_attention_kl(*[t[..., :0] for t in (QUERY, KEY, QUERY, KEY)], temperature=2.0),
+        ValueError,
+        ["query:", "at least 1", "got", "[2, 4, 5, 0]"],
+    ),
     "a list for a bias": (lambda: qk(attn_bias=[[0.0]]), TypeError, ["attn_bias:", "a tensor", "got list"]),
     "a causality that is no bool": (lambda: qk(is_causal="no"), TypeError, ["is_causal:", "True or False", "got 'no'"]),
     "a scale that is learnt": (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from torch import Tensor, nn
 
@@ -39,7 +40,8 @@ class LogitsSite:
 
     def install(self, listener: Listener) -> list[Undo]:
         # Before the other hooks of root, of which one ends the record.
-        return [self.root.register_forward_hook(_LogitsTap(listener), prepend=True).remove]
+        tap = _LogitsTap(listener, _may_return_logits(self.root))
+        return [self.root.register_forward_hook(tap, prepend=True).remove]
 
     def read(self, record: Record, what: str) -> Logits:
         logits = record.call(_KEY, what).tensor
@@ -58,9 +60,21 @@ class LogitsSite:
         return Logits(logits, padding_mask(received, None, rows, length, what))
 
 
+def _may_return_logits(root: nn.Module) -> bool:
+    """False for a model of transformers whose output, by the annotation of its forward, has no field ``logits``."""
+    try:
+        returned = get_type_hints(root.forward).get("return")
+    except (NameError, TypeError):
+        return True
+    outputs = [kind for kind in (get_args(returned) or (returned,)) if is_dataclass(kind)]
+    return not outputs or any(field.name == "logits" for kind in outputs for field in fields(kind))
+
+
 class _LogitsTap(ModelHook):
-    def __init__(self, listener: Listener) -> None:
-        self.listener = listener
+    """``takes_tuples``: whether the logits may be in a tuple that the model returns."""
+
+    def __init__(self, listener: Listener, takes_tuples: bool) -> None:
+        self.listener, self.takes_tuples = listener, takes_tuples
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         record = self.listener.record
@@ -68,6 +82,7 @@ class _LogitsTap(ModelHook):
             return
         if isinstance(output, Mapping):
             output = output.get("logits")
-        elif isinstance(output, tuple):  # of an older model: the loss, where there is one, comes first
-            output = next((value for value in output if isinstance(value, Tensor) and value.dim() > 1), None)
+        elif isinstance(output, tuple):  # with return_dict=False; the loss, where there is one, comes first
+            tensors = output if self.takes_tuples else ()
+            output = next((value for value in tensors if isinstance(value, Tensor) and value.dim() > 1), None)
         record.add(_KEY, TensorCall(getattr(output, "logits", output)))

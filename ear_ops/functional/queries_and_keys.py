@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ear_ops.arguments import check_choice
@@ -19,7 +18,6 @@ from ear_ops.functional.options import (
 from ear_ops.functional.values import can_be_read
 from ear_ops.ops.mean_heads import QK_MEAN_HEADS, MeanHeadsProblem, mean_heads_problem
 from ear_ops.ops.operator import ReferenceOperator
-from ear_ops.ops.probabilities import compute_dtype
 from ear_ops.ops.problem import AttentionProblem, attention_problem
 from ear_ops.ops.qk_attention_mse import QK_ATTENTION_MSE
 from ear_ops.ops.qk_divergences import QK_DIVERGENCES, QK_SCORES_MSE
@@ -320,14 +318,6 @@ def _qk_divergence(
     """The divergence called ``name``; ``masks``: masks and structure, as for :func:`qk_attention_mse`."""
     check_reduction(reduction)
     check_divergence_options(temperature=temperature, support=support, heads=heads)
-    one_scale = scale is not None
-    if temperature != 1.0:  # as a scale of everything that the scores are made of, so that kernels need not know of it
-        scale = (query.shape[-1] ** -0.5 if scale is None else scale) / temperature
-        softcap = None if softcap is None else softcap / temperature
-        attn_bias, attn_bias_aug = (
-            None if bias is None else _cooled_bias(bias, temperature, compute_dtype(query.dtype))
-            for bias in (attn_bias, attn_bias_aug)
-        )
     problem, _ = attention_problem(
         query,
         *other_tensors,
@@ -335,6 +325,7 @@ def _qk_divergence(
         attn_bias_aug=attn_bias_aug,
         scale=scale,
         softcap=softcap,
+        temperature=temperature,
         count_padded_queries=reduction == "padded_mean",
         heads=heads,
         **masks,
@@ -342,7 +333,7 @@ def _qk_divergence(
     compared: AttentionProblem | MeanHeadsProblem = problem
     operator: ReferenceOperator = QK_DIVERGENCES[name]
     if heads == "mean":
-        compared, operator = _averages(problem, head_weights, one_scale), QK_MEAN_HEADS[name]
+        compared, operator = _averages(problem, head_weights, one_scale=scale is not None), QK_MEAN_HEADS[name]
     if support == "shared":
         compared = compared.on_shared_keys()
     sums = operator.sums(compared, backend)
@@ -355,11 +346,3 @@ def _averages(problem: AttentionProblem, head_weights: Tensor | None, one_scale:
     check_head_weights(head_weights)
     check_weights = can_be_read(head_weights)
     return mean_heads_problem(problem, head_weights, one_scale=one_scale, check_weights=check_weights)
-
-
-def _cooled_bias(bias: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    """``bias / temperature`` in ``dtype``; what is finite stays finite, since -inf masks."""
-    if not bias.is_floating_point():
-        return bias
-    cooled, limits = bias.to(dtype) / temperature, torch.finfo(dtype)
-    return torch.where(torch.isinf(bias), cooled, cooled.clamp(limits.min, limits.max))

@@ -89,7 +89,7 @@ def _with_target(p: Tensor, t: Tensor) -> Tensor:
 def _log_to_mean(x: Tensor) -> tuple[Tensor, Tensor]:
     """``log P - log M`` and ``log T - log M``, M = (P + T) / 2."""
     x = x.clamp(-_FAR, _FAR)
-    distance = x.abs()
+    distance = torch.where(x < 0, -x, x)  # whose derivative at 0 is not 0, as that of abs: second derivatives need it
     larger = -torch.log1p(torch.expm1(-distance) / 2.0)  # of the view with the larger probability: in [0, log 2]
     smaller = larger - distance
     return torch.where(x < 0, larger, smaller), torch.where(x < 0, smaller, larger)

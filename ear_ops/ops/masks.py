@@ -145,9 +145,11 @@ def resolve_attention_masks(
     counted_queries = None if both_queries is None else both_queries[:batch] & both_queries[batch:]
     if key_mask is None and counted_queries is None:
         return AttentionMasks(None, None, None)
-    queries = query_length if counted_queries is None else counted_queries.sum(dim=1)
-    keys = key_length if key_mask is None else (key_mask[:batch] | key_mask[batch:]).sum(dim=1)
-    return AttentionMasks(key_mask, counted_queries, torch.as_tensor(queries * keys))
+    queries: Tensor | int = query_length if counted_queries is None else counted_queries.sum(dim=1)
+    keys: Tensor | int = key_length if key_mask is None else (key_mask[:batch] | key_mask[batch:]).sum(dim=1)
+    counted_pairs = queries * keys
+    assert isinstance(counted_pairs, Tensor), "one of both has a mask"
+    return AttentionMasks(key_mask, counted_queries, counted_pairs)
 
 
 def _as_bool(name: str, mask: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:

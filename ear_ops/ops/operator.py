@@ -138,7 +138,8 @@ class FusedOperator(Function):
     def backward(ctx: Any, grad_sums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         operator = OPERATORS[ctx.name]
         refuse_second_derivative(ctx.name)
-        tensors, saved = ctx.saved_tensors[: operator.tensors], ctx.saved_tensors[operator.tensors :]
+        unpacked = ctx.saved_tensors  # once: checkpointing without reentry allows no second time
+        tensors, saved = unpacked[: operator.tensors], unpacked[operator.tensors :]
         needs = list(ctx.needs_input_grad[1 : 1 + operator.differentiable])
         gradients = iter(operator.backward_op(grad_sums, *tensors, *ctx.options, *saved, needs))
         placed = [next(gradients) if needed else None for needed in needs]

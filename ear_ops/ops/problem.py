@@ -147,6 +147,7 @@ def attention_problem(
     is_causal: bool,
     window: int | None,
     softcap: float | None,
+    temperature: float = 1.0,
     count_padded_queries: bool,
     heads: str = "each",
 ) -> tuple[AttentionProblem, Tensor | None]:
@@ -154,7 +155,8 @@ def attention_problem(
 
     The number is None where all pairs count. ``count_padded_queries`` belongs to the reduction ``"padded_mean"``; for
     the other arguments see :func:`ear_ops.qk_attention_mse`. With ``heads="mean"`` the views may have different numbers
-    of heads and head dimensions, and ``scale`` is that of the first.
+    of heads and head dimensions, and ``scale`` is that of the first. ``temperature`` divides all that the scores are
+    made of, so that kernels need not know of it.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -190,7 +192,7 @@ def attention_problem(
     shapes = [
         (pairs, like.shape[1], query_length, key_length) for like in (query, query if query_aug is None else query_aug)
     ]
-    bias, bias_aug = _resolve_biases(attn_bias, attn_bias_aug, shapes, stacked, query)
+    bias, bias_aug = _resolve_biases(attn_bias, attn_bias_aug, shapes, stacked, query, temperature)
     problem = AttentionProblem(
         query=query,
         key=key,
@@ -200,10 +202,10 @@ def attention_problem(
         counted_queries=masks.counted_queries,
         attn_bias=bias,
         attn_bias_aug=bias_aug,
-        scale=1.0 / math.sqrt(head_dim) if scale is None else scale,
+        scale=(1.0 / math.sqrt(head_dim) if scale is None else scale) / temperature,
         is_causal=is_causal,
         window=window or 0,
-        softcap=softcap,
+        softcap=None if softcap is None else softcap / temperature,
     )
     return problem, masks.counted_pairs
 
@@ -254,6 +256,7 @@ def _resolve_biases(
     shapes: Sequence[tuple[int, int, int, int]],
     stacked: bool,
     like: Tensor,
+    temperature: float,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Each view's bias expanded to its ``[B, H, L, S]`` in the compute dtype; the second None where both share it."""
     if bias is None:
@@ -263,16 +266,16 @@ def _resolve_biases(
     if stacked and bias_aug is not None:
         raise ValueError("attn_bias_aug: expected None, because both views came in one tensor, got a tensor")
     shape, shape_aug = shapes
-    first = _expand_bias("attn_bias", bias, (2 * shape[0], *shape[1:]) if stacked else shape, like)
+    first = _expand_bias("attn_bias", bias, (2 * shape[0], *shape[1:]) if stacked else shape, like, temperature)
     if stacked:
         shared = bias.dim() < 4 or bias.shape[0] == 1
         return (first[: shape[0]], None) if shared else split_views(first, None)
     if bias_aug is not None:
-        return first, _expand_bias("attn_bias_aug", bias_aug, shape_aug, like)
-    return first, None if shape_aug == shape else _expand_bias("attn_bias", bias, shape_aug, like)
+        return first, _expand_bias("attn_bias_aug", bias_aug, shape_aug, like, temperature)
+    return first, None if shape_aug == shape else _expand_bias("attn_bias", bias, shape_aug, like, temperature)
 
 
-def _expand_bias(name: str, bias: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+def _expand_bias(name: str, bias: Tensor, shape: tuple[int, ...], like: Tensor, temperature: float) -> Tensor:
     check_tensor(name, bias, "pass a tensor that broadcasts to the scores")
     if bias.requires_grad:
         raise ValueError(
@@ -284,7 +287,11 @@ def _expand_bias(name: str, bias: Tensor, shape: tuple[int, ...], like: Tensor) 
         bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device).masked_fill(~bias, -math.inf)
     elif not bias.dtype.is_floating_point:
         raise TypeError(f"{name}: expected float (additive) or bool (True = attend), got {bias.dtype}")
+    bias = bias.to(device=like.device, dtype=dtype)
+    if temperature != 1.0:  # what is finite stays finite, since -inf masks
+        cooled, limits = bias / temperature, torch.finfo(dtype)
+        bias = torch.where(torch.isinf(bias), cooled, cooled.clamp(limits.min, limits.max))
     try:
-        return bias.to(device=like.device, dtype=dtype).expand(shape)
+        return bias.expand(shape)
     except RuntimeError:
         raise ValueError(f"{name}: expected a shape broadcastable to {list(shape)}, got {list(bias.shape)}") from None

@@ -88,3 +88,28 @@ def test_copy_of_an_attached_model_compiles(tools):
     with attach(model, TERMS):
         copied = copy.deepcopy(model)
     assert torch.equal(compiled(copied)(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("compiled_part", ["layer", "layer in its place", "attention"])
+@pytest.mark.parametrize("attached", ["before", "after"])
+def test_layers_that_are_compiled_one_by_one(tools, compiled_part, attached):
+    """Layers share a graph, of which one layer alone is looked at."""
+    model, batch = tools.build_model("bert", layers=4), tools.build_batch()
+    terms = [AttentionPull(3), SentencePull(2)]
+    with attach(model, terms) as ear:
+        model(**batch)
+        expected = ear.loss()
+    if attached == "before":
+        ear = attach(model, terms)
+    layers = model.bert.encoder.layer
+    for index, layer in enumerate(layers):
+        if compiled_part == "layer in its place":
+            layers[index] = torch.compile(layer, backend="eager")
+        else:
+            (layer if compiled_part == "layer" else layer.attention).compile(backend="eager")
+    if attached == "after":
+        ear = attach(model, terms)
+    for _ in range(2):
+        model(**batch)
+        torch.testing.assert_close(ear.loss(), expected)
+    ear.detach()

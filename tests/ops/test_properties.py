@@ -15,6 +15,7 @@ from support.changes import bits_equal, fill_padding, padding_of, pairs_of, same
 from support.rules import check_case
 from support.strategies import DTYPES, MASK_KINDS, OPS, cases
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 every_op = pytest.mark.parametrize("op", OPS)
 PLAIN = ("contiguous",)  # layouts
@@ -43,6 +44,26 @@ def test_repeated_bit_for_bit(op: str, device: str, data: st.DataObject) -> None
     case = data.draw(cases(op, dtypes=DTYPES[:3])).to(device)
     upstream = case.upstream()
     assert same_results(case.run(device, upstream=upstream), case.run(device, upstream=upstream))
+
+
+@every_op
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_inside_a_checkpoint(op: str, device: str, use_reentrant: bool) -> None:
+    case = case_of(op, 9).to(torch.float32).to(device)
+    expected = case.run(device)
+    inputs = [tensor.requires_grad_() for tensor in case.inputs()]
+    value = checkpoint(lambda *tensors: case.call(tensors, device), *inputs, use_reentrant=use_reentrant)
+    value.backward()
+    assert same_results((value.detach(), [tensor.grad for tensor in inputs]), expected)
+
+
+@every_op
+def test_a_default_device_changes_nothing(op: str, device: str) -> None:
+    case = case_of(op, 9, lengths=([9, 6], [9, 6]), pairs=2).to(torch.float32).to(device)
+    inputs = case.inputs()
+    with torch.device("meta"):
+        value = case.call(inputs, device)
+    assert bits_equal(value, case.run(device)[0])
 
 
 @every_op

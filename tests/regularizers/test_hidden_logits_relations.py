@@ -253,6 +253,18 @@ def test_predictions_of_two_views(labels: Tensor | None, return_dict: bool) -> N
     torch.testing.assert_close(of_views(model, LogitsPull(divergence="js")), (kl(first, mean) + kl(second, mean)) / 2)
 
 
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("kind", [transformers.BertModel, transformers.BertForQuestionAnswering])
+def test_what_are_no_logits_is_refused(kind: type[nn.Module], return_dict: bool) -> None:
+    config = bert().config
+    config.num_labels = 2  # of a span: where it begins and where it ends
+    model = kind(config).eval()
+    with attach(model, [LogitsPull()]) as ear:
+        model(**BATCH, return_dict=return_dict)
+        with pytest.raises(ValueError, match=f"expected {kind.__name__} to return logits .* got no tensor of that"):
+            ear.loss()
+
+
 def test_predictions_of_tokens() -> None:
     model = bert(tokens=True)
     first, second = model(**BATCH).logits.chunk(2)

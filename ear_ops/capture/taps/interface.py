@@ -88,7 +88,7 @@ def _reporting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, which reports its arguments to the taps of the module that calls it."""
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if TAPS in module.__dict__:
+        if hasattr(module, TAPS):  # which a compiled graph of another layer looks at, as it does not at __dict__
             for tap in module.__dict__[TAPS]:
                 tap.report(name, module, *args, **kwargs)
         return function(module, *args, **kwargs)
