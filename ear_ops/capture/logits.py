@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import NamedTuple, get_args, get_type_hints
 
 from torch import Tensor, nn
 
 from ear_ops.capture.masks import find_padding, padding_mask
-from ear_ops.capture.records import Record, TensorCall
-from ear_ops.capture.sites import Listener, Undo
-from ear_ops.capture.taps.hooks import ModelHook
+from ear_ops.capture.records import Listener, Record
+from ear_ops.capture.sites import Undo
+from ear_ops.capture.taps.modules import LogitsTap
 
 _KEY = "logits"
 
@@ -40,7 +39,7 @@ class LogitsSite:
 
     def install(self, listener: Listener) -> list[Undo]:
         # Before the other hooks of root, of which one ends the record.
-        tap = _LogitsTap(listener, _may_return_logits(self.root))
+        tap = LogitsTap(listener, _KEY, _may_return_logits(self.root))
         return [self.root.register_forward_hook(tap, prepend=True).remove]
 
     def read(self, record: Record, what: str) -> Logits:
@@ -68,21 +67,3 @@ def _may_return_logits(root: nn.Module) -> bool:
         return True
     outputs = [kind for kind in (get_args(returned) or (returned,)) if is_dataclass(kind)]
     return not outputs or any(field.name == "logits" for kind in outputs for field in fields(kind))
-
-
-class _LogitsTap(ModelHook):
-    """``takes_tuples``: whether the logits may be in a tuple that the model returns."""
-
-    def __init__(self, listener: Listener, takes_tuples: bool) -> None:
-        self.listener, self.takes_tuples = listener, takes_tuples
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        record = self.listener.record
-        if record is None:
-            return
-        if isinstance(output, Mapping):
-            output = output.get("logits")
-        elif isinstance(output, tuple):  # with return_dict=False; the loss, where there is one, comes first
-            tensors = output if self.takes_tuples else ()
-            output = next((value for value in tensors if isinstance(value, Tensor) and value.dim() > 1), None)
-        record.add(_KEY, TensorCall(getattr(output, "logits", output)))

@@ -20,8 +20,8 @@ from ear_ops.capture.masks import (
 )
 from ear_ops.capture.nested import padded
 from ear_ops.capture.readings import AttentionInputs
-from ear_ops.capture.records import AttentionCall, Record
-from ear_ops.capture.sites import Listener, Place, Surroundings, Undo
+from ear_ops.capture.records import AttentionCall, Listener, Record
+from ear_ops.capture.sites import Place, Surroundings, Undo
 from ear_ops.capture.taps.multihead import MultiheadCall, MultiheadTap
 
 

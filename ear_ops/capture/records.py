@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -244,3 +244,9 @@ def tensor_version(tensor: Any) -> int | None:
     if not isinstance(tensor, Tensor) or torch.compiler.is_compiling() or tensor.is_inference():
         return None
     return tensor._version
+
+
+class Listener(Protocol):
+    """What a tap reports to: the recorder, whose ``record`` is None while nothing is recorded."""
+
+    record: Record | None

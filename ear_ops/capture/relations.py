@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
-
-from torch import Tensor, nn
 
 from ear_ops.capture.multihead import MultiheadSite
 from ear_ops.capture.readings import AttentionInputs, AttentionMaps
-from ear_ops.capture.records import Record, TensorCall
-from ear_ops.capture.sites import AttentionSite, Listener, Undo
+from ear_ops.capture.records import Listener, Record
+from ear_ops.capture.sites import AttentionSite, Undo
 from ear_ops.capture.taps.hooks import add_tap, remove_tap
+from ear_ops.capture.taps.interface import ValueTap
 
 
 class RelationSite:
@@ -41,7 +39,7 @@ class RelationSite:
     def install(self, listener: Listener) -> list[Undo]:
         undo = self.attention.install(listener)
         if self.of == "value":
-            tap = _ValueTap(listener, self._value_key)
+            tap = ValueTap(listener, self._value_key)
             for module in self.attention.place.modules:
                 add_tap(module, tap)
                 undo.append(functools.partial(remove_tap, module, tap))
@@ -59,24 +57,3 @@ class RelationSite:
             place = self.attention.place
             states = record.call(self._value_key, what, place.call, place.calls).tensor
         return AttentionInputs(states, states, mask, mask, attn_bias=None)
-
-
-class _ValueTap:
-    """Found on its attention module by :mod:`ear_ops.capture.taps.interface`."""
-
-    def __init__(self, listener: Listener, key: str) -> None:
-        self.listener, self.key = listener, key
-
-    def report(
-        self,
-        implementation: str,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        record = self.listener.record
-        if record is not None:
-            record.add(self.key, TensorCall(value))

@@ -7,7 +7,6 @@ one forward into a reading, which a loss takes.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -25,17 +24,13 @@ from ear_ops.capture.masks import (
 )
 from ear_ops.capture.nested import padded
 from ear_ops.capture.readings import AttentionInputs, AttentionMaps, HiddenStates
-from ear_ops.capture.records import AttentionCall, Record, SoftmaxCall, TensorCall, may_be_padding
-from ear_ops.capture.taps.hooks import ModelHook, add_tap, remove_tap
+from ear_ops.capture.records import AttentionCall, Listener, Record, SoftmaxCall
+from ear_ops.capture.taps.hooks import add_tap, remove_tap
 from ear_ops.capture.taps.inside import Watch, other_softmax
+from ear_ops.capture.taps.interface import AttentionTap
+from ear_ops.capture.taps.modules import InputTap, MaskTap, OutputTap
 
 Undo = Callable[[], None]
-
-
-class Listener(Protocol):
-    """What a tap reports to: the recorder, whose ``record`` is None while nothing is recorded."""
-
-    record: Record | None
 
 
 class Site(Protocol):
@@ -131,7 +126,7 @@ class AttentionSite:
     def install(self, listener: Listener) -> list[Undo]:
         if self.inside:
             return [undo for module in self.place.modules for undo in Watch(listener, self.place.path).install(module)]
-        tap = _AttentionTap(listener, self.place.path)
+        tap = AttentionTap(listener, self.place.path)
         for module in self.place.modules:
             add_tap(module, tap)
         return [functools.partial(remove_tap, module, tap) for module in self.place.modules]
@@ -216,7 +211,7 @@ class ProjectionSite:
 
     def install(self, listener: Listener) -> list[Undo]:
         return [
-            module.register_forward_hook(_OutputTap(listener, f"projection:{path}")).remove
+            module.register_forward_hook(OutputTap(listener, f"projection:{path}")).remove
             for path, module in ((self.query, self.query_module), (self.key, self.key_module))
         ]
 
@@ -293,10 +288,10 @@ class HiddenSite:
             masks = MaskTap(listener, self._mask_key, block)
             handles.append(block.register_forward_pre_hook(masks, with_kwargs=True))
             if self.side == "input":
-                before = _InputTap(listener, self._tap_key)
+                before = InputTap(listener, self._tap_key)
                 handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
             else:
-                handles.append(block.register_forward_hook(_OutputTap(listener, self._tap_key)))
+                handles.append(block.register_forward_hook(OutputTap(listener, self._tap_key)))
         self.handles = tuple(handles)
         return [*undo, *(handle.remove for handle in handles)]
 
@@ -307,62 +302,6 @@ class HiddenSite:
         states = _expect_tensor(tensor, "[B, L, C]", f"{what}: the {self.side} of {self.place.path}")
         rows, length = states.shape[:2]
         return HiddenStates(states, find_padding(record, self.model, self._mask_key, rows, length, what))
-
-
-class _AttentionTap:
-    """Found on its attention module by :mod:`.interface`."""
-
-    def __init__(self, listener: Listener, key: str) -> None:
-        self.listener, self.key = listener, key
-
-    def report(self, implementation: str, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        record = self.listener.record
-        if record is not None:
-            record.add(self.key, AttentionCall(implementation, module, *args, **kwargs))
-
-
-class _InputTap(ModelHook):
-    """Forward pre-hook of a block; transformers pass the hidden states first or by keyword."""
-
-    def __init__(self, listener: Listener, key: str) -> None:
-        self.listener, self.key = listener, key
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        record = self.listener.record
-        if record is not None:
-            record.add(self.key, TensorCall(args[0] if args else kwargs.get("hidden_states")))
-
-
-class MaskTap(ModelHook):
-    """Forward pre-hook of a block, or of what is around it: the masks that it received by name."""
-
-    def __init__(self, listener: Listener, key: str, block: nn.Module) -> None:
-        self.listener, self.key = listener, key
-        self.names = list(inspect.signature(block.forward).parameters)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        record = self.listener.record
-        if record is None or self.key in record.masks:
-            return
-        received = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        record.masks[self.key] = {
-            name: TensorCall(value)
-            for name, value in received.items()
-            if name == "attention_mask" or may_be_padding(name, module)
-        }
-
-
-class _OutputTap(ModelHook):
-    """Forward hook; blocks of older design return a tuple with the hidden states first."""
-
-    def __init__(self, listener: Listener, key: str) -> None:
-        self.listener, self.key = listener, key
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        record = self.listener.record
-        if record is not None:
-            source = next((value for value in args if isinstance(value, Tensor)), None)
-            record.add(self.key, TensorCall(output[0] if isinstance(output, tuple) else output, source))
 
 
 def _query_mask(key_mask: Tensor | None, query_length: int, key_length: int) -> Tensor | None:

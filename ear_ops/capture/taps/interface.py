@@ -15,8 +15,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ear_ops.capture.records import AttentionCall, Listener, TensorCall
 from ear_ops.capture.taps.hooks import TAPS
 
 _lock = threading.Lock()
@@ -94,3 +95,37 @@ def _reporting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return function(module, *args, **kwargs)
 
     return attention
+
+
+class _InterfaceTap:
+    """Found on its attention module by the attention function. ``key``: under which the record keeps what it takes."""
+
+    def __init__(self, listener: Listener, key: str) -> None:
+        self.listener, self.key = listener, key
+
+
+class AttentionTap(_InterfaceTap):
+    """Takes all that an attention function is called with."""
+
+    def report(self, implementation: str, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        record = self.listener.record
+        if record is not None:
+            record.add(self.key, AttentionCall(implementation, module, *args, **kwargs))
+
+
+class ValueTap(_InterfaceTap):
+    """Takes the values alone."""
+
+    def report(
+        self,
+        implementation: str,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        record = self.listener.record
+        if record is not None:
+            record.add(self.key, TensorCall(value))
