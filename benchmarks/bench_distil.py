@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import measurer
+from measuring import chosen, measurer
 from presets import PRESETS, Preset
 
 import ear_ops
@@ -117,14 +117,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
-    if unknown := set(options.dtypes.split(",")) - set(DTYPES):
-        raise SystemExit(f"--dtypes: expected names out of {', '.join(DTYPES)}, got {', '.join(sorted(unknown))}")
+    dtypes = chosen(options.dtypes, DTYPES, "dtypes")
     using = measurer(options.device)
     if options.device == "cpu":
         keep_freed_memory()
     how = {} if options.device == "cpu" else {"capture": False}  # a step cannot be captured as a CUDA graph
     rows = []
-    for dtype in options.dtypes.split(","):
+    for dtype in dtypes:
         calls = steps(PRESETS["distil"], dtype, options.device)
         times = using.interleaved(calls, options.repeats, **how)
         memory = {name: using.peak_memory(call) for name, call in calls.items()}

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 from limits import Limits, Work, against_limit, fastest
-from measuring import max_error, measurer
+from measuring import chosen, max_error, measurer
 from operations import OPERATIONS, Inputs, Loss, Operation
 from presets import PRESETS
 from torch import Tensor
@@ -151,15 +151,6 @@ def lines(rows: list[dict]) -> str:
     if winner is not first:
         printed.append(f"  {winner['provider']} wins{'' if winner['correct'] else ', with an error that is too large'}")
     return "\n".join(printed)
-
-
-def chosen(value: str, known: dict, option: str) -> list[str]:
-    """Split the value of an option into names, and exit where a name is unknown."""
-    names = value.split(",")
-    for name in names:
-        if name not in known:
-            raise SystemExit(f"--{option}: expected names out of {', '.join(known)}, got {name!r}")
-    return names
 
 
 def main() -> None:

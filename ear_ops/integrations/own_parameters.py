@@ -55,7 +55,7 @@ class OwnParameters:
     def save(self, folder: str | Path) -> None:
         if not self.parameters:
             return
-        from safetensors.torch import save_file  # which transformers needs, and this package does not
+        from safetensors.torch import save_file  # here, since `import ear_ops` needs torch alone
 
         save_file({key: tensor.detach().contiguous() for key, tensor in self.tensors.items()}, Path(folder, SAVED))
 
