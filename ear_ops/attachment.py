@@ -138,6 +138,10 @@ class Attachment:
         """For two forwards in place of one: ``with ear.view("original"): ...``, ``with ear.view("augmented"): ...``.
 
         A view is recorded without grad too; it is a constant target then.
+
+        Raises:
+            RuntimeError: the other view is a teacher's forward, or a view is open already.
+            ValueError: ``name`` is no view.
         """
         self._check_not_copied()
         if self._teacher is not None:

@@ -78,8 +78,8 @@ def padding_mask(received: Any, attention_mask: Any, rows: int, length: int, wha
 def find_padding(record: Record, model: str, block: str | None, rows: int, length: int, what: str) -> Tensor | None:
     """``[rows, length]`` bool mask of the real tokens of hidden states, or None where nothing is masked.
 
-    A model that was called and takes an ``attention_mask`` by name is believed. Where it was passed by (its ``forward``
-    or its parts were called), or is no model of transformers, the mask is looked for by its name: in what the block
+    A model that was called and takes an ``attention_mask`` by name is believed. Where only its ``forward`` or parts of
+    it were called, and where it is no model of transformers, the mask is looked for by its name: in what the block
     received, then in what the root received.
 
     Args:

@@ -50,6 +50,10 @@ def attention_mse(
 
     Returns:
         A scalar, or ``[B, H]`` for ``"none"`` (``[B]`` with ``heads="mean"``); float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        BackendUnavailableError: the backend asked for cannot run.
     """
     check_reduction(reduction)
     check_choice("heads", heads, HEADS)

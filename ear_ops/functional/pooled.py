@@ -31,6 +31,10 @@ def pooled_distance(
 
     Returns:
         A scalar, or ``[B]`` for ``"none"``; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        BackendUnavailableError: the backend asked for cannot run.
     """
     check_reduction(reduction)
     problem = pooled_problem(hidden, hidden_aug, attention_mask=attention_mask, attention_mask_aug=attention_mask_aug)

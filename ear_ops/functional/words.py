@@ -38,9 +38,9 @@ def qk_word_attention(
 ) -> Tensor:
     """A comparison of the attention between words in two views, straight from Q and K.
 
-    The attention of word i to word j is the mean over the pieces of i of the sum over the pieces of j, so a row still
-    sums to 1. Words count where they would be tokens elsewhere: a row of a word that both views have, and columns of
-    words that either has. The memory grows with L. :class:`ear_ops.AttentionPull` with ``alignment="word"`` uses this.
+    The attention of word i to word j is a sum over the pieces of j and a mean over the pieces of i. So a row still sums
+    to 1. A row counts where both views have its word, a column where either has. The memory grows with L.
+    :class:`ear_ops.AttentionPull` with ``alignment="word"`` uses this.
 
     Args:
         query, key, query_aug, key_aug: as for :func:`qk_attention_mse`, of a self-attention: S = L.

@@ -80,8 +80,8 @@ class RegularizedTrainerMixin(_Trainer):
     ) -> None:
         super().__init__(model, args, *others, **more)
         self._check_arguments(two_views=teacher is None)
-        # Loss and terms are means over the batch, so the Trainer has to divide them by the accumulation
-        # steps itself, and must not take the **kwargs of a model for a sign that the model does so.
+        # Loss and terms are means over the batch, so the Trainer has to divide by the accumulation steps. It must not
+        # read the **kwargs of a model as a sign that the model does so.
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False
         self.teacher = None if teacher is None else teacher.eval()

@@ -1,7 +1,8 @@
 """The operators that compare the averages over the heads of two views, whose numbers of heads may differ.
 
-With ``P = sum_h w_h P_h`` of the first view and T likewise of the second, an operator sums ``(P - T)^2`` or the entries
-of a divergence (:mod:`ear_ops.ops.divergences`) over keys and counted queries. The weights are 1 / H, or add up to 1.
+The average of the first view is ``P = sum_h w_h P_h``, that of the second is T likewise. The weights are 1 / H, or add
+up to 1. An operator sums ``(P - T)^2``, or the entries of a divergence (:mod:`ear_ops.ops.divergences`), over keys and
+counted queries.
 
 The gradient of the scores of head h is ``dS_h = f_h - P_h sum f_h``. Here ``f_h = r_h f``, with the slope f of the
 average, and ``r_h = w_h P_h / P`` is the share that the head has in the average. The logarithm of P is a log-sum-exp

@@ -40,11 +40,13 @@ class AttentionPull(Regularizer):
     compared as they are before attention dropout.
 
     Args:
-        layer: block of the model, counted from 1; on an encoder-decoder the encoder's self-attention. Or the path of an
-            attention module as in ``model.named_modules()``, also of a decoder or a cross-attention, in models of
-            transformers, ``nn.MultiheadAttention`` and modules that call softmax themselves. Or a pattern of
-            such paths (``"decoder.layers.*.self_attn"``), ``"middle"`` (6 of 12) or ``"all"``. Or several of them, in a
-            list or as a mapping to factors of the weight, ``{4: 0.5, 6: 1.0}``. Each layer is a term of its own.
+        layer: one of these, each layer being a term of its own:
+
+            * the number of a block, counted from 1; on an encoder-decoder the encoder's self-attention;
+            * the path of an attention module as in ``model.named_modules()``, also of a decoder or a cross-attention,
+              of ``nn.MultiheadAttention``, and of modules that call softmax themselves;
+            * a pattern of such paths (``"decoder.layers.*.self_attn"``), ``"middle"`` (6 of 12) or ``"all"``;
+            * several of them, in a list, or as a mapping to factors of the weight, ``{4: 0.5, 6: 1.0}``.
         weight: see :data:`Weight`, of each layer. 0.1 is the paper's for the squared error; those of
             MiniLM and TinyBERT have the weight 1.
         query, key: instead of ``layer``, for any ``nn.Module``: paths, as in ``model.named_modules()``, of the two
@@ -71,6 +73,9 @@ class AttentionPull(Regularizer):
         reduction: see :mod:`ear_ops.ops.reductions`, except ``"none"``.
         name: key of the term in ``ear.components()``, ``"attention_pull.LAYER"`` by default. With several layers, each
             term is called ``"NAME.LAYER"``.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
 
     def __init__(

@@ -24,6 +24,9 @@ class Regularizer:
         name: key of the term in ``ear.components()``; unique within one :func:`ear_ops.attach`.
         weight: see :data:`Weight`.
         reduction: one of :data:`ear_ops.ops.reductions.REDUCTIONS` except ``"none"``.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
 
     uses_word_ids = False  # whether term() takes word_ids

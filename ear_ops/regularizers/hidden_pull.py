@@ -38,6 +38,9 @@ class HiddenPull(Regularizer):
         reduction: ``"mean"`` divides the sum by the number of counted tokens (for ``"mse"`` times C), ``"padded_mean"``
             counts padded tokens too, ``"equations"`` divides by B, and ``"sum"`` by nothing.
         name: key of the term in ``ear.components()``; ``"hidden_pull.LAYER"`` by default.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
 
     def __init__(

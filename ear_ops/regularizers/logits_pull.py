@@ -40,6 +40,9 @@ class LogitsPull(Regularizer):
     Of an encoder-decoder, ``decoder_attention_mask`` says which tokens are real; without it all of them count.
 
     A class whose logit is -inf in both views adds nothing. Where only the target has a class, KL is +inf.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
 
     def __init__(

@@ -23,6 +23,9 @@ class EmbeddingPush(Regularizer):
         margin: the push has no lower bound. With a margin, the term is minus the mean over pairs of ``min(d, margin)``.
             d is a pair's squared distance as ``reduction`` scales it (``"mean"``: over C). ``"sum"`` takes the sum.
         name: key of the term in ``ear.components()``.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
 
     def __init__(
@@ -59,6 +62,9 @@ class SentencePull(Regularizer):
         weight: see :data:`Weight`.
         reduction: see :mod:`ear_ops.ops.reductions`, except ``"none"``.
         name: key of the term in ``ear.components()``; ``"sentence_pull.LAYER"`` by default.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
 
     def __init__(self, layer: int, weight: Weight = 1.0, *, reduction: str = "mean", name: str | None = None) -> None:

@@ -29,6 +29,9 @@ class RelationPull(Regularizer):
         relation_heads: how many heads to split into; a divisor of the joined size of both models. None keeps the heads.
         reduction: as for :func:`ear_ops.qk_attention_kl`, except ``"none"``.
         name: key of the term in ``ear.components()``; ``"relation_pull.OF.LAYER"`` by default.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
 
     def __init__(

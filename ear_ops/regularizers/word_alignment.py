@@ -4,15 +4,14 @@ A synonym may split into another number of pieces than its original. From there 
 the same word. The attention of word i to word j is a sum over the pieces of j and a mean over the pieces of i, so a row
 still sums to 1 (Clark et al. 2019, "What Does BERT Look At?", section 4.1).
 
-Where both views have queries and keys, this runs straight from them and its memory grows with L. Where a module gives
-its attention matrices alone (DeBERTa), where the views attend differently (one of them causally, say), and with
-``heads="mean"``, it is composed of torch operations and holds matrices ``[B, H, L, L]``. Both ways read the number of
-words from the device.
+Where both views have queries and keys, this runs straight from them, and its memory grows with L. Otherwise torch
+operations hold matrices ``[B, H, L, L]``: for modules that give their matrices alone (DeBERTa), for views that attend
+differently (one of them causally, say), and with ``heads="mean"``. Both ways read the number of words from the device.
 
 Where words are what stands between spaces, a Chinese or Thai sentence is one word. Its attention to itself is 1 in both
-views, so the loss would be near 0 whatever the model does. A pair is refused where this is so in both views: all but a
-quarter of the tokens (the special ones, each a word) are of at most two words, one for each sentence, and one of these
-has 8 pieces or more. A single word of English has fewer.
+views, so the loss would be near 0 whatever the model does. A pair in which both views are so is refused. That is a view
+in which three quarters of the tokens (:data:`_MOST`) belong to at most two words, and one of these words has 8 pieces
+or more (:data:`_MANY_PIECES`). A word of English has fewer. The other tokens are special ones, each a word.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run by test_backends.py in a process of its own, because the instruction set is chosen once, at the first call.
+"""Run by test_backend.py in a process of its own, because the instruction set is chosen once, at the first call.
 
 Prints the instruction set that runs; fails where a handful of odd shapes breaks the error rule in any dtype.
 """

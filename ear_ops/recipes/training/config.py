@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from ear_ops.data.collator import PADDINGS
+from ear_ops.data.synonyms import MATCHES
 from ear_ops.data.tasks import TASKS
 from ear_ops.errors import shown
+from ear_ops.ops.reductions import REDUCTIONS
 from ear_ops.recipes.training.errors import ConfigError
 from ear_ops.recipes.training.methods import METHOD_SETTINGS, METHODS
 from ear_ops.recipes.training.stage_settings import (
@@ -36,10 +39,10 @@ MINI = "mini"  # as `data_dir`, it names the data of the package
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "preset": tuple(PRESETS),
-    "reduction": ("mean", "padded_mean", "equations", "sum"),
-    "padding": ("longest", "max_length"),
+    "reduction": tuple(name for name in REDUCTIONS if name != "none"),
+    "padding": PADDINGS,
     "pooling": ("cls", "mean"),
-    "match": ("exact", "normalised"),
+    "match": MATCHES,
     "variants": ("draw", "all"),
     "eval_split": ("dev", "test"),
 }
