@@ -29,16 +29,10 @@ class OwnParameters:
         self.tensors: dict[str, Tensor] = {}  # parameters and buffers, by the names of regulariser and attribute
         seen = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         for regularizer in regularizers:
-            for attribute, value in vars(regularizer).items():
-                name = f"{regularizer.name}.{attribute}"
-                if isinstance(value, nn.Module):
-                    entries = value.state_dict(prefix=f"{name}.", keep_vars=True)
-                else:
-                    entries = {name: value} if isinstance(value, nn.Parameter) else {}
-                for key, tensor in entries.items():
-                    if isinstance(tensor, Tensor) and id(tensor) not in seen:
-                        seen.add(id(tensor))
-                        self.tensors[key] = tensor
+            for name, tensor in regularizer.named_tensors():
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    self.tensors[f"{regularizer.name}.{name}"] = tensor
         self.parameters = [tensor for tensor in self.tensors.values() if isinstance(tensor, nn.Parameter)]
 
     def add_to(self, optimizer: torch.optim.Optimizer, weight_decay: float) -> None:

@@ -57,11 +57,19 @@ class Regularizer:
 
         Several modules belong into one ``nn.ModuleList``; in a list of Python they are not found.
         """
-        for value in vars(self).values():
+        for _, tensor in self.named_tensors():
+            if isinstance(tensor, nn.Parameter):
+                yield tensor
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The same with the buffers of such modules, by the names of the attributes: what a checkpoint has to hold."""
+        for attribute, value in vars(self).items():
             if isinstance(value, nn.Parameter):
-                yield value
+                yield attribute, value
             elif isinstance(value, nn.Module):
-                yield from value.parameters()
+                for name, tensor in value.state_dict(prefix=f"{attribute}.", keep_vars=True).items():
+                    if isinstance(tensor, Tensor):  # and no extra state
+                        yield name, tensor
 
     def site(self, layout: Layout) -> Site:
         """The place to look at; raises where the model does not have it, and changes nothing."""
