@@ -408,6 +408,13 @@ def attach(
     teacher_root = check_teacher(teacher, root, layer_map)
     teacher_layout = TeacherLayout(teacher_root, layout, layer_map)
     teacher_sites = [site_of(regularizer, teacher_layout) for regularizer in expanded]
+    for regularizer, site, teacher_site in zip(expanded, recorder.sites, teacher_sites, strict=True):
+        shared = root.get_submodule(site.model)
+        if shared is teacher_root.get_submodule(teacher_site.model):
+            raise ValueError(
+                f"teacher: expected layers of its own, got the student's {site.model or 'model'!r} for "
+                f"{regularizer.name}, so that nothing would differ; give it a copy.deepcopy of that part"
+            )
     for regularizer in expanded:
         regularizer.prepare(root, teacher_root)
     teacher_recorder = Recorder(teacher_root, teacher_sites, without_grad=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from ear_ops import AttentionPull, EmbeddingPush, SentencePull, attach
+from ear_ops import AttentionPull, EmbeddingPush, LogitsPull, SentencePull, attach
 
 
 def model(layers=2, hidden=32, heads=4, seed=0, kind="bert"):
@@ -309,3 +309,17 @@ def test_a_teacher_in_inference_mode_and_one_row_of_word_ids_for_both(batch):
                 loss.backward()
                 losses.append(loss.item())
     assert losses == losses[:1] * 4
+
+
+def test_a_teacher_that_has_the_students_layers_is_refused(tools):
+    student, teacher = tools.build_model("bert"), tools.build_model("bert")
+    teacher.bert = student.bert
+    torch.nn.init.normal_(teacher.classifier.weight)
+    with pytest.raises(ValueError, match=r"teacher: expected layers of its own, got the student's 'bert'"):
+        attach(student, [AttentionPull(1)], teacher=teacher)
+    with attach(student, [LogitsPull()], teacher=teacher) as ear:  # of their heads, which differ
+        batch = tools.build_batch()
+        with torch.no_grad():
+            teacher.eval()(**batch)
+        student(**batch)
+        assert ear.loss() > 0
