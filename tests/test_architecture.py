@@ -100,3 +100,20 @@ with ear_ops.attach(model, [ear_ops.AttentionPull(query="q", key="k", num_heads=
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_private_names_of_torch_are_listed() -> None:
+    """A release of torch may take them away, so the page for releases lists them all."""
+    used = set()
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Attribute):
+                names = [ast.unparse(node)]
+            elif isinstance(node, ast.ImportFrom) and node.module is not None:
+                private = any(part.startswith("_") for part in node.module.split("."))
+                names = [node.module if private else f"{node.module}.{alias.name}" for alias in node.names]
+            used |= {name for name in names if re.fullmatch(r"torch(\.\w+)*\._[a-zA-Z]\w*", name)}
+    used -= {other for other in used for name in used if name.startswith(f"{other}.")}  # torch._C of torch._C._name
+    page = (PAGE.parent / "release.md").read_text(encoding="utf-8")
+    assert used == set(re.findall(r"^\| `(torch\.[\w.]+)` \|", page, re.M))
