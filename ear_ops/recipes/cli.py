@@ -6,15 +6,18 @@ seconds, only when they run, so `--help` and mistakes show at once.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
+from ear_ops import __version__
 from ear_ops.errors import EarOpsError
 from ear_ops.installation import install
 from ear_ops.recipes.tables import markdown_table, terminal_table
@@ -97,14 +100,45 @@ def _command(heading: str, **options: Any) -> Callable[..., Any]:
     return app.command(cls=_Command, rich_help_panel=heading, **options)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ear_ops {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _check_processes(context: typer.Context) -> None:
+def _check_processes(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
     if processes.count() > 1 and context.invoked_subcommand not in ("train", "evaluate"):
         raise ConfigError(
             f"`ear-ops {context.invoked_subcommand}` runs in one process, and a launcher started {processes.count()}: "
             f"start it without torchrun or accelerate launch. Only `train` and `evaluate` share their work between "
             f"processes. Several sweeps that are started one by one may share a folder"
         )
+
+
+_ADVICE = {  # by the number of an error of the system
+    errno.ENOSPC: "; free space, and run the same command again: it goes on from the last checkpoint",
+    errno.EACCES: "; give a path that you may write to, as --output-dir or --output",
+    errno.EROFS: "; give a path that you may write to, as --output-dir or --output",
+    errno.EEXIST: "; --output-dir: expected a folder, and this is a file",
+    errno.ENOTDIR: "; --output-dir: expected a folder, and part of this path is a file",
+    errno.EISDIR: "; expected a file, and this is a folder",
+}
+
+
+@contextmanager
+def _saying_how_to_go_on(advice: str) -> Iterator[None]:
+    """Where the user interrupts the command, print the advice and end with the exit code of a SIGINT."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. {advice}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def main() -> None:
@@ -116,8 +150,10 @@ def main() -> None:
         app.rich_markup_mode = "markdown"  # in "rich", the "[default: ...]" of a help text would be a tag
     try:
         app()
-    except (EarOpsError, OSError) as error:
+    except EarOpsError as error:
         sys.exit(f"error: {' '.join(line.strip() for line in str(error).splitlines())}")
+    except OSError as error:
+        sys.exit(f"error: {error}{_ADVICE.get(error.errno or 0, '')}")
     except ImportError as error:
         extra = _missing_extra(error)
         if extra is None:
@@ -171,7 +207,8 @@ def train(**settings: Any) -> None:
     )
     processes.say(f"The other settings are as by default: {config.output_dir}/config.json will hold them all.\n")
 
-    results = _run_module().train(config)
+    with _saying_how_to_go_on("The same command goes on from the last checkpoint."):
+        results = _run_module().train(config)
     processes.say(f"\n{results_text(results, terminal_table)}")
     processes.say(f"Tables, configuration and model are in {config.output_dir}.")
 
@@ -200,6 +237,8 @@ def compare(
     """Print a table of finished runs, with a row for each run and a column for each language."""
     from ear_ops.recipes.training.results import comparison, read_results
 
+    if baseline is not None and all(Path(folder).resolve() == Path(baseline).resolve() for folder in folders):
+        raise ConfigError(f"baseline: got {baseline}, the only run: name the runs to compare with it too")
     runs = [read_results(Path(folder) / "results.json") for folder in folders]
     table = markdown_table if markdown else terminal_table
     print(comparison(runs, table))
@@ -248,7 +287,8 @@ def sweep(
         print(outline(study, folder, groups or (), terminal_table))
         return
 
-    progress = run_study(study, folder, groups=groups or ())
+    with _saying_how_to_go_on("Finished runs are kept; the same command goes on from the last checkpoint."):
+        progress = run_study(study, folder, groups=groups or ())
     if progress.failed:
         names = "; ".join(f"{name}: {reason}" for name, reason in progress.failed.items())
         sys.exit(

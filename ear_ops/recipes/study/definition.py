@@ -349,12 +349,15 @@ def _typed(name: str, value: Any) -> Any:
 
 
 def _with_environment(text: str, path: Path) -> str:
-    def value(match: re.Match[str]) -> str:
-        if not os.environ.get(match[1]):
-            raise ConfigError(f"{path}: the environment variable {match[1]} is not set: set it to what the study needs")
-        return os.environ[match[1]]
-
-    return re.sub(r"\$\{(\w+)\}", value, text)
+    """The text with the values of environment variables in place of ``${NAME}``."""
+    variable = re.compile(r"\$\{(\w+)\}")
+    missing = [name for name in dict.fromkeys(variable.findall(text)) if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"{path}: expected the environment variables {', '.join(missing)} to be set; the first lines of the file "
+            f"and docs/studies.md say to what"
+        )
+    return variable.sub(lambda match: os.environ[match[1]], text)
 
 
 _GROUP_KEYS = {"name", "table", "settings", "cases", "grid", "select", "for", "baseline", "keep_model"}

@@ -46,17 +46,21 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def naming_a_full_disk(folder: Path) -> Iterator[None]:
-    """Replace the errors by which torch and safetensors report a full disk: they only say that a file is too short.
+    """Replace the errors by which torch and safetensors report a full disk, which are of other types.
+
+    safetensors has the text of the system in its error, and removes what it has written. torch only says that a file is
+    too short, and leaves the file.
 
     Raises:
-        OSError: ENOSPC, in place of any other error while the disk has less than a megabyte left.
+        OSError: ENOSPC, in place of an error with that text, and of any other while less than a megabyte is left.
     """
     try:
         yield
     except OSError:
         raise
     except Exception as error:
-        if folder.exists() and shutil.disk_usage(folder).free < 2**20:
+        full = os.strerror(errno.ENOSPC) in str(error)
+        if full or (folder.exists() and shutil.disk_usage(folder).free < 2**20):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise
 

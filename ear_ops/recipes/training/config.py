@@ -101,7 +101,9 @@ class TrainConfig:
     layer: int | None = _setting(None, "Layer of the attention pull, counted from 1.  [default: the preset's]")
     perturbation: float = _setting(0.1, "Radius (rs-rp, adv) or deviation (nt+apt), in mean word-embedding norms.")
     adversarial_steps: int = _setting(1, "Gradient steps to the worst perturbation (adv).")
-    reduction: str | None = _setting(None, "Reduction of push and pull.  [default: the preset's]")
+    reduction: str | None = _setting(
+        None, "Reduction of push and pull: mean, padded_mean, equations or sum.  [default: the preset's]"
+    )
     padding: str | None = _setting(None, "Pad to the `longest` row or to `max_length`.  [default: the preset's]")
     pooling: str | None = _setting(
         None, "Head of the model (`cls`) or on the mean output (`mean`).  [default: the model's]"
@@ -114,7 +116,7 @@ class TrainConfig:
     epochs: int = _setting(1, "Passes over the training pairs.")
     warmup_ratio: float = _setting(0.0, "Share of the steps in which the learning rate rises.")
     weight_decay: float = _setting(0.0, "Weight decay of AdamW.")
-    max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm.")
+    max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm; 0: not at all.")
     bf16: bool = _setting(False, "Train and evaluate under bfloat16 autocast.")
     compile: bool = _setting(False, "Train with torch.compile (on the CPU it needs a C++ compiler).")
     freeze_embeddings: bool = _setting(

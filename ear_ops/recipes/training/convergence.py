@@ -11,6 +11,7 @@ from ear_ops.recipes.training.evaluation import wilson_interval
 
 CROSS_ENTROPIES = ("cross_entropy", "cross_entropy_augmented")
 TOLERANCE = 0.01  # a cross-entropy this close to the chance level, as a share of it, counts as chance
+DIVERGED = 3  # times the chance level: no classifier that learns is as wrong
 _NOT_TERMS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
 
 
@@ -56,7 +57,7 @@ def collapse_notice(
     perturbed: bool = False,
     learnt: bool = False,
 ) -> str | None:
-    """A warning where the mean cross-entropy over the views ended above 99% of the chance level, or is not finite.
+    """A warning where the mean cross-entropy over the views ended above 99% of the chance level, or far above it.
 
     Args:
         terms: from `last_quarter`.
@@ -71,13 +72,16 @@ def collapse_notice(
     if not views:
         return None
     mean = sum(views) / len(views)
-    if not math.isfinite(mean):
+    if math.isfinite(mean) and perturbed and learnt:
+        return None
+    if not mean < DIVERGED * chance:
         weights = "and alpha/beta " if regularised else ""
         return (
-            f"the training diverged: the mean cross-entropy over its last quarter is {mean}. Only a checkpoint of an "
-            f"earlier step can be of use; lower the learning rate {weights}(this run took {steps} steps)"
+            f"the training diverged: the mean cross-entropy over its last quarter is {mean:.4g}, and ignoring the "
+            f"input gives {chance:.4f}. Only a checkpoint of an earlier step can be of use; lower the learning rate "
+            f"{weights}(this run took {steps} steps)"
         )
-    if mean < (1 - TOLERANCE) * chance or (perturbed and learnt):
+    if mean < (1 - TOLERANCE) * chance:
         return None
     if perturbed:
         advice = "the perturbation may be too large; lower it, change the learning rate or train longer"

@@ -121,6 +121,9 @@ def load_augmenter(settings: DataSettings) -> SynonymAugmenter:
     if path is None:
         raise ConfigError("no words to replace: pass --synonyms with a dictionary such as counterfitted_neighbors.json")
     synonyms = load_synonyms(path, scale=settings.dictionary_scale, seed=settings.seed)
+    if not any(synonyms.values()):
+        share = "" if settings.dictionary_scale == 1 else f" in a share of {settings.dictionary_scale:g}"
+        raise ConfigError(f"synonyms: expected words with synonyms, found none in {path}{share}")
     return SynonymAugmenter(synonyms, match=settings.match)
 
 
@@ -229,7 +232,8 @@ def write_variants_file(settings: DataSettings, path: str, num_variants: int | N
         A line that says what was written.
 
     Raises:
-        ConfigError: the file has another suffix, or fewer variants than one were asked for. Nothing was read then.
+        ConfigError: the file has another suffix, or exists, or fewer variants than one were asked for. Nothing was read
+            then.
         DataError: the training data are missing or malformed.
     """
     task = get_task(settings.task)
@@ -239,6 +243,8 @@ def write_variants_file(settings: DataSettings, path: str, num_variants: int | N
         raise ConfigError(f"num_variants must be at least 1, got {num_variants}")
     if not path.endswith((".tsv", ".tsv.gz")):
         raise ConfigError(f"output: expected a file name that ends in .tsv or .tsv.gz, got {path!r}")
+    if Path(path).exists():
+        raise ConfigError(f"output: {path} exists, and would be overwritten: choose another name, or delete it")
     examples, untranslated = _training_pairs(settings, task)
     augmenter = load_augmenter(settings)
     lines = write_variants(path, examples, task, augmenter, num_variants, seed=settings.seed)
@@ -261,6 +267,16 @@ def _data_dir(settings: DataSettings) -> str:
         return str(mini_data_dir())
     assert settings.data_dir is not None  # `TrainConfig` has checked it
     return settings.data_dir
+
+
+def unchanged_notice(replaced: dict[str, int | float | str] | None) -> str | None:
+    """A warning where the augmenter replaced no word."""
+    if replaced is None or replaced["replaced"]:
+        return None
+    return (
+        "no word was replaced, so both views are the same: does the dictionary have the language and the case of the "
+        "texts? See --synonyms, --match and --dictionary-scale"
+    )
 
 
 def _count_replaced(views: PairViews) -> dict[str, int | float | str]:

@@ -26,7 +26,7 @@ from ear_ops.recipes.training.evaluation import one_label_notice
 from ear_ops.recipes.training.freezing import freeze_word_embeddings
 from ear_ops.recipes.training.methods import METHODS, Method
 from ear_ops.recipes.training.pair_trainer import PairTrainer, best_checkpoint
-from ear_ops.recipes.training.sources import TrainingData, load_split_of, load_training_data
+from ear_ops.recipes.training.sources import TrainingData, load_split_of, load_training_data, unchanged_notice
 from ear_ops.recipes.training.stage_settings import (
     ClassifierSettings,
     DataSettings,
@@ -120,6 +120,8 @@ def load_data(settings: DataSettings, evaluation: EvaluationSettings, two_views:
             logger.warning("%s", notice)
     if training.replaced:
         processes.say(f"Augmented view, first epoch: {training.replaced['summary']}.")
+    if (notice := unchanged_notice(training.replaced)) and processes.rank() == 0:
+        logger.warning("%s", notice)
     return RunData(training, dev)
 
 
@@ -315,7 +317,7 @@ def save_training(
         "best": {"step": training.best_step, "dev_accuracy": training.best_dev_accuracy},
         "terms": diagnosis.terms,
         "collapsed": diagnosis.collapse is not None,
-        "notices": [diagnosis.collapse] if diagnosis.collapse else [],
+        "notices": [notice for notice in (unchanged_notice(data.training.replaced), diagnosis.collapse) if notice],
         "replaced": data.training.replaced,
         "gradient_ratios": ratios if objective.gradient_ratios is not None else None,
         "weights": objective.measured_weights,

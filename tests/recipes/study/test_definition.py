@@ -209,12 +209,13 @@ def test_a_group_alone_comes_with_what_chooses_for_it(write_study) -> None:
 
 def test_environment_variables_are_put_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "study.yaml"
-    path.write_text("base: {data_dir: '${SOME_DATA}/xnli', method: finetune}\ngroups: [{name: a}]\n")
-    monkeypatch.delenv("SOME_DATA", raising=False)
-    with pytest.raises(ConfigError, match=r"study\.yaml: the environment variable SOME_DATA is not set"):
+    path.write_text("base: {data_dir: '${SOME_DATA}/xnli', method: '${SOME_METHOD}'}\ngroups: [{name: a}]\n")
+    for name, value in (("SOME_DATA", None), ("SOME_METHOD", "")):
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"study\.yaml: expected .* variables SOME_DATA, SOME_METHOD to be set"):
         load_study(path)
-    monkeypatch.setenv("SOME_DATA", "")
-    with pytest.raises(ConfigError, match="SOME_DATA is not set"):
+    monkeypatch.setenv("SOME_METHOD", "finetune")
+    with pytest.raises(ConfigError, match=r"the environment variables SOME_DATA to be set"):
         load_study(path)
     monkeypatch.setenv("SOME_DATA", "/there")
     study = load_study(path)

@@ -43,9 +43,16 @@ def test_a_loss_that_is_not_a_number_is_no_chance_level(value: float, perturbed:
     terms = last_quarter(log([(50, 1.0, 1.0), (90, 1.0, 1.0), (100, value, value)]), max_steps=100)
     for regularised in (False, True):
         notice = collapse_notice(terms, math.log(3), 100, regularised=regularised, perturbed=perturbed, learnt=True)
-        assert notice is not None and "the training diverged" in notice and "chance" not in notice
+        assert notice is not None and "the training diverged" in notice and "stayed at chance" not in notice
         assert f"over its last quarter is {value}" in notice and "lower the learning rate" in notice
         assert ("alpha/beta" in notice) is regularised
+
+
+def test_a_loss_far_above_chance_is_no_chance_level() -> None:
+    terms = {"cross_entropy": 881965.28, "cross_entropy_augmented": 900.0}
+    notice = collapse_notice(terms, math.log(3), 9, regularised=True)
+    assert notice is not None and "the training diverged" in notice and "4.414e+05" in notice and "1.0986" in notice
+    assert collapse_notice(terms, math.log(3), 9, regularised=False, perturbed=True, learnt=True) is None
 
 
 def test_perturbed_embeddings_may_stay_at_chance_where_dev_says_that_the_model_has_learnt() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from ear_ops.recipes.training import sources
 from ear_ops.recipes.training.errors import ConfigError
 from ear_ops.recipes.training.sources import (
     evaluation_texts,
+    load_augmenter,
     load_split_of,
     load_training_data,
     missing_inputs,
+    unchanged_notice,
     write_variants_file,
 )
 
@@ -130,6 +133,21 @@ def test_what_a_run_needs_and_is_not_there_shows_without_reading(make_config, da
     config = make_config(data_dir=str(tmp_path / "data"), eval_split="test", model="./nowhere")
     assert missing_inputs(config) == ["./nowhere", str(tmp_path / "data" / "test-en.tsv")]
     assert missing_inputs(make_config(model="bert-base-multilingual-cased")) == [], "which may be on the Hub"
+
+
+def test_a_dictionary_that_replaces_nothing_is_noticed(make_config, tmp_path: Path) -> None:
+    synonyms = tmp_path / "synonyms.json"
+    synonyms.write_text("{}")
+    with pytest.raises(ConfigError, match=r"synonyms: expected words with synonyms, found none in .*synonyms\.json"):
+        load_augmenter(make_config(synonyms=str(synonyms)).data)
+    synonyms.write_text('{"nirgends": ["nie"]}')
+    data = load_training_data(make_config(synonyms=str(synonyms)).data, two_views=True)
+    assert "no word was replaced, so both views are the same" in (unchanged_notice(data.replaced) or "")
+    assert unchanged_notice(None) is None
+    words = {word for example in data.views.examples for word in example.text1.split()}
+    synonyms.write_text(json.dumps({word: [f"{word}s"] for word in words}))
+    data = load_training_data(make_config(synonyms=str(synonyms)).data, two_views=True)
+    assert unchanged_notice(data.replaced) is None
 
 
 def test_variants_need_a_dictionary(make_config, tmp_path: Path) -> None:
