@@ -64,9 +64,10 @@ def read_rows(path: str | Path, columns: tuple[str, ...], optional: int = 0) -> 
                     raise DataError(f"{path}:{number}: not UTF-8: {error}") from None
                 fields = line.split("\t")
                 if len(fields) not in accepted:
+                    hints = _columns_hint(fields, columns) + _header_hint(number, fields)
                     raise DataError(
                         f"{path}:{number}: expected {' or '.join(map(str, accepted))} tab-separated columns "
-                        f"({', '.join(columns)}), got {len(fields)}: {shown(line)}{_header_hint(number, fields)}"
+                        f"({', '.join(columns)}), got {len(fields)}: {shown(line)}{hints}"
                     )
                 yield number, fields
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -140,9 +141,11 @@ def find_split(data_dir: str | Path, task: Task, split: str, language: str) -> P
         if path.is_file():
             return path
     present = ", ".join(available_languages(data_dir, task, split)) or "none"
+    tables = sorted(str(path) for folder in _folders(data_dir, task) for path in folder.glob(f"{split}*.csv"))
+    hint = f"; {tables[0]} is a CSV: docs/data.md shows how to turn it into such a file" if tables else ""
     raise DataError(
         f"no {split} data of {task.name} in language {language!r}: looked for {', '.join(map(str, candidates))}; "
-        f"languages present in split {split!r}: {present}"
+        f"languages present in split {split!r}: {present}{hint}"
     )
 
 
@@ -181,6 +184,15 @@ def _folders(data_dir: str | Path, task: Task) -> list[Path]:
     if not data_dir.is_dir():
         raise DataError(f"data_dir: {data_dir} is not a folder; expected files such as {task.name}/train-en.tsv in it")
     return [folder for folder in (data_dir / task.name, data_dir) if folder.is_dir()]
+
+
+def _columns_hint(fields: list[str], columns: tuple[str, ...]) -> str:
+    """The hint that a line with a wrong number of fields is of a CSV, or has an id before the texts."""
+    if len(fields) == 1 and fields[0].count(",") + 1 >= len(columns):
+        return "; the line has commas: docs/data.md shows how to turn a CSV into such a file"
+    if len(fields) == len(columns) + 1 and fields[0].strip().isdigit():
+        return "; the first column looks like an id, which these files do not have: delete it"
+    return ""
 
 
 def _header_hint(number: int, fields: list[str]) -> str:

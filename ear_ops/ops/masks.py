@@ -24,13 +24,14 @@ class AttentionMasks(NamedTuple):
 
 
 _OF_HEADS = "where heads differ in number or size, compare their averages (heads='mean')"
+_OF_LENGTH = "pad both views to one length, or compare words (alignment='word') where their tokenizers differ"
 _ADVICE = {  # by the dimension in which two views differ
     "B": "give both views the same pairs",
     "H": _OF_HEADS,
     "H_kv": _OF_HEADS,
     "D": _OF_HEADS,
-    "L": "pad both views to one length",
-    "S": "pad both views to one length",
+    "L": _OF_LENGTH,
+    "S": _OF_LENGTH,
     "C": "project one view to the size of the other",
 }
 

@@ -85,7 +85,8 @@ class HiddenPull(Regularizer):
         if reading.states.shape[1] != reading_aug.states.shape[1]:
             raise ValueError(
                 f"{self.name}: expected views of one length, since token is compared with token, got "
-                f"{reading.states.shape[1]} and {reading_aug.states.shape[1]}; pad both to one length"
+                f"{reading.states.shape[1]} and {reading_aug.states.shape[1]}; pad both to one length if "
+                f"they have one tokenizer"
             )
         masks = [view.attention_mask for view in (reading, reading_aug) if view.attention_mask is not None]
         counted = functools.reduce(torch.logical_and, masks) if masks and self.reduction != "padded_mean" else None

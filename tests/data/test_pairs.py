@@ -186,3 +186,19 @@ def test_the_published_files_have_their_published_sizes(xtreme_data: Path) -> No
         for language in PAWSX.languages
     }
     assert untranslated == {"en": 0, "de": 68, "es": 38, "fr": 8, "ja": 20, "ko": 36, "zh": 16}
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ('"He is glad.","He is happy.","1"', "the line has commas: docs/data.md shows how"),
+        ("17\tHe is glad.\tHe is happy.\t1", "the first column looks like an id"),
+    ],
+)
+def test_tables_of_another_kind_get_a_hint(tmp_path: Path, line: str, hint: str) -> None:
+    (tmp_path / "train-en.tsv").write_text(f"{line}\n")
+    with pytest.raises(DataError, match=f"train-en.tsv:1: expected 3 tab-separated columns .*{hint}"):
+        load_split(tmp_path, PAWSX, "train", "en")
+    (tmp_path / "train-en.tsv").rename(tmp_path / "train.csv")
+    with pytest.raises(DataError, match=r"split 'train': none; .*train\.csv is a CSV: docs/data\.md"):
+        load_split(tmp_path, PAWSX, "train", "en")
