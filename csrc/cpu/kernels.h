@@ -9,6 +9,7 @@
 namespace ear_ops::cpu {
 
 constexpr int64_t kLanes = 16;  // elements that packed rows are padded to
+constexpr int64_t kTile = 256;  // keys of a tile
 
 enum class Kind : int { kFloat32, kFloat64, kBFloat16, kFloat16 };  // element types of tensors
 

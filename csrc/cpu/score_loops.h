@@ -11,6 +11,7 @@
 namespace {
 
 using ear_ops::cpu::kLanes;
+using ear_ops::cpu::kTile;
 using ear_ops::cpu::LaneGroup;
 using ear_ops::cpu::LaneStats;
 using ear_ops::cpu::RunningRows;

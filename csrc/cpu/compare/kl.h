@@ -57,20 +57,41 @@ struct Kl {
     for (int64_t lane = 0; lane < kLanes; ++lane) rows->of_comparison[kRatio][lane] = 1;
   }
 
+  // Leaves P^ and the difference of the shifted scores where the scores were, so that exponentials are taken once. The
+  // difference is infinite where one view alone has the key, and 0 where none has it. So masks are read once, too.
   template <bool kMasked>
   static void add(const LaneGroup<A>& c, RunningRows<A>* rows) {
+    alignas(64) A targets[kTile * Vec<A>::lanes];  // T^
     A(*sums)[kLanes] = rows->of_comparison;
     const V infinite = vset<A>(INFINITY);
     for (int64_t lane = 0; lane < kLanes; lane += Vec<A>::lanes) {
       V factor[2], sum[2], shift[2], raised[2];
       const V seen = vload<A>(rows->sum[1] + lane);
       for (int view = 0; view < 2; ++view) {
-        const V before = shift_of<A>(vload<A>(rows->max[view] + lane));
-        factor[view] = add_exponentials<A, kMasked, false>(c, view, lane, rows->max[view], rows->sum[view]);
-        sum[view] = vload<A>(rows->sum[view] + lane);
-        shift[view] = shift_of<A>(vload<A>(rows->max[view] + lane));
-        raised[view] = shift[view] - before;
+        const V before = vload<A>(rows->max[view] + lane);
+        V best = before;
+        for (int64_t j = 0; j < c.keys; ++j) best = vmax<A>(shifted_score<A, kMasked>(c, view, j, lane, V{}), best);
+        shift[view] = shift_of<A>(best), factor[view] = vexp(before - shift[view]);
+        raised[view] = shift[view] - shift_of<A>(before);
+        sum[view] = vload<A>(rows->sum[view] + lane) * factor[view];
+        vstore<A>(rows->max[view] + lane, best);
       }
+      for_chunks(c, [&](int64_t begin, int64_t end) {
+        V part{}, part_aug{};
+        for (int64_t j = begin; j < end; ++j) {
+          const V first = shifted_score<A, kMasked>(c, 0, j, lane, shift[0]);
+          const V second = shifted_score<A, kMasked>(c, 1, j, lane, shift[1]);
+          const V p = vexp(first), t = vexp(second);
+          V difference = second - first;
+          if constexpr (kMasked) difference = (first == -infinite) & (second == -infinite) ? V{} : difference;
+          vstore<A>(c.scores[0] + j * c.ld + lane, p);
+          vstore<A>(c.scores[1] + j * c.ld + lane, difference);
+          vstore<A>(targets + j * Vec<A>::lanes, t);
+          part += p, part_aug += t;
+        }
+        sum[0] += part, sum[1] += part_aug;
+      });
+      for (int view = 0; view < 2; ++view) vstore<A>(rows->sum[view] + lane, sum[view]);
       const auto both = (sum[0] != V{}) & (sum[1] != V{});
       const V ratio = both ? sum[1] / sum[0] : vset<A>(1);
       const V log_ratio = both ? vlog1p((sum[1] - sum[0]) / sum[0]) : V{};
@@ -85,12 +106,11 @@ struct Kl {
       for_chunks(c, [&](int64_t begin, int64_t end) {
         V entropy_part{}, linear_part{};
         for (int64_t j = begin; j < end; ++j) {
-          const V first = shifted_score<A, kMasked>(c, 0, j, lane, shift[0]);
-          const V second = shifted_score<A, kMasked>(c, 1, j, lane, shift[1]);
-          const V p = ratio * vexp(first), t = vexp(second), x = (second - first) - log_ratio;
+          const V p = ratio * vload<A>(c.scores[0] + j * c.ld + lane), t = vload<A>(targets + j * Vec<A>::lanes);
+          const V x = vload<A>(c.scores[1] + j * c.ld + lane) - log_ratio;
           V entry = relative_entropy<A>(p, t, x), product = t * x;
           if constexpr (kMasked) {
-            const auto only_second = first == -infinite, only_first = second == -infinite;
+            const auto only_second = x == infinite, only_first = x == -infinite;
             entry = only_second ? infinite : entry;
             entry = only_first ? p : entry;
             product = only_first | only_second ? V{} : product;

@@ -6,8 +6,6 @@
 
 namespace ear_ops::cpu {
 
-constexpr int64_t kTile = 256;  // keys of a tile
-
 // Between calls of pack, the j-th key of view v is one row of `ld` elements, zero beyond the head dimension. Keys below
 // in_tensor_[v] are read where they lie in the tensor; the others are copies in gathered_[v]. The rows [n_keys, padded)
 // are zero.
