@@ -43,7 +43,7 @@ def checked_number(argument: str, value: Any, advice: str) -> float:
         )
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{argument}: expected a number, got {value!r}") from None
     if not -math.inf < number < math.inf:
         raise ValueError(f"{argument}: expected a finite number, got {value!r}")

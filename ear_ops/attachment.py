@@ -62,7 +62,7 @@ class Attachment:
         self._copied = False
         for installed in (recorder, teacher):
             if installed is not None:  # no loss can be asked for once nobody holds the attachment
-                weakref.finalize(self, installed.remove).atexit = False
+                weakref.finalize(self, _remove, weakref.ref(installed)).atexit = False
 
     def loss(
         self,
@@ -342,6 +342,13 @@ class Attachment:
         )
 
 
+def _remove(reference: weakref.ref[Recorder]) -> None:
+    """Take a recorder off its model; a weak reference, because a model that holds its attachment has to be freed."""
+    recorder = reference()
+    if recorder is not None:
+        recorder.remove()
+
+
 def _check_rows_of_masks(records: list[Record], rows: list[int]) -> None:
     """Raises ValueError where a mask that replaces the model's has other rows: one would stand for all of them."""
     for record, count in zip(records, rows, strict=True):
@@ -408,13 +415,6 @@ def attach(
     teacher_root = check_teacher(teacher, root, layer_map)
     teacher_layout = TeacherLayout(teacher_root, layout, layer_map)
     teacher_sites = [site_of(regularizer, teacher_layout) for regularizer in expanded]
-    for regularizer, site, teacher_site in zip(expanded, recorder.sites, teacher_sites, strict=True):
-        shared = root.get_submodule(site.model)
-        if shared is teacher_root.get_submodule(teacher_site.model):
-            raise ValueError(
-                f"teacher: expected layers of its own, got the student's {site.model or 'model'!r} for "
-                f"{regularizer.name}, so that nothing would differ; give it a copy.deepcopy of that part"
-            )
     for regularizer in expanded:
         regularizer.prepare(root, teacher_root)
     teacher_recorder = Recorder(teacher_root, teacher_sites, without_grad=True)

@@ -63,7 +63,7 @@ def _may_return_logits(root: nn.Module) -> bool:
     """False for a model of transformers whose output, by the annotation of its forward, has no field ``logits``."""
     try:
         returned = get_type_hints(root.forward).get("return")
-    except (NameError, TypeError):
+    except Exception:  # of annotations that are no types, which any code may have
         return True
     outputs = [kind for kind in (get_args(returned) or (returned,)) if is_dataclass(kind)]
     return not outputs or any(field.name == "logits" for kind in outputs for field in fields(kind))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -61,7 +62,9 @@ class Recorder:
         with contextlib.ExitStack() as undo:
             if any(getattr(site, "uses_interface", False) for site in self.sites):
                 interface.acquire()
-                undo.callback(interface.release)
+                release = weakref.finalize(self, interface.release)  # also where the model goes with this still on it
+                release.atexit = False
+                undo.callback(release)
             for path in dict.fromkeys(["", *(site.model for site in self.sites)]):
                 module = self.root.get_submodule(path)
                 enter, leave = _Enter(self, path, module), _Leave(self, path)
@@ -118,7 +121,8 @@ class Recorder:
         if interrupted is not None:
             raise RuntimeError(
                 f"after the model's forward its part {interrupted!r} was called by itself with grad, so loss() cannot "
-                f"tell which of the two forwards to use; call loss() before that, or the part under torch.no_grad()"
+                f"tell which of the two forwards to use; call loss() before that, or the part under torch.no_grad(); "
+                f"where a teacher shares that part, call the teacher after the student"
             )
         if any(record is not None and not record.complete for record in (both, original, augmented)):
             raise RuntimeError(

@@ -122,11 +122,11 @@ def _check_processes(
 
 
 _ADVICE = {  # by the number of an error of the system
-    errno.ENOSPC: "; free space, and run the same command again: it goes on from the last checkpoint",
-    errno.EACCES: "; give a path that you may write to, as --output-dir or --output",
-    errno.EROFS: "; give a path that you may write to, as --output-dir or --output",
-    errno.EEXIST: "; --output-dir: expected a folder, and this is a file",
-    errno.ENOTDIR: "; --output-dir: expected a folder, and part of this path is a file",
+    errno.ENOSPC: "; free space, and run the same command again",
+    errno.EACCES: "; expected a path that you may read and write",
+    errno.EROFS: "; expected a path that you may write to",
+    errno.EEXIST: "; expected a folder, and this is a file",
+    errno.ENOTDIR: "; expected a folder, and part of this path is a file",
     errno.EISDIR: "; expected a file, and this is a folder",
 }
 
@@ -150,10 +150,9 @@ def main() -> None:
         app.rich_markup_mode = "markdown"  # in "rich", the "[default: ...]" of a help text would be a tag
     try:
         app()
-    except EarOpsError as error:
-        sys.exit(f"error: {' '.join(line.strip() for line in str(error).splitlines())}")
-    except OSError as error:
-        sys.exit(f"error: {error}{_ADVICE.get(error.errno or 0, '')}")
+    except (EarOpsError, OSError) as error:
+        advice = _ADVICE.get(error.errno or 0, "") if isinstance(error, OSError) else ""
+        sys.exit(f"error: {' '.join(line.strip() for line in str(error).splitlines())}{advice}")
     except ImportError as error:
         extra = _missing_extra(error)
         if extra is None:

@@ -57,12 +57,14 @@ class Regularizer:
 
         Several modules belong into one ``nn.ModuleList``; in a list of Python they are not found.
         """
-        for _, tensor in self.named_tensors():
-            if isinstance(tensor, nn.Parameter):
-                yield tensor
+        for value in vars(self).values():
+            if isinstance(value, nn.Parameter):
+                yield value
+            elif isinstance(value, nn.Module):
+                yield from value.parameters()
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The same with the buffers of such modules, by the names of the attributes: what a checkpoint has to hold."""
+        """What a checkpoint has to hold: the same with the buffers of such modules, by the names of the attributes."""
         for attribute, value in vars(self).items():
             if isinstance(value, nn.Parameter):
                 yield attribute, value

@@ -155,6 +155,19 @@ def test_an_attachment_that_nobody_holds_is_taken_off(tools):
         assert hook_count(model) == hooks, "the first two were gone when the third was there"
 
 
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_model_that_holds_its_own_attachment_is_freed(tools, detached):
+    before = snapshot()
+    model = tools.build_model("bert")
+    model.ear = attach(model, TERMS)
+    if detached:
+        model.ear.detach()
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None and snapshot() == before
+
+
 def test_the_terms_keep_their_graphs(tools):
     model = tools.build_model("bert")
     with attach(model, TERMS) as ear:

@@ -265,6 +265,19 @@ def test_what_are_no_logits_is_refused(kind: type[nn.Module], return_dict: bool)
             ear.loss()
 
 
+@pytest.mark.parametrize("annotation", ["logits of the model", "torch.no_such_type", 3])
+def test_annotations_may_be_anything(annotation: Any) -> None:
+    class Head(nn.Module):
+        def forward(self, states):
+            return (states,)
+
+    Head.forward.__annotations__["return"] = annotation
+    head, states = Head(), torch.randn(4, 3)
+    with attach(head, [LogitsPull()]) as ear:
+        head(states)
+        torch.testing.assert_close(ear.loss(), kl(states[2:], states[:2]))
+
+
 def test_predictions_of_tokens() -> None:
     model = bert(tokens=True)
     first, second = model(**BATCH).logits.chunk(2)

@@ -89,9 +89,8 @@ def _reporting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, which reports its arguments to the taps of the module that calls it."""
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if hasattr(module, TAPS):  # which a compiled graph of another layer looks at, as it does not at __dict__
-            for tap in module.__dict__[TAPS]:
-                tap.report(name, module, *args, **kwargs)
+        for tap in getattr(module, TAPS, ()):  # which compiled graphs of other layers look at, as not at __dict__
+            tap.report(name, module, *args, **kwargs)
         return function(module, *args, **kwargs)
 
     return attention

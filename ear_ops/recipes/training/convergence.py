@@ -11,7 +11,7 @@ from ear_ops.recipes.training.evaluation import wilson_interval
 
 CROSS_ENTROPIES = ("cross_entropy", "cross_entropy_augmented")
 TOLERANCE = 0.01  # a cross-entropy this close to the chance level, as a share of it, counts as chance
-DIVERGED = 3  # times the chance level: no classifier that learns is as wrong
+DIVERGED = 3  # times the chance level, or that of two equally frequent labels where it is higher
 _NOT_TERMS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
 
 
@@ -74,7 +74,7 @@ def collapse_notice(
     mean = sum(views) / len(views)
     if math.isfinite(mean) and perturbed and learnt:
         return None
-    if not mean < DIVERGED * chance:
+    if not mean < DIVERGED * max(chance, math.log(2)):
         weights = "and alpha/beta " if regularised else ""
         return (
             f"the training diverged: the mean cross-entropy over its last quarter is {mean:.4g}, and ignoring the "

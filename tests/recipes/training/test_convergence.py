@@ -55,6 +55,12 @@ def test_a_loss_far_above_chance_is_no_chance_level() -> None:
     assert collapse_notice(terms, math.log(3), 9, regularised=False, perturbed=True, learnt=True) is None
 
 
+def test_rare_labels_are_no_divergence() -> None:
+    chance = chance_level([0] * 99 + [1])
+    notice = collapse_notice({"cross_entropy": math.log(2)}, chance, 9, regularised=False)
+    assert notice is not None and "stayed at chance" in notice
+
+
 def test_perturbed_embeddings_may_stay_at_chance_where_dev_says_that_the_model_has_learnt() -> None:
     terms = {"cross_entropy": 1.2}
     for perturbed, learnt in ((True, False), (False, True)):
