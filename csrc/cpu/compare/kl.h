@@ -58,7 +58,7 @@ struct Kl {
   }
 
   // Leaves P^ and the difference of the shifted scores where the scores were, so that exponentials are taken once. The
-  // difference is infinite where one view alone has the key, and 0 where none has it. So masks are read once, too.
+  // difference is infinite where one view alone has the key, and 0 where none has it: it stands for the masks then.
   template <bool kMasked>
   static void add(const LaneGroup<A>& c, RunningRows<A>* rows) {
     alignas(64) A targets[kTile * Vec<A>::lanes];  // T^
